@@ -1,0 +1,3 @@
+//! What a mesh is made of.
+
+pub mod service;
