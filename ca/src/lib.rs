@@ -1,1 +1,5 @@
-//! placeholder
+//! SPIFFE identities, certificates and who may be issued what.
+//!
+//! [`identity`] is the name of a workload.
+
+pub mod identity;
