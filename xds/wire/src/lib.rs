@@ -1,1 +1,22 @@
-//! placeholder
+//! The wire that the control plane and the proxy share: Envoy's xDS messages.
+//!
+//! The messages themselves are `envoy-types`; this crate adds what protobuf gives only through descriptors:
+//! [`json`] reads and prints messages in protobuf's JSON form with every nested `Any` expanded, as Envoy's
+//! bootstrap files and config dumps have it, and [`canonical`] encodes a message to the same bytes every time.
+
+pub mod canonical;
+pub mod json;
+mod pool;
+
+/// What agents say about their workloads (`istio.mesh.v1`, `proto/mesh.proto`).
+pub mod mesh {
+    #![expect(
+        missing_docs,
+        clippy::allow_attributes_without_reason,
+        reason = "generated; the proto has the comments"
+    )]
+    tonic::include_proto!("istio.mesh.v1");
+}
+
+/// Prefix of every type URL we write (xDS protocol, "Resource Types").
+pub const TYPE_URL_PREFIX: &str = "type.googleapis.com/";
