@@ -93,9 +93,9 @@ pub fn any_to_json(any: &Any) -> Result<Value, JsonError> {
             Ok(Value::Object(typed))
         }
         Ok(other) => Ok(json!({ "@type": any.type_url, "value": other })),
-        Err(JsonError::UnknownType(_)) => Ok(
-            json!({ "@type": any.type_url, "value": any.value.iter().map(|b| format!("{b:02x}")).collect::<String>() }),
-        ),
+        Err(JsonError::UnknownType(_)) => {
+            Ok(json!({ "@type": any.type_url, "value": BASE64_STANDARD.encode(&any.value) }))
+        }
         Err(other) => Err(other),
     }
 }

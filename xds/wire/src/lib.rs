@@ -13,6 +13,7 @@ pub mod mesh {
     #![expect(
         missing_docs,
         clippy::allow_attributes_without_reason,
+        clippy::too_many_lines,
         reason = "generated; the proto has the comments"
     )]
     tonic::include_proto!("istio.mesh.v1");
