@@ -1,0 +1,266 @@
+//! What the admin API says, as JSON. Shared with `istioctl`; field names are the API's.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// A Kubernetes `List`: what `istioctl get -o json` prints.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct List {
+    /// `v1`
+    pub api_version: String,
+    /// `List`
+    pub kind: String,
+    /// Revision of the mesh at which the list was read.
+    pub metadata: ListMeta,
+    /// Objects in Kubernetes' shape.
+    pub items: Vec<Value>,
+}
+
+/// Metadata of a [`List`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ListMeta {
+    /// Revision, decimal.
+    pub resource_version: String,
+}
+
+/// What an apply did to one object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// It did not exist.
+    Created,
+    /// It existed and is different now.
+    Configured,
+    /// It existed and is the same.
+    Unchanged,
+    /// It is gone.
+    Deleted,
+}
+
+/// One object of an [`ApplyReport`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Applied {
+    /// Kind, `VirtualService`.
+    pub kind: String,
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+    /// What happened.
+    pub action: Action,
+}
+
+/// Answer to an apply or a delete.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ApplyReport {
+    /// The revision that has the change; unchanged objects keep the revision they have.
+    pub revision: u64,
+    /// Objects in the order of the files.
+    pub objects: Vec<Applied>,
+    /// What is legal and probably not meant.
+    pub warnings: Vec<String>,
+}
+
+/// Who has acknowledged a revision.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct WaitReport {
+    /// The revision that was waited for.
+    pub revision: u64,
+    /// Connected proxies that run it.
+    pub acknowledged: Vec<String>,
+    /// Connected proxies that do not.
+    pub pending: Vec<PendingProxy>,
+}
+
+/// A proxy that does not run a revision yet.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PendingProxy {
+    /// Node id.
+    pub proxy: String,
+    /// What it refused, by type and with its own words; empty when it has only not answered.
+    pub rejected: Vec<Rejection>,
+}
+
+/// A refused resource type.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Rejection {
+    /// `CDS`, `EDS`, `LDS` or `RDS`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Revision that was refused.
+    pub revision: u64,
+    /// The proxy's words.
+    pub error: String,
+}
+
+/// One row of `istioctl proxy-status`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ProxyRow {
+    /// Node id.
+    pub id: String,
+    /// `name.namespace`
+    pub name: String,
+    /// Cluster id.
+    pub cluster: String,
+    /// `delta` or `sotw`
+    pub protocol: String,
+    /// Version the proxy tells.
+    pub version: String,
+    /// SPIFFE identity of its certificate.
+    pub identity: String,
+    /// Status of each type: `SYNCED`, `STALE`, `NACKED`, `NOT SENT`.
+    pub types: BTreeMap<String, String>,
+    /// Highest revision whose every resource it has acknowledged.
+    pub revision: u64,
+    /// Refusals that still hold.
+    pub rejected: Vec<Rejection>,
+    /// Seconds since it connected.
+    pub connected_seconds: u64,
+}
+
+/// One change in the history.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct HistoryEntry {
+    /// Revision.
+    pub revision: u64,
+    /// RFC 3339 time of the commit.
+    pub time: String,
+    /// Who.
+    pub author: String,
+    /// `created VirtualService default/reviews`, ...
+    pub changes: Vec<String>,
+}
+
+/// One row of `istioctl services`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceRow {
+    /// Host.
+    pub hostname: String,
+    /// Namespace.
+    pub namespace: String,
+    /// `9080/HTTP`
+    pub ports: Vec<String>,
+    /// Source.
+    pub source: String,
+    /// Declared and automatic addresses.
+    pub addresses: Vec<String>,
+    /// Healthy endpoints.
+    pub healthy: usize,
+    /// All endpoints.
+    pub endpoints: usize,
+    /// What sources disagree about.
+    pub conflicts: Vec<String>,
+}
+
+/// One row of `istioctl workloads`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkloadRow {
+    /// Name.
+    pub name: String,
+    /// Namespace.
+    pub namespace: String,
+    /// Address.
+    pub address: String,
+    /// Identity.
+    pub service_account: String,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// `Healthy`, `Unhealthy` or `Draining`.
+    pub health: String,
+    /// Registered by an agent or declared.
+    pub source: String,
+}
+
+/// Body of `POST /api/v1/tokens`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TokenRequest {
+    /// Namespace of the workload that will join.
+    pub namespace: String,
+    /// Its service account.
+    pub service_account: String,
+    /// Seconds until the token expires.
+    #[serde(default = "default_ttl")]
+    pub ttl_seconds: u64,
+    /// How many workloads may join with it.
+    #[serde(default = "default_uses")]
+    pub uses: u32,
+}
+
+fn default_ttl() -> u64 {
+    900
+}
+
+fn default_uses() -> u32 {
+    1
+}
+
+/// A new token; the secret is shown this once.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TokenCreated {
+    /// Identifier, for `token revoke`.
+    pub id: String,
+    /// What `istio-agent join` takes.
+    pub token: String,
+    /// RFC 3339 time.
+    pub expires: String,
+}
+
+/// A token as the log knows it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TokenRow {
+    /// Identifier.
+    pub id: String,
+    /// Namespace it is bound to.
+    pub namespace: String,
+    /// Service account it is bound to.
+    pub service_account: String,
+    /// RFC 3339 time.
+    pub expires: String,
+    /// Uses that are left.
+    pub uses_left: u32,
+}
+
+/// Problem details (RFC 9457).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Problem {
+    /// `about:blank`, or a name for problems a program may act on.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Short, the same for each occurrence.
+    pub title: String,
+    /// HTTP status.
+    pub status: u16,
+    /// This occurrence.
+    pub detail: String,
+    /// One line for each mistake in the input: file, line, field, what would be right.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub errors: Vec<String>,
+}
+
+/// Answer of `/api/v1/version`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Version {
+    /// Version of the program.
+    pub version: String,
+    /// Trust domain of the mesh.
+    pub trust_domain: String,
+    /// Applied revision.
+    pub revision: u64,
+    /// Raft member id.
+    pub member: u64,
+    /// `leader`, `follower` or `candidate`.
+    pub role: String,
+    /// Address of the xDS and certificate port.
+    pub xds: String,
+}
