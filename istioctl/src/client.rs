@@ -1,0 +1,203 @@
+//! The admin API, over HTTP or HTTPS.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use bytes::Bytes;
+use http::{Method, Request, StatusCode, Uri};
+use http_body_util::{BodyExt, Full};
+use hyper_util::rt::TokioIo;
+use istiod::api::types::Problem;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::TcpStream;
+
+use crate::cli::Server;
+
+/// A connection is given up after this time without an answer, on top of what a call may wait on purpose.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Characters that need no escape in a path segment (RFC 3986, section 3.3).
+const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+
+/// One control plane.
+#[derive(Debug, Clone)]
+pub(crate) struct Client {
+    base: Uri,
+    token: Option<String>,
+    tls: Option<Arc<rustls::ClientConfig>>,
+}
+
+impl Client {
+    /// Reads the token and the CA; connects when first asked.
+    ///
+    /// # Errors
+    ///
+    /// A URL, token or CA file that cannot be used.
+    pub(crate) fn new(server: &Server) -> anyhow::Result<Self> {
+        let base: Uri = server.server.parse().with_context(|| format!("`{}` is not a URL", server.server))?;
+        let tls = match base.scheme_str() {
+            Some("http") => None,
+            Some("https") => Some(tls(server)?),
+            _ => bail!("`{}`: write http://HOST:PORT or https://HOST:PORT", server.server),
+        };
+        let token = match (&server.token, &server.token_file) {
+            (Some(token), _) => Some(token.clone()),
+            (None, Some(file)) => Some(
+                std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?.trim().to_owned(),
+            ),
+            (None, None) => None,
+        };
+        Ok(Self { base, token, tls })
+    }
+
+    /// `GET` of a path below `/api/v1`.
+    ///
+    /// # Errors
+    ///
+    /// What the server said, or why it could not be asked.
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
+        self.call(Method::GET, path, None, Duration::ZERO).await
+    }
+
+    /// `GET` of something the server answers only after up to `patience`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::get`].
+    pub(crate) async fn get_patiently<T: DeserializeOwned>(&self, path: &str, patience: Duration) -> anyhow::Result<T> {
+        self.call(Method::GET, path, None, patience).await
+    }
+
+    /// `POST` of a JSON body.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::get`].
+    pub(crate) async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
+        self.call(Method::POST, path, Some(serde_json::to_vec(body)?), Duration::ZERO).await
+    }
+
+    /// `DELETE`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::get`].
+    pub(crate) async fn delete<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
+        self.call(Method::DELETE, path, None, Duration::ZERO).await
+    }
+
+    async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+        patience: Duration,
+    ) -> anyhow::Result<T> {
+        let exchange = self.exchange(method, path, body.unwrap_or_default());
+        let (status, body) = tokio::time::timeout(TIMEOUT + patience, exchange)
+            .await
+            .map_err(|_| anyhow!("no answer from {} within {:?}", self.base, TIMEOUT + patience))??;
+        if status.is_success() {
+            let body: &[u8] = if body.is_empty() { b"null" } else { &body };
+            return serde_json::from_slice(body).with_context(|| format!("{} answered something else than expected", self.base));
+        }
+        Err(refusal(status, &body))
+    }
+
+    async fn exchange(&self, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<(StatusCode, Bytes)> {
+        let host = self.base.host().context("the URL has no host")?;
+        let port = self.base.port_u16().unwrap_or(if self.tls.is_some() { 443 } else { 80 });
+        let tcp = TcpStream::connect((host.trim_matches(['[', ']']), port)).await.with_context(|| {
+            format!("cannot reach the control plane at {}; is it running, and is ISTIOCTL_SERVER right?", self.base)
+        })?;
+        tcp.set_nodelay(true)?;
+        let mut request = Request::builder()
+            .method(method)
+            .uri(format!("/api/v1{path}"))
+            .header("host", self.base.authority().map_or(host, |a| a.as_str()))
+            .header("content-type", "application/json");
+        if let Some(token) = &self.token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let request = request.body(Full::new(Bytes::from(body)))?;
+        match &self.tls {
+            None => send(TokioIo::new(tcp), request).await,
+            Some(config) => {
+                let name = ServerName::try_from(host.to_owned())?;
+                let stream = tokio_rustls::TlsConnector::from(config.clone()).connect(name, tcp).await?;
+                send(TokioIo::new(stream), request).await
+            }
+        }
+    }
+}
+
+/// A string as one segment of a path.
+pub(crate) fn segment(text: &str) -> String {
+    utf8_percent_encode(text, SEGMENT).to_string()
+}
+
+async fn send<IO>(io: IO, request: Request<Full<Bytes>>) -> anyhow::Result<(StatusCode, Bytes)>
+where
+    IO: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+{
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await?;
+    let exchange = async {
+        let response = sender.send_request(request).await?;
+        let status = response.status();
+        Ok::<_, hyper::Error>((status, response.into_body().collect().await?.to_bytes()))
+    };
+    // The exchange ends with the connection's error, when it has one; so the connection's own end decides nothing.
+    let drive = async {
+        connection.await.unwrap_or_default();
+        std::future::pending().await
+    };
+    tokio::select! {
+        answer = exchange => Ok(answer?),
+        never = drive => never,
+    }
+}
+
+fn tls(server: &Server) -> anyhow::Result<Arc<rustls::ClientConfig>> {
+    let file = server.ca.as_ref().context("https needs --ca FILE (ISTIOCTL_CA) with the certificate to trust")?;
+    let pem = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let mut roots = rustls::RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(&pem) {
+        roots.add(certificate.with_context(|| format!("{} is not PEM", file.display()))?)?;
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(Arc::new(config))
+}
+
+/// What the server refused, with each mistake on a line of its own.
+fn refusal(status: StatusCode, body: &[u8]) -> anyhow::Error {
+    match serde_json::from_slice::<Problem>(body) {
+        Ok(problem) if !problem.errors.is_empty() => anyhow!("{}\n{}", problem.detail, problem.errors.join("\n")),
+        Ok(problem) => anyhow!("{}", problem.detail),
+        Err(_) => anyhow!("{status}: {}", String::from_utf8_lossy(body).trim()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_lists_every_mistake() {
+        let body = br#"{"type":"about:blank","title":"x","status":422,"detail":"2 mistakes","errors":["a:1:2: no","b:3:4: no"]}"#;
+        assert_eq!(refusal(StatusCode::UNPROCESSABLE_ENTITY, body).to_string(), "2 mistakes\na:1:2: no\nb:3:4: no");
+        assert_eq!(refusal(StatusCode::BAD_GATEWAY, b"oops ").to_string(), "502 Bad Gateway: oops");
+    }
+
+    #[test]
+    fn segments_are_escaped() {
+        assert_eq!(segment("sidecar~1.2.3.4~a.b~c/d"), "sidecar~1.2.3.4~a.b~c%2Fd");
+    }
+}

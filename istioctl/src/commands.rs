@@ -1,0 +1,33 @@
+//! The commands that ask the control plane.
+
+pub(crate) mod config;
+mod mesh;
+mod proxy;
+
+use std::process::ExitCode;
+
+use crate::cli::{Command, Output};
+use crate::client::Client;
+
+/// Runs one command against one control plane.
+///
+/// # Errors
+///
+/// What the control plane refused, or why it could not be asked.
+pub(crate) async fn run(client: &Client, output: Output, command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Apply(args) => config::apply(client, output, &args).await,
+        Command::Get(args) => config::get(client, output, &args).await,
+        Command::Delete(args) => config::delete(client, output, &args).await,
+        Command::History(args) => config::history(client, output, &args).await,
+        Command::ProxyStatus => proxy::status(client, output).await,
+        Command::ProxyConfig(args) => proxy::config(client, output, &args).await,
+        Command::Services => mesh::services(client, output).await,
+        Command::Workloads => mesh::workloads(client, output).await,
+        Command::Token(args) => mesh::token(client, output, &args).await,
+        Command::Version => mesh::version(client, output).await,
+        Command::Demo(_) | Command::Validate(_) | Command::Completion { .. } | Command::Internal(_) => {
+            anyhow::bail!("this command does not ask the control plane")
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! `services`, `workloads`, `token`, `version`.
+
+use std::process::ExitCode;
+
+use istiod::api::types::{ServiceRow, TokenCreated, TokenRequest, TokenRow, Version, WorkloadRow};
+use serde::Serialize;
+
+use crate::cli::{Output, Token};
+use crate::client::{Client, segment};
+use crate::output::{Rows, data, note, print};
+
+/// Shows services.
+pub(super) async fn services(client: &Client, output: Output) -> anyhow::Result<ExitCode> {
+    let services: Vec<ServiceRow> = client.get("/services").await?;
+    print(output, &services, |wide| {
+        let mut header = vec!["host", "namespace", "ports", "endpoints", "source"];
+        header.extend(wide.then_some(["addresses", "conflicts"]).into_iter().flatten());
+        let mut rows = Rows::new(header);
+        for service in &services {
+            let mut row = vec![
+                service.hostname.clone(),
+                service.namespace.clone(),
+                service.ports.join(","),
+                format!("{}/{}", service.healthy, service.endpoints),
+                service.source.clone(),
+            ];
+            if wide {
+                row.extend([service.addresses.join(","), service.conflicts.join("; ")]);
+            }
+            rows.push(row);
+        }
+        rows
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Shows workloads.
+pub(super) async fn workloads(client: &Client, output: Output) -> anyhow::Result<ExitCode> {
+    let workloads: Vec<WorkloadRow> = client.get("/workloads").await?;
+    print(output, &workloads, |wide| {
+        let mut header = vec!["name", "namespace", "address", "service account", "health", "source"];
+        header.extend(wide.then_some("labels"));
+        let mut rows = Rows::new(header);
+        for workload in &workloads {
+            let mut row = vec![
+                workload.name.clone(),
+                workload.namespace.clone(),
+                workload.address.clone(),
+                workload.service_account.clone(),
+                workload.health.clone(),
+                workload.source.clone(),
+            ];
+            if wide {
+                row.push(workload.labels.iter().map(|(k, v)| format!("{k}={v}")).collect::<Vec<_>>().join(","));
+            }
+            rows.push(row);
+        }
+        rows
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes, shows and revokes join tokens.
+pub(super) async fn token(client: &Client, output: Output, command: &Token) -> anyhow::Result<ExitCode> {
+    match command {
+        Token::Create { namespace, service_account, ttl, uses } => {
+            let request = TokenRequest {
+                namespace: namespace.clone(),
+                service_account: service_account.clone(),
+                ttl_seconds: ttl.as_secs(),
+                uses: *uses,
+            };
+            let created: TokenCreated = client.post("/tokens", &request).await?;
+            if matches!(output, Output::Json | Output::Yaml) {
+                print(output, &created, |_| Rows::new([]))?;
+            } else {
+                data(&format!("{}\n", created.token))?;
+                note(&format!("token {} for {namespace}/{service_account}, until {}", created.id, created.expires));
+            }
+        }
+        Token::List => {
+            let tokens: Vec<TokenRow> = client.get("/tokens").await?;
+            print(output, &tokens, |_| {
+                let mut rows = Rows::new(["id", "namespace", "service account", "expires", "uses left"]);
+                for token in &tokens {
+                    rows.push([
+                        token.id.clone(),
+                        token.namespace.clone(),
+                        token.service_account.clone(),
+                        token.expires.clone(),
+                        token.uses_left.to_string(),
+                    ]);
+                }
+                rows
+            })?;
+        }
+        Token::Revoke { id } => {
+            client.delete::<serde_json::Value>(&format!("/tokens/{}", segment(id))).await?;
+            note(&format!("token {id} revoked"));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Serialize)]
+struct Versions {
+    client: &'static str,
+    server: Option<Version>,
+}
+
+/// Shows the version of both sides.
+pub(super) async fn version(client: &Client, output: Output) -> anyhow::Result<ExitCode> {
+    let server = client.get::<Version>("/version").await;
+    if let Err(error) = &server {
+        note(&format!("warning: {error:#}"));
+    }
+    let versions = Versions { client: env!("CARGO_PKG_VERSION"), server: server.ok() };
+    print(output, &versions, |_| {
+        let mut rows = Rows::new(["program", "version", "trust domain", "revision", "role"]);
+        rows.push(["istioctl".to_owned(), versions.client.to_owned(), String::new(), String::new(), String::new()]);
+        if let Some(server) = &versions.server {
+            rows.push([
+                "istiod".to_owned(),
+                server.version.clone(),
+                server.trust_domain.clone(),
+                server.revision.to_string(),
+                server.role.clone(),
+            ]);
+        }
+        rows
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
