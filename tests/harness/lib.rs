@@ -1,0 +1,1 @@
+//! The harness: programs, peers, and waiting.
