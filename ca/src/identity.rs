@@ -15,6 +15,11 @@ pub const MAX_ID_LEN: usize = 2048;
 /// Longest trust domain in bytes (SPIFFE-ID, section 2.1).
 pub const MAX_TRUST_DOMAIN_LEN: usize = 255;
 
+/// Namespace of the control plane and of mesh-wide policies.
+pub const ROOT_NAMESPACE: &str = "istio-system";
+/// Service account of the control plane, in [`ROOT_NAMESPACE`].
+pub const CONTROL_PLANE_ACCOUNT: &str = "istiod";
+
 const SCHEME: &str = "spiffe://";
 
 /// Why a text is not a SPIFFE identity or not a trust domain.
@@ -121,6 +126,13 @@ impl SpiffeId {
         check_segment(namespace)?;
         check_segment(service_account)?;
         Self::parse(&format!("{SCHEME}{domain}/ns/{namespace}/sa/{service_account}"))
+    }
+
+    /// The control plane's own identity: service account `istiod` in `istio-system`.
+    #[must_use]
+    pub fn control_plane(domain: &TrustDomain) -> Self {
+        let text = format!("{SCHEME}{domain}/ns/{ROOT_NAMESPACE}/sa/{CONTROL_PLANE_ACCOUNT}");
+        Self { text: text.into(), path_at: SCHEME.len() + domain.as_str().len() }
     }
 
     /// The identity as text, with its scheme.
@@ -298,6 +310,13 @@ mod tests {
             assert!(SpiffeId::workload(&td, name, "x").is_err(), "{name}");
             assert!(SpiffeId::workload(&td, "x", name).is_err(), "{name}");
         }
+    }
+
+    #[test]
+    fn the_control_planes_identity_is_a_workload_identity() {
+        let td = TrustDomain::default();
+        let id = SpiffeId::workload(&td, ROOT_NAMESPACE, CONTROL_PLANE_ACCOUNT).unwrap();
+        assert_eq!(SpiffeId::control_plane(&td), id);
     }
 
     #[test]
