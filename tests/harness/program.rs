@@ -1,0 +1,119 @@
+//! Programs as processes: started with a log, ended by their own pid.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// A running program; it is killed when dropped.
+#[derive(Debug)]
+pub struct Program {
+    name: String,
+    log: PathBuf,
+    child: Child,
+}
+
+/// Path of one of our programs, beside the folder of the running test.
+///
+/// # Errors
+///
+/// With the command that builds it.
+pub fn ours(name: &str) -> anyhow::Result<PathBuf> {
+    let test = std::env::current_exe()?;
+    let folder = test.ancestors().nth(2).context("the test has no target folder")?;
+    let path = folder.join(name);
+    ensure!(path.exists(), "{} is not there; `cargo build --release --bins` makes it (and run this test with --release)", path.display());
+    Ok(path)
+}
+
+impl Program {
+    /// Starts a program whose output goes to `FOLDER/NAME.log`.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be started.
+    pub fn start(program: &Path, folder: &Path, name: &str, args: &[String]) -> anyhow::Result<Self> {
+        let log = folder.join(format!("{name}.log"));
+        let file = File::options().create(true).append(true).open(&log)?;
+        let child = Command::new(program)
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file)
+            .spawn()
+            .with_context(|| format!("cannot start {}", program.display()))?;
+        Ok(Self { name: name.to_owned(), log, child })
+    }
+
+    /// Process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What the program wrote.
+    #[must_use]
+    pub fn output(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Fails when the program has ended.
+    ///
+    /// # Errors
+    ///
+    /// With what it wrote last.
+    pub fn check(&mut self) -> anyhow::Result<()> {
+        match self.child.try_wait()? {
+            None => Ok(()),
+            Some(status) => bail!("{} ended with {status}:\n{}", self.name, tail(&self.output())),
+        }
+    }
+
+    /// `kill -9`, and waits until it is gone.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be signalled.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Asks it to end, and waits until it has.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be signalled.
+    pub fn stop(&mut self) -> anyhow::Result<std::process::ExitStatus> {
+        kill(Pid::from_raw(i32::try_from(self.child.id())?), Signal::SIGTERM)?;
+        Ok(self.child.wait()?)
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // It may have ended already; there is nobody to tell.
+        self.child.kill().unwrap_or_default();
+        self.child.wait().map(|_| ()).unwrap_or_default();
+    }
+}
+
+/// Runs one of our programs to its end: exit code, standard output, standard error.
+///
+/// # Errors
+///
+/// When it cannot be started.
+pub fn run(name: &str, envs: &[(&str, &str)], args: &[&str]) -> anyhow::Result<(i32, String, String)> {
+    let output = Command::new(ours(name)?).args(args).envs(envs.iter().copied()).stdin(Stdio::null()).output()?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ok((output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr)))
+}
+
+fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines.get(lines.len().saturating_sub(15)..).unwrap_or_default().join("\n")
+}
