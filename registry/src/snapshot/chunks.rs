@@ -1,0 +1,156 @@
+//! A sorted map that is cheap to copy: copies share all but the chunk that changes.
+
+use std::borrow::Borrow;
+use std::sync::Arc;
+
+/// Entries per chunk at most; a fuller one is split in two.
+const CHUNK: usize = 128;
+
+/// A sorted, immutable-when-shared map. A change copies one chunk of at most [`CHUNK`] entries and the list of chunks.
+#[derive(Debug, Clone)]
+pub(super) struct Chunks<K, V> {
+    /// Never contains an empty chunk.
+    chunks: Arc<Vec<Arc<Vec<(K, V)>>>>,
+    len: usize,
+}
+
+impl<K, V> Default for Chunks<K, V> {
+    fn default() -> Self {
+        Self { chunks: Arc::default(), len: 0 }
+    }
+}
+
+impl<K: Ord + Clone, V: Clone> Chunks<K, V> {
+    /// How many entries.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The chunk that holds `key`, or would.
+    fn chunk_of<Q: Ord + ?Sized>(&self, key: &Q) -> usize
+    where
+        K: Borrow<Q>,
+    {
+        let after = self.chunks.partition_point(|c| c.first().is_some_and(|(k, _)| k.borrow() <= key));
+        after.saturating_sub(1)
+    }
+
+    /// The value of `key`.
+    pub(super) fn get<Q: Ord + ?Sized>(&self, key: &Q) -> Option<&V>
+    where
+        K: Borrow<Q>,
+    {
+        let chunk = self.chunks.get(self.chunk_of(key))?;
+        let at = chunk.binary_search_by(|(k, _)| k.borrow().cmp(key)).ok()?;
+        chunk.get(at).map(|(_, v)| v)
+    }
+
+    /// Sets the value of `key`.
+    pub(super) fn insert(&mut self, key: K, value: V) {
+        let at = self.chunk_of(&key);
+        let chunks = Arc::make_mut(&mut self.chunks);
+        let Some(chunk) = chunks.get_mut(at) else {
+            chunks.push(Arc::new(vec![(key, value)]));
+            self.len += 1;
+            return;
+        };
+        let entries = Arc::make_mut(chunk);
+        match entries.binary_search_by(|(k, _)| k.cmp(&key)) {
+            Ok(found) => {
+                if let Some(entry) = entries.get_mut(found) {
+                    entry.1 = value;
+                }
+            }
+            Err(place) => {
+                entries.insert(place, (key, value));
+                self.len += 1;
+                if entries.len() > CHUNK {
+                    let tail = entries.split_off(CHUNK / 2);
+                    chunks.insert(at + 1, Arc::new(tail));
+                }
+            }
+        }
+    }
+
+    /// Removes `key`.
+    pub(super) fn remove<Q: Ord + ?Sized>(&mut self, key: &Q) -> Option<V>
+    where
+        K: Borrow<Q>,
+    {
+        let at = self.chunk_of(key);
+        let found = self.chunks.get(at)?.binary_search_by(|(k, _)| k.borrow().cmp(key)).ok()?;
+        let chunks = Arc::make_mut(&mut self.chunks);
+        let entries = Arc::make_mut(chunks.get_mut(at)?);
+        let (_, value) = entries.remove(found);
+        if entries.is_empty() {
+            chunks.remove(at);
+        }
+        self.len -= 1;
+        Some(value)
+    }
+
+    /// All entries in the order of their keys.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
+        self.chunks.iter().flat_map(|chunk| chunk.iter()).map(|(k, v)| (k, v))
+    }
+
+    /// The entries from `start` on, in the order of their keys.
+    pub(super) fn iter_from<'a, Q: Ord + ?Sized>(
+        &'a self,
+        start: &Q,
+    ) -> impl Iterator<Item = (&'a K, &'a V)> + use<'a, K, V, Q>
+    where
+        K: Borrow<Q>,
+    {
+        let at = self.chunk_of(start);
+        let skip = self.chunks.get(at).map_or(0, |c| c.partition_point(|(k, _)| k.borrow() < start));
+        self.chunks.iter().skip(at).flat_map(|chunk| chunk.iter()).skip(skip).map(|(k, v)| (k, v))
+    }
+}
+
+impl<K: Ord + Clone, V: Clone> FromIterator<(K, V)> for Chunks<K, V> {
+    fn from_iter<I: IntoIterator<Item = (K, V)>>(entries: I) -> Self {
+        let mut map = Self::default();
+        for (key, value) in entries {
+            map.insert(key, value);
+        }
+        map
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn behaves_like_a_btree_map(ops in proptest::collection::vec((any::<bool>(), 0u16..400, any::<u8>()), 0..1500)) {
+            let mut chunks = Chunks::default();
+            let mut model = BTreeMap::new();
+            let mut before = (chunks.clone(), model.clone());
+            for (i, (insert, key, value)) in ops.into_iter().enumerate() {
+                if i == 700 {
+                    before = (chunks.clone(), model.clone());
+                }
+                if insert {
+                    chunks.insert(key, value);
+                    model.insert(key, value);
+                } else {
+                    prop_assert_eq!(chunks.remove(&key), model.remove(&key));
+                }
+            }
+            for (chunks, model) in [&before, &(chunks, model)] {
+                prop_assert_eq!(chunks.len(), model.len());
+                prop_assert!(chunks.iter().eq(model.iter()));
+                for key in [0u16, 17, 200, 399] {
+                    prop_assert_eq!(chunks.get(&key), model.get(&key));
+                    prop_assert!(chunks.iter_from(&key).eq(model.range(key..)));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! The last changes of the configuration, for `istioctl history`, `diff` and `rollback`.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use super::command::Revision;
+
+/// How many entries are kept unless the operator says otherwise.
+pub const DEFAULT_LIMIT: u32 = 1000;
+
+/// One log entry that changed configuration.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry {
+    /// Its revision.
+    pub revision: Revision,
+    /// When it was proposed, in milliseconds since 1970.
+    pub time_ms: i64,
+    /// Who asked for it.
+    pub author: String,
+    /// What it changed, in the order of the commands.
+    pub changes: Vec<Change>,
+}
+
+/// One object before and after.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Change {
+    /// `Kind/namespace/name`, or `MeshConfig`.
+    pub what: String,
+    /// The whole object before, in its Kubernetes form; none when it was created.
+    pub before: Option<Value>,
+    /// The whole object after; none when it was deleted.
+    pub after: Option<Value>,
+}
+
+impl Entry {
+    /// One line: what was created (`+`), changed (`~`) and deleted (`-`).
+    #[must_use]
+    pub fn summary(&self) -> String {
+        let words = self.changes.iter().map(|change| {
+            let sign = match (&change.before, &change.after) {
+                (None, _) => '+',
+                (Some(_), Some(_)) => '~',
+                (Some(_), None) => '-',
+            };
+            format!("{sign}{}", change.what)
+        });
+        words.collect::<Vec<_>>().join(" ")
+    }
+}
+
+/// The remembered entries, oldest first, bounded in number.
+#[derive(Debug, Clone, PartialEq)]
+pub struct History {
+    limit: u32,
+    entries: VecDeque<Arc<Entry>>,
+}
+
+impl Default for History {
+    fn default() -> Self {
+        Self { limit: DEFAULT_LIMIT, entries: VecDeque::new() }
+    }
+}
+
+impl History {
+    /// How many entries are kept.
+    #[must_use]
+    pub fn limit(&self) -> u32 {
+        self.limit
+    }
+
+    /// The entries, oldest first.
+    pub fn entries(&self) -> impl DoubleEndedIterator<Item = &Arc<Entry>> {
+        self.entries.iter()
+    }
+
+    /// The entry of `revision`, if it is remembered.
+    #[must_use]
+    pub fn entry(&self, revision: Revision) -> Option<&Arc<Entry>> {
+        let at = self.entries.binary_search_by_key(&revision, |entry| entry.revision).ok()?;
+        self.entries.get(at)
+    }
+
+    /// The history with these entries.
+    pub(super) fn restore(limit: u32, entries: BTreeMap<Revision, Entry>) -> Self {
+        Self { limit, entries: entries.into_values().map(Arc::new).collect() }
+    }
+
+    /// Remembers `entry`; returns the revisions that are forgotten for it.
+    pub(super) fn push(&mut self, entry: Entry) -> Vec<Revision> {
+        self.entries.push_back(Arc::new(entry));
+        self.trim()
+    }
+
+    /// Sets the bound; returns the revisions that are forgotten.
+    pub(super) fn set_limit(&mut self, limit: u32) -> Vec<Revision> {
+        self.limit = limit;
+        self.trim()
+    }
+
+    fn trim(&mut self) -> Vec<Revision> {
+        let keep = usize::try_from(self.limit).unwrap_or(usize::MAX);
+        let excess = self.entries.len().saturating_sub(keep);
+        self.entries.drain(..excess).map(|entry| entry.revision).collect()
+    }
+}
