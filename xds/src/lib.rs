@@ -1,1 +1,8 @@
-//! placeholder
+//! From snapshot to stream.
+//!
+//! [`resources`] says what a proxy holds and [`cache`] shares it; [`stream`] speaks the protocol. Nothing here
+//! knows Raft.
+
+pub mod resources;
+pub mod cache;
+pub mod stream;
