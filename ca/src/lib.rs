@@ -2,15 +2,19 @@
 //!
 //! [`identity`] is the name of a workload, [`x509`] reads and prints what carries it, [`svid`] is an issued one with
 //! its key. [`authority`] decides what is signed, for the callers that [`authn`] knows; [`renewal`] says when to ask
-//! again. [`bundle`] holds the roots that are believed, [`state`] what all members of the control plane share,
-//! [`keystore`] the private keys.
+//! again. [`service`] serves certificates, [`client`] obtains and renews them, [`tls`] makes connections with them.
+//! [`bundle`] holds the roots that are believed, [`state`] what all members of the control plane share, [`keystore`] the
+//! private keys.
 
 pub mod authn;
 pub mod authority;
 pub mod bundle;
+pub mod client;
 pub mod identity;
 pub mod keystore;
 pub mod renewal;
+pub mod service;
 pub mod state;
 pub mod svid;
+pub mod tls;
 pub mod x509;

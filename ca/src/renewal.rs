@@ -4,7 +4,11 @@
 //! workloads started together do not renew together. A failed attempt is repeated with growing pauses. The schedule
 //! never ends: after expiry it goes on trying.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
+
+/// What time it is: the one clock of each program, passed to whatever needs it.
+pub type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
 
 /// Pause after the first failure.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);

@@ -1,13 +1,16 @@
 //! An issued identity: what a signing gives back, and what a workload holds while it runs.
 
 use std::fmt;
-use std::time::SystemTime;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
+use rustls::sign::CertifiedKey;
 use rustls_pki_types::pem::PemObject as _;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime};
 use zeroize::Zeroizing;
 
 use crate::identity::SpiffeId;
+use crate::tls::{self, Anchors};
 use crate::x509::{self, Facts, X509Error};
 
 /// What an authority answers: a leaf, the intermediates above it, and the roots to believe.
@@ -142,14 +145,18 @@ pub struct Identity {
     pub obtained_at: SystemTime,
     /// Last moment at which the leaf is valid.
     pub not_after: SystemTime,
+    anchors: Arc<Anchors>,
+    certified: Arc<CertifiedKey>,
+    certified_with_roots: Arc<CertifiedKey>,
 }
 
 impl Identity {
-    /// Puts an answer and the key it belongs to together.
+    /// Puts an answer and the key it belongs to together, and checks that peers will accept it.
     ///
     /// # Errors
     ///
-    /// When the leaf is not for this key, or does not have exactly one SPIFFE identity.
+    /// When the leaf is not for this key, does not have exactly one SPIFFE identity, or does not lead to one of the
+    /// roots at `obtained_at`.
     pub fn new(chain: Chain, key: PrivateKey, obtained_at: SystemTime) -> Result<Self, IdentityMismatch> {
         let facts = Facts::parse(&chain.leaf)?;
         let public = rcgen::PublicKeyData::subject_public_key_info(&key.key_pair()?);
@@ -157,8 +164,42 @@ impl Identity {
             return Err(IdentityMismatch::Key);
         }
         let spiffe_id = facts.spiffe_id()?;
+        let anchors = Anchors::new(&chain.roots).map_err(IdentityMismatch::Path)?;
+        let now = UnixTime::since_unix_epoch(obtained_at.duration_since(UNIX_EPOCH).unwrap_or_default());
+        anchors
+            .verify(&chain.leaf, &chain.intermediates, now, webpki::KeyUsage::client_auth())
+            .map_err(IdentityMismatch::Path)?;
         let (chain, roots) = (chain.presented(), chain.roots);
-        Ok(Self { spiffe_id, chain, key, roots, obtained_at, not_after: facts.not_after })
+        let with_roots = chain.iter().chain(&roots).cloned().collect();
+        Ok(Self {
+            spiffe_id,
+            certified: Arc::new(tls::certified_key(chain.clone(), &key.to_der())?),
+            certified_with_roots: Arc::new(tls::certified_key(with_roots, &key.to_der())?),
+            anchors: Arc::new(anchors),
+            chain,
+            key,
+            roots,
+            obtained_at,
+            not_after: facts.not_after,
+        })
+    }
+
+    /// Chain and key as rustls presents them in a handshake.
+    #[must_use]
+    pub fn certified(&self) -> &Arc<CertifiedKey> {
+        &self.certified
+    }
+
+    /// The same with the roots at the end, for clients that know no more than a root's fingerprint.
+    #[must_use]
+    pub fn certified_with_roots(&self) -> &Arc<CertifiedKey> {
+        &self.certified_with_roots
+    }
+
+    /// The roots, ready to verify peers with.
+    #[must_use]
+    pub fn anchors(&self) -> &Arc<Anchors> {
+        &self.anchors
     }
 
     /// The chain in PEM, leaf first.
@@ -183,6 +224,14 @@ pub enum IdentityMismatch {
     /// The certificate cannot be used.
     #[error("the certificate cannot be used")]
     Certificate(#[from] X509Error),
+    /// The certificate does not lead to one of the roots at this time.
+    #[error(
+        "the certificate does not lead to a root that is believed; are the clocks of both machines right?"
+    )]
+    Path(#[source] webpki::Error),
+    /// The key cannot present the certificate.
+    #[error("the key cannot be used for TLS")]
+    Tls(#[from] rustls::Error),
     /// The key cannot be used.
     #[error("the key cannot be used")]
     BadKey(#[from] rcgen::Error),
