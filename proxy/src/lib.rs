@@ -1,1 +1,2 @@
-//! placeholder
+//! The data plane: what a control plane says becomes tables, and tables decide what happens to traffic.
+pub mod xds;

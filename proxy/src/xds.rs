@@ -1,0 +1,14 @@
+//! What a control plane says to this proxy: resources, validated once, and the stream they come on.
+
+pub mod access_log;
+pub mod cluster;
+pub mod decode;
+pub mod filter;
+pub mod format;
+pub mod jwt;
+pub mod listener;
+pub mod matcher;
+pub mod mutation;
+pub mod rbac;
+pub mod route;
+pub mod tls;

@@ -1,0 +1,1 @@
+//! Tables of what is taken and what is refused.
