@@ -128,7 +128,9 @@ impl SigningRoot {
     /// When the system has no randomness.
     pub fn generate(domain: &TrustDomain, now: SystemTime, serial: Serial) -> Result<Self, SignError> {
         let pair = KeyPair::generate()?;
-        let mut params = authority_params(domain, "root", BasicConstraints::Unconstrained);
+        // a name of its own, so that a chain can be told from one of another root of the same mesh
+        let name = format!("root {}", x509::hex(serial.0.get(..4).unwrap_or_default()));
+        let mut params = authority_params(domain, &name, BasicConstraints::Unconstrained);
         set_validity(&mut params, now, now + ROOT_LIFETIME, serial);
         let cert = params.self_signed(&pair)?.der().clone();
         let facts = Facts::parse(&cert).map_err(SignError::Issuer)?;

@@ -18,3 +18,6 @@ pub mod state;
 pub mod svid;
 pub mod tls;
 pub mod x509;
+
+#[cfg(test)]
+mod fixtures;

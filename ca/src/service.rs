@@ -193,3 +193,7 @@ fn with_cause(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+#[path = "service/tests.rs"]
+mod tests;

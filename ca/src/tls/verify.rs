@@ -140,10 +140,10 @@ impl ExpectedIdentities {
 }
 
 /// Why a peer with a valid chain is refused.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Clone, thiserror::Error)]
 pub enum PeerRefused {
     /// Its certificate does not have a single SPIFFE identity.
-    #[error("the peer's certificate: {0}")]
+    #[error("the peer's certificate has no identity: {0}")]
     Certificate(X509Error),
     /// It is somebody else than expected.
     #[error("the peer is `{found}`, which is none of the expected identities")]
@@ -163,6 +163,13 @@ pub enum PeerRefused {
     /// The chain of a server does not contain the root whose fingerprint was given.
     #[error("the server's chain does not contain the root with the expected fingerprint")]
     Fingerprint,
+}
+
+/// rustls prints what is inside its errors with `Debug`: operators read the sentence there.
+impl fmt::Debug for PeerRefused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
 }
 
 impl From<PeerRefused> for rustls::Error {
