@@ -1,6 +1,6 @@
 //! One log entry applied: deterministic, infallible, and silent about what does not change.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -94,10 +94,16 @@ impl Entry<'_> {
             };
             return conflicts.into_iter().map(told).collect();
         }
+        // Who names an object twice means the last.
+        let last: BTreeMap<ObjectKey, usize> =
+            conflicts.into_iter().enumerate().map(|(at, (key, _))| (key, at)).collect();
         let mut outcomes = Vec::with_capacity(puts.len() + deletes.len());
-        for put in puts {
+        for (at, put) in puts.iter().enumerate() {
             let key = ObjectKey::of(&put.object);
-            let result = self.put_object(&key, &put.object);
+            let result = match last.get(&key) {
+                Some(last) if *last != at => ObjectResult::NotApplied,
+                Some(_) | None => self.put_object(&key, &put.object),
+            };
             outcomes.push(ObjectOutcome { key, result });
         }
         for delete in deletes {
@@ -164,10 +170,14 @@ impl Entry<'_> {
             self.redeclare(key, old.as_deref(), new.as_deref());
         }
         if key.kind == Kind::WorkloadEntry {
-            for object in [old, new].iter().flatten() {
-                if let Some(labels) = declare::workload_labels(object) {
-                    self.touch_selecting(&key.namespace, &labels);
-                }
+            let entries = [old, new];
+            let labels = entries.iter().flatten().filter_map(|object| declare::workload_labels(object));
+            // A registration of the same name is hidden by the entry, and comes back without it.
+            let registered = WorkloadKey { namespace: key.namespace.clone(), name: key.name.clone() };
+            let hidden =
+                self.state.workloads.get(&registered).map(|registration| registration.labels.clone());
+            for labels in labels.chain(hidden).collect::<Vec<_>>() {
+                self.touch_selecting(&key.namespace, &labels);
             }
         }
     }

@@ -104,6 +104,6 @@ pub enum ObjectResult {
         /// What is; 0: it does not exist.
         found: Revision,
     },
-    /// Not applied, because another object of the same change was in conflict.
+    /// Not applied: another object of the same change was in conflict, or the change named this one again later.
     NotApplied,
 }
