@@ -1,10 +1,7 @@
 //! Compiles the certificate service's proto, without protoc.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    #[expect(clippy::print_stdout, reason = "this is how a build script speaks to cargo")]
-    {
-        println!("cargo::rerun-if-changed=proto");
-    }
+    println!("cargo::rerun-if-changed=proto");
     let descriptors = protox::compile(["proto/istio_ca.proto"], ["proto"])?;
     tonic_prost_build::configure().build_transport(false).compile_fds(descriptors)?;
     Ok(())

@@ -209,8 +209,10 @@ impl SigningRoot {
 #[derive(Debug)]
 pub struct Authority {
     domain: TrustDomain,
-    /// The issuing certificate and those above it, without the root.
+    /// The issuing certificate and those above it.
     chain: Vec<CertificateDer<'static>>,
+    /// Those of `chain` that peers do not have already because they are roots.
+    presented: Vec<CertificateDer<'static>>,
     roots: Vec<CertificateDer<'static>>,
     key: PrivateKey,
     issuer: Issuer<'static, KeyPair>,
@@ -242,9 +244,8 @@ impl Authority {
             return Err(unusable("it is not for this key"));
         }
         let issuer = Issuer::from_ca_cert_der(cert, pair)?;
-        // a self-signed issuing certificate is the root itself, which peers have already
-        let chain = chain.iter().filter(|cert| !roots.contains(cert)).cloned().collect();
-        Ok(Self { domain, chain, roots, key, issuer, facts, lifetimes })
+        let presented = chain.iter().filter(|cert| !roots.contains(cert)).cloned().collect();
+        Ok(Self { domain, chain, presented, roots, key, issuer, facts, lifetimes })
     }
 
     /// Trust domain of all identities that are signed here.
@@ -259,7 +260,7 @@ impl Authority {
         &self.roots
     }
 
-    /// The issuing certificate and those above it, without the root.
+    /// The issuing certificate and those above it.
     #[must_use]
     pub fn chain(&self) -> &[CertificateDer<'static>] {
         &self.chain
@@ -358,10 +359,10 @@ impl Authority {
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.use_authority_key_identifier_extension = true;
-        let ends = now + self.lifetimes.grant(requested);
+        let ends = now.checked_add(self.lifetimes.grant(requested)).unwrap_or(self.facts.not_after);
         set_validity(&mut params, now, ends.min(self.facts.not_after), serial);
         let leaf = params.signed_by(&public_key, &self.issuer)?.der().clone();
-        Ok(Chain { leaf, intermediates: self.chain.clone(), roots: self.roots.clone() })
+        Ok(Chain { leaf, intermediates: self.presented.clone(), roots: self.roots.clone() })
     }
 }
 

@@ -246,8 +246,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// Trust domain, path, and namespace with service account.
+    type Parts<'a> = (&'a str, &'a str, Option<(&'a str, &'a str)>);
+
     #[track_caller]
-    fn check(text: &str, expected: Result<(&str, &str, Option<(&str, &str)>), IdentityError>) {
+    fn check(text: &str, expected: Result<Parts<'_>, IdentityError>) {
         let parsed = SpiffeId::parse(text);
         let seen = parsed.as_ref().map(|id| (id.trust_domain_str(), id.path(), id.workload_parts()));
         assert_eq!(seen, expected.as_ref().copied(), "{text}");

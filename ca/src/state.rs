@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use crate::authn::{Hash, PresentedToken};
+use crate::authn::{Hash, JoinToken, PresentedToken};
 use crate::bundle::Bundle;
 use crate::identity::{CONTROL_PLANE_ACCOUNT, IdentityError, ROOT_NAMESPACE, SpiffeId, TrustDomain};
 
@@ -45,6 +45,22 @@ pub struct TokenRecord {
 }
 
 impl TokenRecord {
+    /// What is stored of a new token: everything but the secret.
+    #[must_use]
+    pub fn of(token: &JoinToken, expires_at: SystemTime, uses: u32, created_by: impl Into<String>) -> Self {
+        Self {
+            id: token.id.clone(),
+            hash: token.secret.hash(),
+            namespace: token.namespace.clone(),
+            service_account: token.service_account.clone(),
+            expires_at: unix_seconds(expires_at),
+            uses_left: uses,
+            workload_group: None,
+            created_by: created_by.into(),
+            redeemed_by: BTreeMap::new(),
+        }
+    }
+
     /// The identity that the token gives.
     ///
     /// # Errors
@@ -367,7 +383,7 @@ mod tests {
         };
         match state.apply(command).outcome {
             CaOutcome::Refused(reason) => Err(reason),
-            outcome => {
+            outcome @ (CaOutcome::Redeemed { .. } | CaOutcome::Changed | CaOutcome::Unchanged) => {
                 let expected = CaOutcome::Redeemed {
                     namespace: "shop".to_owned(),
                     service_account: "payments".to_owned(),
@@ -379,9 +395,11 @@ mod tests {
         }
     }
 
-    /// Each step: token, secret, key, second, what is answered.
+    /// Token, secret, key, second, what is answered.
+    type RedeemStep = (&'static str, &'static str, &'static str, u64, Result<(), RedeemRefused>);
+
     #[track_caller]
-    fn check(uses: u32, steps: &[(&str, &str, &str, u64, Result<(), RedeemRefused>)]) {
+    fn check(uses: u32, steps: &[RedeemStep]) {
         let mut state = CaState::default();
         state.apply(CaCommand::AddJoinToken(record("t", uses)));
         for (at, (id, secret, key, second, expected)) in steps.iter().enumerate() {

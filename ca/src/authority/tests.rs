@@ -246,6 +246,31 @@ fn a_made_root_can_be_stored_as_files_and_plugged_in_again() {
 }
 
 #[test]
+fn a_plugged_in_root_that_may_have_nothing_below_it_signs_itself_also_in_a_rotation() {
+    let pair = KeyPair::generate().unwrap();
+    let mut params = authority_params(&domain(), "alone", BasicConstraints::Constrained(0));
+    set_validity(&mut params, t0(), t0() + DAY * 100, serial(7));
+    let cert = params.self_signed(&pair).unwrap();
+    let files = PluggedIn {
+        ca_cert: cert.pem(),
+        ca_key: PrivateKey::from_key_pair(&pair).to_pem(),
+        cert_chain: String::new(),
+        root_cert: cert.pem(),
+    };
+    let plugged = files.check(t0()).unwrap();
+    let member = plugged.member(&domain(), "a", Lifetimes::default(), t0(), serial(2)).unwrap();
+    let chain = member.sign(&csr(), &reviews(), None, t0(), serial(3)).unwrap();
+    assert!(chain.intermediates.is_empty());
+    verify(&chain, webpki::KeyUsage::client_auth(), t0()).unwrap();
+    let next = root();
+    let roots = [plugged.roots(), next.roots()].concat();
+    let chain = member.with_roots(roots).unwrap().sign(&csr(), &reviews(), None, t0(), serial(3)).unwrap();
+    assert_eq!(chain.roots.len(), 2);
+    assert_eq!(Chain::from_reply(&chain.to_reply()).unwrap(), chain);
+    verify(&chain, webpki::KeyUsage::client_auth(), t0()).unwrap();
+}
+
+#[test]
 fn plugged_in_files_that_do_not_fit_are_told_apart() {
     let good = || files(&root(), BasicConstraints::Unconstrained);
     let other = good();

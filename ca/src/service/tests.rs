@@ -1,4 +1,3 @@
-use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::time::SystemTime;
 
@@ -13,12 +12,12 @@ use tonic::transport::{Channel, Endpoint, Server};
 
 use super::pb::istio_certificate_service_client::IstioCertificateServiceClient as Client;
 use super::*;
-use crate::authn::Secret;
+use crate::authn::{Secret, TokenBinding};
 use crate::client::{CertificateSource, Issuance as _, Presented, Remote, RequestError, bootstrap_tls};
 use crate::fixtures::{Ca, HOUR, ca, domain, now, reviews};
 use crate::identity::SpiffeId;
 use crate::keystore::KeyStore;
-use crate::state::{CaCommand, CaOutcome, CaState, TokenRecord, unix_seconds};
+use crate::state::{CaCommand, CaOutcome, CaState, TokenRecord};
 use crate::svid::{Identity, PrivateKey};
 use crate::tls::accept::incoming;
 use crate::tls::{self, ClientAuth, ExpectedIdentities, ServerContext};
@@ -84,26 +83,14 @@ async fn start() -> Fixture {
 
 impl Fixture {
     fn token(&self, uses: u32) -> JoinToken {
-        let token = JoinToken {
-            id: format!("t{}", self.backend.state.lock().unwrap().tokens().count()),
-            secret: Secret::random().unwrap(),
-            endpoints: vec![self.address.clone()],
-            root_sha256: Hash::of(&self.ca.root.roots()[0]),
+        let binding = TokenBinding {
             namespace: "default".to_owned(),
             service_account: "reviews".to_owned(),
             trust_domain: domain(),
         };
-        let record = TokenRecord {
-            id: token.id.clone(),
-            hash: token.secret.hash(),
-            namespace: token.namespace.clone(),
-            service_account: token.service_account.clone(),
-            expires_at: unix_seconds(now()) + 600,
-            uses_left: uses,
-            workload_group: None,
-            created_by: String::new(),
-            redeemed_by: BTreeMap::new(),
-        };
+        let root = Hash::of(&self.ca.root.roots()[0]);
+        let token = JoinToken::generate(binding, vec![self.address.clone()], root).unwrap();
+        let record = TokenRecord::of(&token, now() + Duration::from_secs(600), uses, "test");
         self.backend.state.lock().unwrap().apply(CaCommand::AddJoinToken(record));
         token
     }
