@@ -1,6 +1,7 @@
 //! What a control plane says to this proxy: resources, validated once, and the stream they come on.
 
 pub mod access_log;
+pub mod client;
 pub mod cluster;
 pub mod decode;
 pub mod filter;
@@ -9,6 +10,7 @@ pub mod jwt;
 pub mod listener;
 pub mod matcher;
 pub mod mutation;
+pub mod parse;
 pub mod rbac;
 pub mod route;
 pub mod tls;

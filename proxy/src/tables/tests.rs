@@ -1,0 +1,1 @@
+//! Warming, sharing and swapping.
