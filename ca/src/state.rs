@@ -142,6 +142,15 @@ pub enum RedeemRefused {
     UsedUp,
 }
 
+/// What a redemption does to its token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Redemption {
+    /// It uses the token for a key that has not used it.
+    First,
+    /// It changes nothing: the key has used the token already.
+    Repeated,
+}
+
 /// What a command did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CaOutcome {
@@ -256,20 +265,46 @@ impl CaState {
         CaEffect { outcome: CaOutcome::Changed, writes }
     }
 
+    /// What a redemption would do at `now`, without doing it.
+    ///
+    /// To be asked before a redemption is proposed, so that callers without a good token write nothing to the log. A
+    /// member that may be behind must catch up first.
+    ///
+    /// # Errors
+    ///
+    /// When the redemption would be refused.
+    pub fn check_redeem(
+        &self,
+        token: &PresentedToken,
+        key_hash: Hash,
+        now: SystemTime,
+    ) -> Result<Redemption, RedeemRefused> {
+        self.decide(&token.id, token.secret_hash, key_hash, unix_seconds(now))
+    }
+
     /// A key that has redeemed the token may do so again until the token ends: its first answer may have been lost.
-    fn redeem(&mut self, id: &str, secret: Hash, key: Hash, at: u64) -> CaEffect {
-        let Some(token) = self.tokens.get_mut(id).filter(|token| token.hash.matches(&secret)) else {
-            return CaEffect::refused(RedeemRefused::Unknown);
-        };
+    fn decide(&self, id: &str, secret: Hash, key: Hash, at: u64) -> Result<Redemption, RedeemRefused> {
+        let token = self.tokens.get(id).filter(|token| token.hash.matches(&secret));
+        let token = token.ok_or(RedeemRefused::Unknown)?;
         if token.ended(at) {
-            return CaEffect::refused(RedeemRefused::Expired);
+            return Err(RedeemRefused::Expired);
         }
-        let again = token.redeemed_by.contains_key(&key);
-        if !again && token.uses_left == 0 {
-            return CaEffect::refused(RedeemRefused::UsedUp);
+        match (token.redeemed_by.contains_key(&key), token.uses_left) {
+            (true, _) => Ok(Redemption::Repeated),
+            (false, 0) => Err(RedeemRefused::UsedUp),
+            (false, _) => Ok(Redemption::First),
         }
-        if !again {
-            token.uses_left -= 1;
+    }
+
+    fn redeem(&mut self, id: &str, secret: Hash, key: Hash, at: u64) -> CaEffect {
+        let decision = self.decide(id, secret, key, at);
+        let (first, token) = match (decision, self.tokens.get_mut(id)) {
+            (Ok(redemption), Some(token)) => (redemption == Redemption::First, token),
+            (Err(reason), _) => return CaEffect::refused(reason),
+            (Ok(_), None) => return CaEffect::refused(RedeemRefused::Unknown),
+        };
+        if first {
+            token.uses_left = token.uses_left.saturating_sub(1);
             token.redeemed_by.insert(key, at);
         }
         let outcome = CaOutcome::Redeemed {
@@ -277,7 +312,7 @@ impl CaState {
             service_account: token.service_account.clone(),
             workload_group: token.workload_group.clone(),
         };
-        CaEffect { outcome, writes: if again { Vec::new() } else { vec![token_write(token)] } }
+        CaEffect { outcome, writes: if first { vec![token_write(token)] } else { Vec::new() } }
     }
 
     fn bundle_write(&self) -> Write {
@@ -356,190 +391,5 @@ fn to_json(value: &impl Serialize) -> Vec<u8> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn record(id: &str, uses: u32) -> TokenRecord {
-        TokenRecord {
-            id: id.to_owned(),
-            hash: Hash::of(b"secret"),
-            namespace: "shop".to_owned(),
-            service_account: "payments".to_owned(),
-            expires_at: 100,
-            uses_left: uses,
-            workload_group: Some("shop/payments".to_owned()),
-            created_by: "ann".to_owned(),
-            redeemed_by: BTreeMap::new(),
-        }
-    }
-
-    fn redeem(state: &mut CaState, id: &str, secret: &str, key: &str, at: u64) -> Result<(), RedeemRefused> {
-        let command = CaCommand::Redeem {
-            id: id.to_owned(),
-            secret_hash: Hash::of(secret.as_bytes()),
-            key_hash: Hash::of(key.as_bytes()),
-            at,
-        };
-        match state.apply(command).outcome {
-            CaOutcome::Refused(reason) => Err(reason),
-            outcome @ (CaOutcome::Redeemed { .. } | CaOutcome::Changed | CaOutcome::Unchanged) => {
-                let expected = CaOutcome::Redeemed {
-                    namespace: "shop".to_owned(),
-                    service_account: "payments".to_owned(),
-                    workload_group: Some("shop/payments".to_owned()),
-                };
-                assert_eq!(outcome, expected);
-                Ok(())
-            }
-        }
-    }
-
-    /// Token, secret, key, second, what is answered.
-    type RedeemStep = (&'static str, &'static str, &'static str, u64, Result<(), RedeemRefused>);
-
-    #[track_caller]
-    fn check(uses: u32, steps: &[RedeemStep]) {
-        let mut state = CaState::default();
-        state.apply(CaCommand::AddJoinToken(record("t", uses)));
-        for (at, (id, secret, key, second, expected)) in steps.iter().enumerate() {
-            assert_eq!(redeem(&mut state, id, secret, key, *second), *expected, "step {at}");
-        }
-    }
-
-    #[test]
-    fn one_key_redeems_and_may_repeat() {
-        use RedeemRefused::*;
-        check(
-            1,
-            &[
-                ("t", "secret", "key1", 50, Ok(())),
-                ("t", "secret", "key1", 60, Ok(())),
-                ("t", "secret", "key2", 60, Err(UsedUp)),
-                ("t", "wrong", "key1", 60, Err(Unknown)),
-                ("t", "secret", "key1", 100, Ok(())),
-                ("t", "secret", "key1", 101, Err(Expired)),
-                ("t", "wrong", "key1", 101, Err(Unknown)),
-            ],
-        );
-    }
-
-    #[test]
-    fn several_uses_are_several_keys() {
-        use RedeemRefused::*;
-        check(
-            2,
-            &[
-                ("t", "secret", "key1", 1, Ok(())),
-                ("t", "secret", "key1", 1, Ok(())),
-                ("t", "secret", "key2", 1, Ok(())),
-                ("t", "secret", "key3", 1, Err(UsedUp)),
-                ("t", "secret", "key2", 1, Ok(())),
-            ],
-        );
-    }
-
-    #[test]
-    fn unknown_expired_and_unusable_tokens_are_refused() {
-        use RedeemRefused::*;
-        check(1, &[("u", "secret", "key1", 1, Err(Unknown)), ("t", "secret", "key1", 101, Err(Expired))]);
-        check(0, &[("t", "secret", "key1", 1, Err(UsedUp))]);
-    }
-
-    #[test]
-    fn a_wrong_secret_uses_nothing_up() {
-        check(1, &[("t", "wrong", "k", 1, Err(RedeemRefused::Unknown)), ("t", "secret", "k", 1, Ok(()))]);
-    }
-
-    #[test]
-    fn a_revoked_token_is_unknown_even_to_its_key() {
-        let mut state = CaState::default();
-        state.apply(CaCommand::AddJoinToken(record("t", 1)));
-        redeem(&mut state, "t", "secret", "key1", 1).unwrap();
-        let effect = state.apply(CaCommand::RevokeJoinToken { id: "t".to_owned() });
-        assert_eq!(effect.writes, [Write { key: "token/t".to_owned(), value: None }]);
-        assert_eq!(redeem(&mut state, "t", "secret", "key1", 1), Err(RedeemRefused::Unknown));
-        assert_eq!(state.apply(CaCommand::RevokeJoinToken { id: "t".to_owned() }), CaEffect::unchanged());
-    }
-
-    #[test]
-    fn adding_again_does_not_refill_a_token() {
-        let mut state = CaState::default();
-        state.apply(CaCommand::AddJoinToken(record("t", 1)));
-        redeem(&mut state, "t", "secret", "key1", 1).unwrap();
-        assert_eq!(state.apply(CaCommand::AddJoinToken(record("t", 1))), CaEffect::unchanged());
-        assert_eq!(redeem(&mut state, "t", "secret", "key2", 1), Err(RedeemRefused::UsedUp));
-    }
-
-    #[test]
-    fn pruning_removes_what_has_ended_before() {
-        let mut state = CaState::default();
-        state.apply(CaCommand::AddJoinToken(record("t", 1)));
-        assert_eq!(state.apply(CaCommand::Prune { before: 100 }), CaEffect::unchanged());
-        assert_eq!(state.apply(CaCommand::Prune { before: 101 }).outcome, CaOutcome::Changed);
-        assert_eq!(state.tokens().count(), 0);
-    }
-
-    #[test]
-    fn no_token_gives_the_control_planes_identity() {
-        let td = TrustDomain::default();
-        let mut token = record("t", 1);
-        assert_eq!(token.identity(&td).unwrap().path(), "/ns/shop/sa/payments");
-        token.namespace = "istio-system".to_owned();
-        token.service_account = "istiod".to_owned();
-        assert_eq!(token.identity(&td), Err(TokenRefused::ControlPlane));
-        token.service_account = "x/../istiod".to_owned();
-        assert!(matches!(token.identity(&td), Err(TokenRefused::Identity(_))));
-    }
-
-    /// Commands as they are in logs that exist: they must decode for ever.
-    #[test]
-    fn stored_commands_decode() {
-        let hash = Hash::of(b"secret");
-        let old = format!(
-            r#"[{{"add_join_token":{{"id":"t","hash":"{hash}","namespace":"shop","service_account":"payments","expires_at":100,"uses_left":1}}}},
-            {{"redeem":{{"id":"t","secret_hash":"{hash}","key_hash":"{hash}","at":5}}}},
-            {{"revoke_join_token":{{"id":"t"}}}},{{"prune":{{"before":7}}}},{{"set_bundle":[]}}]"#
-        );
-        let commands: Vec<CaCommand> = serde_json::from_str(&old).unwrap();
-        assert_eq!(commands.len(), 5);
-    }
-
-    fn commands() -> impl Strategy<Value = Vec<CaCommand>> {
-        let id = prop_oneof![Just("a".to_owned()), Just("b".to_owned())];
-        let hash = (0..3_u8).prop_map(|n| Hash::of(&[n]));
-        let add = (id.clone(), hash.clone(), 0..3_u32, 0..10_u64).prop_map(|(id, hash, uses, expires_at)| {
-            CaCommand::AddJoinToken(TokenRecord { hash, expires_at, ..record(&id, uses) })
-        });
-        let redeem = (id.clone(), hash.clone(), hash, 0..12_u64)
-            .prop_map(|(id, secret_hash, key_hash, at)| CaCommand::Redeem { id, secret_hash, key_hash, at });
-        let revoke = id.prop_map(|id| CaCommand::RevokeJoinToken { id });
-        let prune = (0..12_u64).prop_map(|before| CaCommand::Prune { before });
-        prop::collection::vec(prop_oneof![3 => add, 6 => redeem, 1 => revoke, 1 => prune], 0..40)
-    }
-
-    proptest! {
-        #[test]
-        fn writes_follow_the_state_and_every_form_round_trips(commands in commands()) {
-            let mut state = CaState::default();
-            let mut stored: BTreeMap<String, Vec<u8>> = BTreeMap::new();
-            for command in commands {
-                let json = serde_json::to_vec(&command).unwrap();
-                let decoded: CaCommand = serde_json::from_slice(&json).unwrap();
-                prop_assert_eq!(&decoded, &command);
-                for write in state.apply(command).writes {
-                    match write.value {
-                        Some(value) => { stored.insert(write.key, value); }
-                        None => { stored.remove(&write.key); }
-                    }
-                }
-            }
-            let rebuilt = CaState::from_entries(stored.iter().map(|(k, v)| (k.as_str(), v.as_slice()))).unwrap();
-            prop_assert_eq!(&rebuilt, &state);
-            prop_assert_eq!(&CaState::decode(&state.encode()).unwrap(), &state);
-            let entries = state.entries();
-            let pairs = entries.iter().map(|w| (w.key.as_str(), w.value.as_deref().unwrap()));
-            prop_assert_eq!(&CaState::from_entries(pairs).unwrap(), &state);
-        }
-    }
-}
+#[path = "state/tests.rs"]
+mod tests;

@@ -12,7 +12,7 @@ use rustls::client::{ResolvesClientCert, Resumption};
 use rustls::crypto::CryptoProvider;
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
-use rustls::{ClientConfig, ServerConfig, SupportedProtocolVersion};
+use rustls::{CipherSuite, ClientConfig, ServerConfig, SupportedProtocolVersion};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::sync::watch;
 
@@ -32,11 +32,27 @@ pub use verify::{Anchors, ExpectedIdentities, PeerRefused, Trust, Verify};
 pub type IdentityWatch = watch::Receiver<Arc<Identity>>;
 
 /// The cryptography in use: aws-lc-rs. Passed explicitly, so that no other provider in the process can interfere.
+///
+/// AES-128-GCM is preferred: it is as strong as the P-256 keys of the mesh, and what Envoy prefers too.
 #[must_use]
 pub fn provider() -> Arc<CryptoProvider> {
-    static PROVIDER: LazyLock<Arc<CryptoProvider>> =
-        LazyLock::new(|| Arc::new(rustls::crypto::aws_lc_rs::default_provider()));
+    static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+        let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+        // a stable sort: new versions stay before old ones, the rest keeps its order
+        provider.cipher_suites.sort_by_key(|suite| (suite.tls13().is_none(), !is_aes_128(suite.suite())));
+        Arc::new(provider)
+    });
     Arc::clone(&PROVIDER)
+}
+
+fn is_aes_128(suite: CipherSuite) -> bool {
+    use CipherSuite as S;
+    matches!(
+        suite,
+        S::TLS13_AES_128_GCM_SHA256
+            | S::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256
+            | S::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256
+    )
 }
 
 /// A chain and its key as rustls presents them.

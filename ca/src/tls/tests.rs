@@ -90,6 +90,8 @@ async fn both_sides_know_each_other() {
     assert_eq!(peer_identity(state), Some(reviews()));
     assert_eq!(state.alpn_protocol(), Some(b"h2".as_slice()));
     assert_eq!(state.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
+    let suite = state.negotiated_cipher_suite().unwrap().suite();
+    assert_eq!(suite, rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
     assert_eq!(peer_identity(server.into_stream().get_ref().1), Some(ratings()));
 }
 
