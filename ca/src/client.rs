@@ -23,7 +23,7 @@ use crate::x509;
 
 mod issuance;
 pub use crate::svid::Identity;
-pub use issuance::{Local, Remote, bootstrap_tls};
+pub use issuance::{ConnectError, Local, Remote, bootstrap_tls, connect};
 
 /// The identity with its key, chain and roots, in one file, so that it is always whole.
 const IDENTITY_FILE: &str = "identity.pem";

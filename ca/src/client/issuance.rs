@@ -109,7 +109,7 @@ impl Issuance for Remote {
         // the next attempt asks the next member, also after an answer: members share the work
         self.next = self.next.wrapping_add(1);
         let (tls, bearer) = self.credentials(presented)?;
-        let channel = connect(&endpoint, tls).await.map_err(RequestError::Unavailable)?;
+        let channel = connect(&endpoint, tls).await.map_err(|e| RequestError::Unavailable(e.into()))?;
         let seconds = lifetime.map_or(0, |lifetime| lifetime.as_secs());
         let mut request = Request::new(IstioCertificateRequest {
             csr: x509::to_pem("CERTIFICATE REQUEST", csr),
@@ -135,7 +135,28 @@ fn renewal_tls(identity: Arc<Identity>) -> Result<Arc<ClientConfig>, rustls::Err
     tls::client_config(fixed, ExpectedIdentities::one(control_plane), &[b"h2"])
 }
 
-async fn connect(endpoint: &str, tls: Arc<ClientConfig>) -> Result<Channel, String> {
+/// Why there is no connection to the control plane; names the address and the cause.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct ConnectError(String);
+
+impl From<ConnectError> for String {
+    fn from(error: ConnectError) -> Self {
+        error.0
+    }
+}
+
+/// Connects to the control plane at `host:port`, for any of its gRPC services.
+///
+/// # Errors
+///
+/// When the address is malformed, nobody answers in time, or the handshake fails.
+pub /// A gRPC channel to a member of the control plane at `host:port`, over TLS with a bounded handshake.
+///
+/// # Errors
+///
+/// Why there is no connection, with all causes.
+pub async fn connect(endpoint: &str, tls: Arc<ClientConfig>) -> Result<Channel, ConnectError> {
     let told = |e: &dyn std::error::Error| {
         let mut text = format!("{endpoint}: {e}");
         let mut cause = e.source();
@@ -143,7 +164,7 @@ async fn connect(endpoint: &str, tls: Arc<ClientConfig>) -> Result<Channel, Stri
             text = format!("{text}: {error}");
             cause = error.source();
         }
-        text
+        ConnectError(text)
     };
     let uri = Endpoint::from_shared(format!("http://{endpoint}")).map_err(|e| told(&e))?;
     let address = endpoint.to_owned();
@@ -161,7 +182,7 @@ async fn connect(endpoint: &str, tls: Arc<ClientConfig>) -> Result<Channel, Stri
     match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
         Ok(Ok(channel)) => Ok(channel),
         Ok(Err(error)) => Err(told(&error)),
-        Err(_) => Err(format!("{endpoint}: no connection in time")),
+        Err(_) => Err(ConnectError(format!("{endpoint}: no connection in time"))),
     }
 }
 

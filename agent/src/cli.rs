@@ -1,0 +1,263 @@
+//! What can be asked of the agent.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use ca::authn::JoinToken;
+use clap::{Args, Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Config, ProxySeat, Seat};
+use crate::register::Workload;
+
+/// The node agent.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "istio-agent", version, about = "The node agent of the mesh, with the proxy inside")]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Clone, Subcommand)]
+enum Command {
+    /// Join the mesh and run the proxy of one workload
+    Run(Run),
+    /// Join the mesh and hand the certificate of one workload to a stock Envoy
+    Secrets(Secrets),
+}
+
+/// What both need to join and to register.
+#[derive(Debug, Clone, Args)]
+struct Member {
+    /// Name of the workload
+    #[arg(long)]
+    name: String,
+    /// Folder for key, certificate and membership
+    #[arg(long, default_value = "/var/lib/istio-agent")]
+    data_dir: PathBuf,
+    /// Join token, as `istioctl token create` prints it; only needed the first time
+    #[arg(long, env = "ISTIO_JOIN_TOKEN", hide_env_values = true, conflicts_with = "token_file")]
+    token: Option<String>,
+    /// File with the join token
+    #[arg(long)]
+    token_file: Option<PathBuf>,
+    /// Address of the control plane, HOST:PORT, in place of the token's; may be repeated
+    #[arg(long = "xds")]
+    endpoints: Vec<String>,
+    /// Address other proxies reach the workload at
+    #[arg(long, default_value = "127.0.0.1")]
+    address: IpAddr,
+    /// Labels of the workload, `app=reviews,version=v1`
+    #[arg(long, value_delimiter = ',', value_parser = key_value)]
+    labels: Vec<(String, String)>,
+    /// Workload port of a service port, `http=8080`, where they differ; may be repeated
+    #[arg(long = "port", value_parser = key_value)]
+    ports: Vec<(String, String)>,
+    /// Where the workload runs, `region/zone/subzone`
+    #[arg(long, default_value = "")]
+    locality: String,
+    /// Network of the workload
+    #[arg(long, default_value = "")]
+    network: String,
+    /// Where the application listens, `9080=127.0.0.1:8080`; may be repeated
+    #[arg(long, value_parser = key_value)]
+    forward: Vec<(String, String)>,
+    /// Lifetime of certificates in seconds; the control plane's default when not given
+    #[arg(long)]
+    certificate_lifetime: Option<u64>,
+    /// There is no application: do not become an endpoint
+    #[arg(long)]
+    no_register: bool,
+}
+
+#[derive(Debug, Clone, Args)]
+struct Run {
+    #[command(flatten)]
+    member: Member,
+    /// Loopback addresses for listeners without traffic capture, `127.240.16.0/20`
+    #[arg(long, value_parser = block)]
+    loopback_block: Option<(Ipv4Addr, u8)>,
+    /// Address of the proxy's admin port
+    #[arg(long, default_value = "127.0.0.1:15000")]
+    admin: SocketAddr,
+    /// Address of `/stats/prometheus`
+    #[arg(long, default_value = "0.0.0.0:15090")]
+    stats: SocketAddr,
+    /// Address of `/healthz/ready`
+    #[arg(long, default_value = "0.0.0.0:15021")]
+    readiness: SocketAddr,
+    /// Worker threads; one for each core when not given
+    #[arg(long)]
+    workers: Option<usize>,
+    /// Seconds that open requests may take to finish at the end
+    #[arg(long, default_value_t = 5)]
+    drain: u64,
+}
+
+#[derive(Debug, Clone, Args)]
+struct Secrets {
+    #[command(flatten)]
+    member: Member,
+    /// Path of the Unix socket
+    #[arg(long)]
+    socket: PathBuf,
+}
+
+/// Runs the program; its exit code (64 for wrong usage, 1 when it cannot go on).
+#[must_use]
+pub fn main(cli: Cli) -> ExitCode {
+    proxy::telemetry::init_logging("istio-agent");
+    let config = match cli.command {
+        Command::Run(run) => run.config(),
+        Command::Secrets(secrets) => secrets.config(),
+    };
+    let config = match config {
+        Ok(config) => config,
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "wrong usage");
+            return ExitCode::from(64);
+        }
+    };
+    match run_until_signal(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "the agent ends");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_until_signal(config: Config) -> anyhow::Result<()> {
+    // The data plane has threads of its own; this runtime joins, registers and renews.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let mut agent = std::pin::pin!(crate::run(config, stop.clone()));
+        tokio::select! {
+            ended = &mut agent => return ended,
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        stop.cancel();
+        agent.await
+    })
+}
+
+impl Member {
+    fn config(&self, seat: Seat) -> anyhow::Result<Config> {
+        let text = match &self.token_file {
+            Some(file) => Some(std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?),
+            None => self.token.clone(),
+        };
+        let token = text.map(|text| JoinToken::parse(&text)).transpose()?;
+        Ok(Config {
+            data_dir: self.data_dir.clone(),
+            token,
+            endpoints: self.endpoints.clone(),
+            certificate_lifetime: self.certificate_lifetime.map(Duration::from_secs),
+            workload: if self.no_register { None } else { Some(self.workload()?) },
+            seat,
+        })
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "the one place where a start of the agent gets its identifier")]
+    fn workload(&self) -> anyhow::Result<Workload> {
+        let ports = self.ports.iter().map(|(name, port)| Ok((name.clone(), port.parse().with_context(|| format!("`{port}` is not a port"))?)));
+        Ok(Workload {
+            name: self.name.clone(),
+            address: self.address,
+            labels: self.labels.iter().cloned().collect(),
+            ports: ports.collect::<anyhow::Result<_>>()?,
+            locality: self.locality.clone(),
+            network: self.network.clone(),
+            awaited_ports: self.forward()?.into_keys().collect(),
+            session: uuid::Uuid::new_v4().to_string(),
+        })
+    }
+
+    fn forward(&self) -> anyhow::Result<BTreeMap<u16, SocketAddr>> {
+        let parse = |(port, address): &(String, String)| {
+            let port: u16 = port.parse().with_context(|| format!("`{port}` is not a port"))?;
+            ensure!(port > 0, "0 is not a port");
+            Ok((port, address.parse().with_context(|| format!("`{address}` is not ADDRESS:PORT"))?))
+        };
+        self.forward.iter().map(parse).collect()
+    }
+}
+
+impl Run {
+    fn config(&self) -> anyhow::Result<Config> {
+        let workers = self.workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+        ensure!(workers > 0, "--workers: at least 1");
+        self.member.config(Seat::Proxy(ProxySeat {
+            name: self.member.name.clone(),
+            address: self.member.address,
+            labels: self.member.labels.iter().cloned().collect(),
+            loopback_block: self.loopback_block,
+            forward: self.member.forward()?,
+            admin: self.admin,
+            stats: self.stats,
+            readiness: self.readiness,
+            workers,
+            drain: Duration::from_secs(self.drain),
+        }))
+    }
+}
+
+impl Secrets {
+    fn config(&self) -> anyhow::Result<Config> {
+        self.member.config(Seat::Secrets { socket: self.socket.clone() })
+    }
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    text.split_once('=')
+        .map(|(k, v)| (k.trim().to_owned(), v.trim().to_owned()))
+        .ok_or_else(|| format!("`{text}`: write `key=value`"))
+}
+
+fn block(text: &str) -> Result<(Ipv4Addr, u8), String> {
+    let parsed = text.split_once('/').and_then(|(base, prefix)| Some((base.parse().ok()?, prefix.parse().ok()?)));
+    parsed
+        .filter(|(base, prefix): &(Ipv4Addr, u8)| base.is_loopback() && (8..=24).contains(prefix))
+        .ok_or_else(|| format!("`{text}` is not a block of loopback addresses; write one like `127.240.16.0/20`"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn blocks_are_loopback() {
+        assert_eq!(block("127.240.16.0/20"), Ok((Ipv4Addr::new(127, 240, 16, 0), 20)));
+        for wrong in ["127.240.16.0", "10.0.0.0/20", "127.0.0.0/30", "x/20"] {
+            assert!(block(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_forward_is_a_port_and_an_address() {
+        let parse = |forward: &str| {
+            let cli = Cli::parse_from(["istio-agent", "run", "--name", "a", "--data-dir", "/x", "--forward", forward]);
+            let Command::Run(run) = cli.command else { panic!("not run") };
+            run.config()
+        };
+        assert!(parse("9080=127.0.0.1:8080").is_ok());
+        assert!(parse("0=127.0.0.1:8080").is_err());
+        assert!(parse("9080=localhost").is_err());
+    }
+}

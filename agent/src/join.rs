@@ -1,0 +1,95 @@
+//! The identity: with a token the first time, from the key store after that.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use anyhow::Context;
+use ca::authn::JoinToken;
+use ca::client::{CertificateSource, Remote};
+use ca::identity::{SpiffeId, TrustDomain};
+use ca::keystore::KeyStore;
+use ca::tls::IdentityWatch;
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::Config;
+
+/// File of the key store that says where the control plane is and who we are, for starts without a token.
+const MEMBERSHIP_FILE: &str = "membership.json";
+
+/// What joining gives.
+#[derive(Debug, Clone)]
+pub struct Joined {
+    /// Addresses of the control plane, `host:port`.
+    pub endpoints: Vec<String>,
+    /// Who we are; renewed in the background.
+    pub identity: IdentityWatch,
+}
+
+/// What a join token told that is needed after it was used up. Not secret.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Membership {
+    endpoints: Vec<String>,
+    trust_domain: TrustDomain,
+    namespace: String,
+    service_account: String,
+}
+
+impl Membership {
+    fn of(token: &JoinToken) -> Self {
+        Self {
+            endpoints: token.endpoints.clone(),
+            trust_domain: token.trust_domain.clone(),
+            namespace: token.namespace.clone(),
+            service_account: token.service_account.clone(),
+        }
+    }
+}
+
+/// Gets the identity and keeps renewing it on `tasks` until `stop`.
+///
+/// # Errors
+///
+/// When there is neither a token nor an earlier membership, or the control plane refuses the token.
+pub async fn identity(config: &Config, tasks: &TaskTracker, stop: CancellationToken) -> anyhow::Result<Joined> {
+    let store = KeyStore::open(&config.data_dir)?;
+    let membership = match &config.token {
+        Some(token) => {
+            let membership = Membership::of(token);
+            store.store(MEMBERSHIP_FILE, &serde_json::to_vec_pretty(&membership)?)?;
+            membership
+        }
+        None => remembered(&store)?,
+    };
+    let expected = SpiffeId::workload(&membership.trust_domain, &membership.namespace, &membership.service_account)?;
+    let endpoints = if config.endpoints.is_empty() { membership.endpoints } else { config.endpoints.clone() };
+    let issuance = match &config.token {
+        Some(token) => Remote::with_token(JoinToken { endpoints: endpoints.clone(), ..token.clone() }),
+        None => Remote::renew_only(endpoints.clone()),
+    };
+    let source = CertificateSource {
+        issuance,
+        clock: clock(),
+        store: Some(store),
+        lifetime: config.certificate_lifetime,
+        expected: Some(expected),
+        rng: fastrand::Rng::new(),
+    };
+    let identity = source.start(tasks, stop).await.context("cannot get a certificate")?;
+    tracing::info!(peer = %identity.borrow().spiffe_id, "joined the mesh");
+    Ok(Joined { endpoints, identity })
+}
+
+fn remembered(store: &KeyStore) -> anyhow::Result<Membership> {
+    let bytes = store
+        .load(MEMBERSHIP_FILE)?
+        .with_context(|| format!("{} has no membership; join with `--token TOKEN` first", store.dir().display()))?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{MEMBERSHIP_FILE} is damaged; join again with `--token TOKEN`"))
+}
+
+/// The agent's one clock for certificates.
+#[expect(clippy::disallowed_methods, reason = "the agent's one clock; everything else is given the time")]
+fn clock() -> ca::renewal::Clock {
+    Arc::new(SystemTime::now)
+}

@@ -1,0 +1,184 @@
+//! Registration: the workload becomes an endpoint, and is sent traffic once its proxy takes connections.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use ca::identity::SpiffeId;
+use ca::tls::{ExpectedIdentities, IdentityWatch};
+use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+use wire::mesh::workload_service_client::WorkloadServiceClient;
+use wire::mesh::{DeregisterRequest, HealthRequest, RegisterRequest};
+
+/// A call to the control plane that takes longer is given up.
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// At the end nobody waits longer than this for the control plane.
+const FAREWELL: Duration = Duration::from_secs(2);
+/// Pause after a first failure; it doubles up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+/// Longest pause between attempts.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// Longest pause between looks at whether the proxy takes connections.
+const LONGEST_LOOK: Duration = Duration::from_millis(250);
+
+/// What is registered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Workload {
+    /// Name, unique in its namespace.
+    pub name: String,
+    /// Address other proxies connect to.
+    pub address: std::net::IpAddr,
+    /// Labels: services select on them.
+    pub labels: BTreeMap<String, String>,
+    /// Service port name to workload port, where they differ.
+    pub ports: BTreeMap<String, u16>,
+    /// `region/zone/subzone`
+    pub locality: String,
+    /// Network.
+    pub network: String,
+    /// Ports at which the proxy must take connections before the workload is healthy.
+    pub awaited_ports: Vec<u16>,
+    /// Random identifier of this start.
+    pub session: String,
+}
+
+/// The control plane, called with the current certificate.
+#[derive(Debug, Clone)]
+pub struct ControlPlane {
+    endpoints: Vec<String>,
+    identity: IdentityWatch,
+}
+
+impl ControlPlane {
+    /// A control plane at these addresses (`host:port`).
+    #[must_use]
+    pub fn new(endpoints: Vec<String>, identity: IdentityWatch) -> Self {
+        Self { endpoints, identity }
+    }
+
+    /// A connection to the member whose turn it is.
+    async fn client(&self, turn: usize) -> Result<WorkloadServiceClient<Channel>, Status> {
+        let endpoint = turn
+            .checked_rem(self.endpoints.len())
+            .and_then(|index| self.endpoints.get(index))
+            .ok_or_else(|| Status::failed_precondition("no address of a control plane"))?;
+        let control_plane = SpiffeId::control_plane(&self.identity.borrow().spiffe_id.trust_domain());
+        let tls = ca::tls::client_config(self.identity.clone(), ExpectedIdentities::one(control_plane), &[b"h2"])
+            .map_err(|e| Status::internal(e.to_string()))?;
+        let channel = ca::client::connect(endpoint, tls).await.map_err(Status::unavailable)?;
+        Ok(WorkloadServiceClient::new(channel))
+    }
+
+    fn namespace_and_account(&self) -> (String, String) {
+        let identity = self.identity.borrow();
+        let (namespace, account) = identity.spiffe_id.workload_parts().unwrap_or_default();
+        (namespace.to_owned(), account.to_owned())
+    }
+}
+
+/// One workload's registration.
+#[derive(Debug, Clone)]
+pub struct Registration {
+    workload: Workload,
+    control_plane: ControlPlane,
+}
+
+impl Registration {
+    /// A registration that has not been made yet.
+    #[must_use]
+    pub fn new(workload: Workload, control_plane: ControlPlane) -> Self {
+        Self { workload, control_plane }
+    }
+
+    /// Registers, reports healthy when the proxy takes connections, and takes the workload out again at `stop`.
+    /// What fails is tried again until then.
+    pub async fn keep(self, stop: CancellationToken) {
+        if stop.run_until_cancelled(self.enter()).await.is_some() {
+            stop.cancelled().await;
+        }
+        if tokio::time::timeout(FAREWELL, self.leave(0)).await.is_err() {
+            tracing::warn!(workload = %self.workload.name, "left without telling the control plane");
+        }
+    }
+
+    async fn enter(&self) {
+        self.insist("register", |turn| self.register(turn)).await;
+        for port in &self.workload.awaited_ports {
+            takes_connections(SocketAddr::new(self.workload.address, *port)).await;
+        }
+        self.insist("report healthy", |turn| self.report_healthy(turn)).await;
+    }
+
+    /// Tries until it succeeds, asking one member after the other.
+    async fn insist<F>(&self, doing: &'static str, attempt: impl Fn(usize) -> F)
+    where
+        F: Future<Output = Result<u64, Status>>,
+    {
+        let mut pause = FIRST_PAUSE;
+        for turn in 0.. {
+            let outcome = tokio::time::timeout(CALL_TIMEOUT, attempt(turn)).await;
+            match outcome.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time"))) {
+                Ok(revision) => {
+                    tracing::info!(workload = %self.workload.name, revision, "{doing}: done");
+                    return;
+                }
+                Err(status) if pause >= LONGEST_PAUSE || status.code() != Code::Unavailable => {
+                    tracing::warn!(workload = %self.workload.name, error = status.message(), "cannot {doing}");
+                }
+                Err(status) => tracing::debug!(error = status.message(), "cannot {doing} yet"),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    async fn register(&self, turn: usize) -> Result<u64, Status> {
+        let (namespace, service_account) = self.control_plane.namespace_and_account();
+        let workload = self.workload.clone();
+        let request = RegisterRequest {
+            name: workload.name,
+            namespace,
+            service_account,
+            address: workload.address.to_string(),
+            labels: workload.labels,
+            ports: workload.ports.into_iter().map(|(name, port)| (name, u32::from(port))).collect(),
+            locality: workload.locality,
+            network: workload.network,
+            weight: 0,
+            session: workload.session,
+        };
+        Ok(self.control_plane.client(turn).await?.register(request).await?.into_inner().revision)
+    }
+
+    async fn report_healthy(&self, turn: usize) -> Result<u64, Status> {
+        let (namespace, _) = self.control_plane.namespace_and_account();
+        let (name, session) = (self.workload.name.clone(), self.workload.session.clone());
+        let request = HealthRequest { name, namespace, session, healthy: true };
+        Ok(self.control_plane.client(turn).await?.report_health(request).await?.into_inner().revision)
+    }
+
+    async fn leave(&self, turn: usize) {
+        let (namespace, _) = self.control_plane.namespace_and_account();
+        let (name, session) = (self.workload.name.clone(), self.workload.session.clone());
+        let outcome = match self.control_plane.client(turn).await {
+            Ok(mut client) => client.deregister(DeregisterRequest { name, namespace, session }).await.map(|_| ()),
+            Err(status) => Err(status),
+        };
+        match outcome {
+            Ok(()) => tracing::info!(workload = %self.workload.name, "left the mesh"),
+            Err(status) => tracing::warn!(workload = %self.workload.name, error = status.message(), "cannot leave"),
+        }
+    }
+}
+
+/// Waits until something takes connections at this address.
+async fn takes_connections(address: SocketAddr) {
+    let mut pause = FIRST_PAUSE;
+    while TcpStream::connect(address).await.is_err() {
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_LOOK);
+    }
+}
