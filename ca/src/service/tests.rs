@@ -1,14 +1,12 @@
 use std::sync::Mutex;
 use std::time::SystemTime;
 
-use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
-use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::Code;
-use tonic::transport::{Channel, Endpoint, Server};
+use tonic::transport::{Channel, Server};
 
 use super::pb::istio_certificate_service_client::IstioCertificateServiceClient as Client;
 use super::*;
@@ -96,16 +94,7 @@ impl Fixture {
     }
 
     async fn channel(&self, config: Arc<rustls::ClientConfig>) -> Channel {
-        let address = self.address.clone();
-        let connector = tower::service_fn(move |_: tonic::transport::Uri| {
-            let (address, config) = (address.clone(), Arc::clone(&config));
-            async move {
-                let socket = TcpStream::connect(address).await?;
-                let name = "istiod".try_into().map_err(std::io::Error::other)?;
-                Ok::<_, std::io::Error>(TokioIo::new(TlsConnector::from(config).connect(name, socket).await?))
-            }
-        });
-        Endpoint::from_static("http://istiod").connect_with_connector(connector).await.unwrap()
+        crate::client::connect(&self.address, config).await.unwrap()
     }
 
     async fn anonymous(&self) -> Client<Channel> {
@@ -226,6 +215,15 @@ async fn nobody_gets_the_control_planes_identity_over_the_wire() {
     let fixture = start().await;
     let mut client = fixture.with_certificate(fixture.ca.control_plane()).await;
     assert_eq!(code(client.create_certificate(request(&csr(), None)).await), Code::PermissionDenied);
+    fixture.end().await;
+}
+
+#[tokio::test]
+async fn a_connection_that_fails_names_the_address_and_the_cause() {
+    let fixture = start().await;
+    let tls = bootstrap_tls(Hash::of(b"another root"), &domain()).unwrap();
+    let text = crate::client::connect(&fixture.address, tls).await.unwrap_err().to_string();
+    assert!(text.starts_with(&fixture.address) && text.contains("expected fingerprint"), "{text}");
     fixture.end().await;
 }
 
