@@ -221,7 +221,7 @@ impl<I: Issuance> Renewing<I> {
         if let Some(store) = self.source.store.clone() {
             let text = to_text(&identity);
             let saved = on_disk(move || {
-                store.save(IDENTITY_FILE, text.as_bytes())?;
+                store.store(IDENTITY_FILE, text.as_bytes())?;
                 store.remove(PENDING_KEY_FILE)
             });
             if let Err(error) = saved.await {
@@ -240,7 +240,7 @@ impl<I: Issuance> Renewing<I> {
         let key = PrivateKey::generate()?;
         if let Some(store) = self.source.store.clone() {
             let pem = key.to_pem();
-            on_disk(move || store.save(PENDING_KEY_FILE, pem.as_bytes())).await?;
+            on_disk(move || store.store(PENDING_KEY_FILE, pem.as_bytes())).await?;
         }
         self.pending = Some(key.clone());
         Ok(key)

@@ -78,7 +78,7 @@ impl KeyStore {
     /// # Errors
     ///
     /// When `name` is not a plain file name, or the operating system refuses; the old file is then untouched.
-    pub fn save(&self, name: &str, bytes: &[u8]) -> Result<(), KeyStoreError> {
+    pub fn store(&self, name: &str, bytes: &[u8]) -> Result<(), KeyStoreError> {
         let path = self.path(name)?;
         let temporary = self.dir.join(format!(".{name}.new"));
         self.write_new(&temporary, bytes)?;
@@ -173,7 +173,7 @@ mod tests {
     fn only_the_owner_can_use_what_is_stored() {
         let dir = tempfile::tempdir().unwrap();
         let store = KeyStore::open(dir.path().join("a/keys")).unwrap();
-        store.save("key.pem", b"secret").unwrap();
+        store.store("key.pem", b"secret").unwrap();
         assert_eq!(mode(store.dir()), 0o700);
         assert_eq!(mode(&store.dir().join("key.pem")), 0o600);
         assert_eq!(store.load("key.pem").unwrap().unwrap().as_slice(), b"secret");
@@ -185,13 +185,13 @@ mod tests {
     fn a_key_that_others_can_read_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let store = KeyStore::open(dir.path()).unwrap();
-        store.save("key.pem", b"secret").unwrap();
+        store.store("key.pem", b"secret").unwrap();
         let path = store.dir().join("key.pem");
         for mode in [0o640, 0o604, 0o620, 0o644] {
             fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
             assert!(matches!(store.load("key.pem"), Err(KeyStoreError::Permissions { .. })), "{mode:o}");
         }
-        store.save("key.pem", b"other").unwrap();
+        store.store("key.pem", b"other").unwrap();
         assert_eq!(store.load("key.pem").unwrap().unwrap().as_slice(), b"other");
     }
 
@@ -203,7 +203,7 @@ mod tests {
         fs::write(&left, b"half").unwrap();
         fs::set_permissions(&left, Permissions::from_mode(0o666)).unwrap();
         assert!(store.load("key.pem").unwrap().is_none());
-        store.save("key.pem", b"whole").unwrap();
+        store.store("key.pem", b"whole").unwrap();
         assert_eq!(mode(&store.dir().join("key.pem")), 0o600);
         assert!(!left.exists());
     }
@@ -213,7 +213,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = KeyStore::open(dir.path()).unwrap();
         for name in ["", "..", ".x", "a/b", "../x", "a\0b"] {
-            assert!(matches!(store.save(name, b""), Err(KeyStoreError::Name(_))), "{name}");
+            assert!(matches!(store.store(name, b""), Err(KeyStoreError::Name(_))), "{name}");
             assert!(matches!(store.load(name), Err(KeyStoreError::Name(_))), "{name}");
         }
     }
@@ -222,7 +222,7 @@ mod tests {
     fn removing_twice_is_fine() {
         let dir = tempfile::tempdir().unwrap();
         let store = KeyStore::open(dir.path()).unwrap();
-        store.save("a", b"x").unwrap();
+        store.store("a", b"x").unwrap();
         store.remove("a").unwrap();
         store.remove("a").unwrap();
         assert!(store.load("a").unwrap().is_none());

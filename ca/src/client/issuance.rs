@@ -151,11 +151,6 @@ impl From<ConnectError> for String {
 /// # Errors
 ///
 /// When the address is malformed, nobody answers in time, or the handshake fails.
-pub /// A gRPC channel to a member of the control plane at `host:port`, over TLS with a bounded handshake.
-///
-/// # Errors
-///
-/// Why there is no connection, with all causes.
 pub async fn connect(endpoint: &str, tls: Arc<ClientConfig>) -> Result<Channel, ConnectError> {
     let told = |e: &dyn std::error::Error| {
         let mut text = format!("{endpoint}: {e}");

@@ -236,14 +236,14 @@ async fn a_stored_identity_of_somebody_else_or_damaged_is_not_used() {
     let store = KeyStore::open(dir.path()).unwrap();
     let fixture = fixture(&[]);
     let other = fixture.authority.ca.issue_at(&ratings(), fixture.authority.began, HOUR);
-    store.save(IDENTITY_FILE, to_text(&other).as_bytes()).unwrap();
+    store.store(IDENTITY_FILE, to_text(&other).as_bytes()).unwrap();
     let stop = CancellationToken::new();
     let identities = fixture.source(Some(store.clone())).start(&fixture.tasks, stop.clone()).await.unwrap();
     assert_eq!(identities.borrow().spiffe_id, reviews());
     stop.cancel();
     let text = store.load(IDENTITY_FILE).unwrap().unwrap();
     for cut in [0, 5, 20, 200, text.len() / 2, text.len() - 40] {
-        store.save(IDENTITY_FILE, &text[..cut]).unwrap();
+        store.store(IDENTITY_FILE, &text[..cut]).unwrap();
         let stop = CancellationToken::new();
         let identities =
             fixture.source(Some(store.clone())).start(&fixture.tasks, stop.clone()).await.unwrap();
