@@ -168,18 +168,18 @@ impl SpiffeId {
     /// The namespace, when the path is `/ns/<namespace>/sa/<service account>`.
     #[must_use]
     pub fn namespace(&self) -> Option<&str> {
-        self.namespace_and_service_account().map(|(namespace, _)| namespace)
+        self.workload_parts().map(|(namespace, _)| namespace)
     }
 
     /// The service account, when the path is `/ns/<namespace>/sa/<service account>`.
     #[must_use]
     pub fn service_account(&self) -> Option<&str> {
-        self.namespace_and_service_account().map(|(_, account)| account)
+        self.workload_parts().map(|(_, account)| account)
     }
 
     /// Namespace and service account, when the path is `/ns/<namespace>/sa/<service account>`.
     #[must_use]
-    pub fn namespace_and_service_account(&self) -> Option<(&str, &str)> {
+    pub fn workload_parts(&self) -> Option<(&str, &str)> {
         let mut parts = self.path().strip_prefix("/ns/")?.split('/');
         match (parts.next(), parts.next(), parts.next(), parts.next()) {
             (Some(namespace), Some("sa"), Some(account), None) => Some((namespace, account)),
@@ -252,8 +252,7 @@ mod tests {
     #[track_caller]
     fn check(text: &str, expected: Result<Parts<'_>, IdentityError>) {
         let parsed = SpiffeId::parse(text);
-        let seen =
-            parsed.as_ref().map(|id| (id.trust_domain_str(), id.path(), id.namespace_and_service_account()));
+        let seen = parsed.as_ref().map(|id| (id.trust_domain_str(), id.path(), id.workload_parts()));
         assert_eq!(seen, expected.as_ref().copied(), "{text}");
     }
 
