@@ -1,3 +1,6 @@
 //! The data plane: what a control plane says becomes tables, and tables decide what happens to traffic.
+pub mod bootstrap;
+pub mod config;
+pub mod drain;
 pub mod tables;
 pub mod xds;

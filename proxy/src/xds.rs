@@ -14,3 +14,4 @@ pub mod parse;
 pub mod rbac;
 pub mod route;
 pub mod tls;
+pub mod transport;
