@@ -2,7 +2,8 @@
 //!
 //! A file holds `proxy` (the node it sends), `mesh` (`MeshConfig`, optional), `objects` (in order of creation), and
 //! `expect`: from `<type> <resource name> <JSON pointer>` to the value there, `null` when there is none; `<type> *` is
-//! the list of all names of a type. `UPDATE=1` rewrites the values.
+//! the list of all names of a type. `UPDATE=1` rewrites the values; `GOLDEN_BOOTSTRAPS=DIR` writes each file's
+//! resources there as an Envoy bootstrap, for `envoy --mode validate`.
 
 #[path = "golden/support.rs"]
 mod support;
@@ -22,7 +23,7 @@ fn every_golden_file_holds() {
         .filter(|path| path.extension().is_some_and(|e| e == "yaml"))
         .collect();
     files.sort();
-    assert!(files.len() >= 2, "only {} golden files", files.len());
+    assert!(files.len() >= 25, "only {} golden files", files.len());
     let update = support::update();
     let failures: Vec<String> = files.iter().flat_map(|file| check(file, update)).collect();
     assert!(failures.is_empty(), "\n{}\nUPDATE=1 rewrites what is expected", failures.join("\n"));
@@ -35,6 +36,7 @@ fn check(file: &Path, update: bool) -> Vec<String> {
         serde_saphyr::from_str(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
     let expected = document.get("expect").and_then(Value::as_object).cloned().unwrap_or_default();
     let found = translated(&document);
+    support::write_bootstrap(&name, &found);
     let mut failures = Vec::new();
     let mut now = Map::new();
     for (key, wanted) in expected {
