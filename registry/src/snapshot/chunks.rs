@@ -6,11 +6,13 @@ use std::sync::Arc;
 /// Entries per chunk at most; a fuller one is split in two.
 const CHUNK: usize = 128;
 
+type Chunk<K, V> = Arc<Vec<(K, V)>>;
+
 /// A sorted, immutable-when-shared map. A change copies one chunk of at most [`CHUNK`] entries and the list of chunks.
 #[derive(Debug, Clone)]
 pub(super) struct Chunks<K, V> {
     /// Never contains an empty chunk.
-    chunks: Arc<Vec<Arc<Vec<(K, V)>>>>,
+    chunks: Arc<Vec<Chunk<K, V>>>,
     len: usize,
 }
 
