@@ -1,0 +1,201 @@
+//! The few file operations under the log and the snapshots, behind a trait, so that tests can break them.
+//!
+//! [`RealDisk`] is the file system; [`memory::MemoryDisk`] forgets, on a simulated power cut, what was not synced,
+//! tears writes at sectors, and fails where a test asks it to.
+
+pub mod memory;
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use prometheus_client::metrics::histogram::Histogram;
+
+/// Where files live.
+pub trait Disk: Send + Sync {
+    /// Makes a directory and its parents.
+    ///
+    /// # Errors
+    ///
+    /// The file system's.
+    fn create_dir(&self, dir: &Path) -> io::Result<()>;
+
+    /// The names of the files in a directory, sorted.
+    ///
+    /// # Errors
+    ///
+    /// The file system's.
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
+
+    /// A whole file.
+    ///
+    /// # Errors
+    ///
+    /// The file system's.
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
+
+    /// An empty file in place of what was there.
+    ///
+    /// # Errors
+    ///
+    /// The file system's.
+    fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
+
+    /// A file that exists, for writing.
+    ///
+    /// # Errors
+    ///
+    /// The file system's.
+    fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
+
+    /// Gives a file another name, in place of what had that name. Durable after [`Disk::sync_dir`].
+    ///
+    /// # Errors
+    ///
+    /// The file system's.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+
+    /// Removes a file. Durable after [`Disk::sync_dir`].
+    ///
+    /// # Errors
+    ///
+    /// The file system's.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+
+    /// Makes the names in a directory durable.
+    ///
+    /// # Errors
+    ///
+    /// The file system's. What is durable then is unknown, for ever: the caller must stop.
+    fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+}
+
+/// One open file.
+pub trait DiskFile: Send {
+    /// Writes all of `bytes` at `offset`; the file grows as needed. Durable after [`DiskFile::sync`].
+    ///
+    /// # Errors
+    ///
+    /// The file system's.
+    fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Makes everything written so far durable.
+    ///
+    /// # Errors
+    ///
+    /// The file system's. What is durable then is unknown, for ever, because the kernel may have dropped the
+    /// dirty pages: the caller must stop and never try again.
+    fn sync(&mut self) -> io::Result<()>;
+}
+
+/// Writes a whole file so that it is either all there under its name, durably, or not at all.
+///
+/// # Errors
+///
+/// The disk's.
+pub fn write_atomically(disk: &dyn Disk, dir: &Path, name: &str, parts: &[&[u8]]) -> io::Result<()> {
+    let temporary = dir.join(format!("{name}{TEMPORARY}"));
+    let mut file = disk.create(&temporary)?;
+    let mut offset = 0;
+    for part in parts {
+        file.write_at(part, offset)?;
+        offset += part.len() as u64;
+    }
+    file.sync()?;
+    drop(file);
+    disk.rename(&temporary, &dir.join(name))?;
+    disk.sync_dir(dir)
+}
+
+/// The end of the name of a file that is not whole yet; such files are removed at start.
+pub const TEMPORARY: &str = ".tmp";
+
+/// The file system of this machine.
+#[derive(Debug, Clone, Default)]
+pub struct RealDisk {
+    sync_seconds: Option<Histogram>,
+}
+
+impl RealDisk {
+    /// A disk that tells how long each fdatasync took.
+    #[must_use]
+    pub fn measured(sync_seconds: Histogram) -> Self {
+        Self { sync_seconds: Some(sync_seconds) }
+    }
+}
+
+impl Disk for RealDisk {
+    fn create_dir(&self, dir: &Path) -> io::Result<()> {
+        let mut made: Vec<PathBuf> = Vec::new();
+        let mut at = Some(dir);
+        while let Some(missing) = at.filter(|path| !path.as_os_str().is_empty() && !path.exists()) {
+            made.push(missing.to_owned());
+            at = missing.parent();
+        }
+        fs::create_dir_all(dir)?;
+        for path in made.iter().filter_map(|path| path.parent()) {
+            self.sync_dir(if path.as_os_str().is_empty() { Path::new(".") } else { path })?;
+        }
+        Ok(())
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(dir)? {
+            let entry = entry?;
+            if entry.file_type()?.is_file() {
+                names.push(entry.file_name().to_string_lossy().into_owned());
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        fs::read(path)
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        let file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
+        Ok(Box::new(RealFile { file, sync_seconds: self.sync_seconds.clone() }))
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        let file = fs::OpenOptions::new().read(true).write(true).open(path)?;
+        Ok(Box::new(RealFile { file, sync_seconds: self.sync_seconds.clone() }))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        fs::File::open(dir)?.sync_all()
+    }
+}
+
+struct RealFile {
+    file: fs::File,
+    sync_seconds: Option<Histogram>,
+}
+
+impl DiskFile for RealFile {
+    fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset)
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "measures the disk; nothing is decided by it")]
+    fn sync(&mut self) -> io::Result<()> {
+        let before = std::time::Instant::now();
+        self.file.sync_data()?;
+        if let Some(histogram) = &self.sync_seconds {
+            histogram.observe(before.elapsed().as_secs_f64());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,597 @@
+//! The driver: one member of Raft, from events to a safe order of disk, network and state.
+//!
+//! [`Driver::step`] is the only way in. It hands the event to the raft crate and then runs [`Driver::settle`], the
+//! one function that persists, sends, applies and advances in the order in which that is safe. It starts no thread,
+//! reads no clock and knows no channel: [`thread`] wraps it for production, tests and simulation step it by hand.
+
+mod drain;
+pub mod files;
+mod settings;
+mod start;
+mod storage;
+pub mod thread;
+mod waiting;
+
+use std::time::Instant;
+
+use prost::Message as _;
+use raft::eraftpb::{ConfState, Entry, EntryType, Message, Snapshot};
+use raft::{RawNode, SnapshotStatus, StateRole};
+
+pub use self::settings::Settings;
+pub use self::start::{Parts, found};
+use self::storage::LogStorage;
+use self::waiting::{Reads, Waiting};
+use super::log::LogError;
+use super::machine::{Frozen, Halt, StateMachine};
+use super::member::MemberError;
+use super::sessions::Sessions;
+use super::snapshots::{SnapshotError, Snapshots};
+use super::store::{KvStore, StoreError};
+use super::wire::{self, AppliedMark, SnapshotBody, SnapshotMetadata};
+
+/// Keys of the session table in the store.
+const SESSION_KEYS: &[u8] = b"s/";
+/// Keys of the state machine in the store.
+const MACHINE_KEYS: &[u8] = b"m/";
+
+/// Carries messages to peers.
+pub trait Transport: Send {
+    /// Takes messages to be sent. Never blocks; what cannot be sent is dropped, Raft sends it again.
+    fn send(&mut self, messages: Vec<Message>);
+}
+
+/// What can happen to a member.
+pub enum Event {
+    /// One tick of the clock has passed.
+    Tick,
+    /// A peer says something. Messages that a member may only send to itself are refused.
+    Message(Box<Message>),
+    /// Somebody here wants a command applied. `sequence` is the proposer's, never used twice in this life.
+    Propose {
+        /// The number under which the answer comes.
+        sequence: u64,
+        /// The command's bytes.
+        command: Vec<u8>,
+    },
+    /// Somebody here wants the members changed.
+    ChangeMembers {
+        /// The number under which the answer comes.
+        sequence: u64,
+        /// The change.
+        change: wire::ConfChangeV2,
+    },
+    /// Somebody here wants to read what was committed when this was asked.
+    Read {
+        /// The number under which the answer comes.
+        sequence: u64,
+    },
+    /// A message to a peer could not be sent.
+    Unreachable(u64),
+    /// A snapshot has been sent to a peer, or could not be.
+    SnapshotSent {
+        /// The peer.
+        to: u64,
+        /// Whether it got it.
+        delivered: bool,
+    },
+    /// A [`SnapshotJob`] has ended.
+    SnapshotSaved(Result<SnapshotMetadata, Fatal>),
+    /// Leadership is to move.
+    Transfer(u64),
+}
+
+/// What a step asks the thread to do, besides what went to the transport.
+pub struct Output<A> {
+    /// Answers by sequence.
+    pub answers: Vec<(u64, Answer<A>)>,
+    /// A snapshot to be written, on another thread or at once; its end is told by [`Event::SnapshotSaved`].
+    pub snapshot: Option<SnapshotJob>,
+}
+
+impl<A> Default for Output<A> {
+    fn default() -> Self {
+        Self { answers: Vec::new(), snapshot: None }
+    }
+}
+
+/// The end of a request.
+#[derive(Debug)]
+pub enum Answer<A> {
+    /// The command is applied at this index.
+    Applied(u64, A),
+    /// The members have changed at this index.
+    Members(u64, ConfState),
+    /// Everything committed before the read was asked for is applied; the index that it covers.
+    Readable(u64),
+    /// It was not, or perhaps not, done.
+    Refused(Refusal),
+}
+
+/// Why a request was not done.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// Not done: only the leader may, and this member is not it.
+    #[error("this member is not the leader{}", .0.map(|id| format!("; member {id} is")).unwrap_or_default())]
+    NotLeader(Option<u64>),
+    /// Not done: too much is waiting to be committed.
+    #[error("the control plane is overloaded, try again")]
+    Busy,
+    /// Not done: another change of members, or a refusal by Raft.
+    #[error("refused: {0}")]
+    Invalid(String),
+    /// Perhaps done: no answer in time.
+    #[error("no answer in time; it is not known whether the command was applied")]
+    Unknown,
+    /// Done before: this very proposal was applied earlier.
+    #[error("this proposal was applied before")]
+    Duplicate,
+}
+
+/// This member has stopped and says why.
+#[derive(Debug, thiserror::Error)]
+pub enum Fatal {
+    /// The log.
+    #[error("the log failed")]
+    Log(#[from] LogError),
+    /// The applied state.
+    #[error("the applied state failed")]
+    Store(#[from] StoreError),
+    /// A snapshot.
+    #[error("the snapshot failed")]
+    Snapshot(#[from] SnapshotError),
+    /// The identity.
+    #[error("the member's identity is not usable")]
+    Member(#[from] MemberError),
+    /// A command or state that this program does not know.
+    #[error("this member has halted")]
+    Halt(#[from] Halt),
+    /// The raft crate.
+    #[error("raft failed")]
+    Raft(#[from] raft::Error),
+    /// What the files say together makes no sense.
+    #[error("the files of this member contradict each other: {0}")]
+    Contradiction(String),
+    /// A panic, in the raft crate most likely.
+    #[error("the raft thread panicked: {0}")]
+    Panicked(String),
+}
+
+/// A snapshot on its way to disk.
+pub struct SnapshotJob {
+    metadata: SnapshotMetadata,
+    sessions: wire::Sessions,
+    frozen: Frozen,
+    snapshots: Snapshots,
+}
+
+impl SnapshotJob {
+    /// Encodes the state and writes the file.
+    ///
+    /// # Errors
+    ///
+    /// [`Fatal`], which goes back in [`Event::SnapshotSaved`].
+    pub fn run(self) -> Result<SnapshotMetadata, Fatal> {
+        let body = SnapshotBody { sessions: Some(self.sessions), machine: (self.frozen)()?.into() };
+        self.snapshots.save(&self.metadata, &body.encode_to_vec())?;
+        Ok(self.metadata)
+    }
+}
+
+/// How a member stands.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Status {
+    /// This member.
+    pub id: u64,
+    /// The current term.
+    pub term: u64,
+    /// The leader, if one is known.
+    pub leader: Option<u64>,
+    /// Whether this member leads.
+    pub leading: bool,
+    /// The highest index known to be committed.
+    pub committed: u64,
+    /// The highest index applied.
+    pub applied: u64,
+    /// The highest index in the log.
+    pub last_index: u64,
+    /// The first index in the log.
+    pub first_index: u64,
+    /// Bytes of the entries in the log.
+    pub log_bytes: u64,
+    /// The index of the newest snapshot.
+    pub snapshot: u64,
+    /// The members that vote.
+    pub voters: Vec<u64>,
+    /// The members that only follow.
+    pub learners: Vec<u64>,
+}
+
+/// One member of Raft.
+pub struct Driver<M: StateMachine> {
+    raw: RawNode<LogStorage>,
+    store: Box<dyn KvStore>,
+    machine: M,
+    sessions: Sessions,
+    settings: Settings,
+    incarnation: u64,
+    client: u64,
+    applied: (u64, u64),
+    shown: u64,
+    waiting: Waiting,
+    reads: Reads,
+    /// The newest snapshot's index; whether one is being written; bytes applied since.
+    snapshot: (u64, bool, u64),
+    leading: bool,
+}
+
+impl<M: StateMachine> Driver<M> {
+    /// Takes one event and does everything that follows from it.
+    ///
+    /// # Errors
+    ///
+    /// [`Fatal`]: this member must not be stepped again. What it answered before holds.
+    pub fn step(
+        &mut self,
+        event: Event,
+        now: Instant,
+        transport: &mut dyn Transport,
+        out: &mut Output<M::Answer>,
+    ) -> Result<(), Fatal> {
+        self.steps(std::iter::once(event), now, transport, out)
+    }
+
+    /// Takes several events at once: their entries share one fdatasync.
+    ///
+    /// # Errors
+    ///
+    /// As [`Driver::step`].
+    pub fn steps(
+        &mut self,
+        events: impl Iterator<Item = Event>,
+        now: Instant,
+        transport: &mut dyn Transport,
+        out: &mut Output<M::Answer>,
+    ) -> Result<(), Fatal> {
+        for event in events {
+            self.take(event, now, out)?;
+        }
+        if let Some(context) = self.reads.next_round(now, self.settings.read_retry) {
+            self.raw.read_index(context);
+        }
+        self.settle(transport, out)?;
+        self.show();
+        self.reads.answer(self.applied.0, out);
+        self.snapshot_if_due(out);
+        Ok(())
+    }
+
+    /// Everything that the raft crate has ready, in the order that keeps Raft's promises:
+    ///
+    /// 1. a leader's messages may leave while its own disk is still busy (Raft thesis, section 10.2.1);
+    /// 2. a received snapshot, entries and hard state are made durable with one fdatasync;
+    /// 3. only then leaves what promises them to others: votes and acknowledgements;
+    /// 4. committed entries are applied, in order, and stored with their mark in one atomic batch;
+    /// 5. the raft crate is told, which may commit and release more.
+    fn settle(&mut self, transport: &mut dyn Transport, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
+        while self.raw.has_ready() {
+            let mut ready = self.raw.ready();
+            send(transport, ready.take_messages());
+
+            if !ready.snapshot().is_empty() {
+                let snapshot = ready.snapshot().clone();
+                self.install(&snapshot)?;
+            }
+            let must_sync = ready.must_sync();
+            let log = &mut self.raw.mut_store().log;
+            log.append(ready.take_entries())?;
+            if let Some(state) = ready.hs() {
+                log.set_hard_state(state.clone());
+            }
+            if must_sync {
+                log.sync()?;
+            }
+
+            send(transport, ready.take_persisted_messages());
+            for read in ready.take_read_states() {
+                self.reads.confirmed(&read.request_ctx, read.index);
+            }
+
+            self.apply(ready.take_committed_entries(), out)?;
+
+            let mut light = self.raw.advance(ready);
+            if let Some(commit) = light.commit_index() {
+                let log = &mut self.raw.mut_store().log;
+                let mut state = log.hard_state().clone();
+                state.commit = commit;
+                log.set_hard_state(state);
+            }
+            send(transport, light.take_messages());
+            self.apply(light.take_committed_entries(), out)?;
+            self.raw.advance_apply();
+        }
+        self.tell_role();
+        Ok(())
+    }
+
+    fn take(&mut self, event: Event, now: Instant, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
+        match event {
+            Event::Tick => self.tick(now, out),
+            Event::Message(message) => {
+                // A message that Raft refuses is the sender's mistake or too old; this member goes on.
+                if let Err(error) = self.raw.step(*message) {
+                    tracing::debug!(%error, "a peer's message was refused");
+                }
+            }
+            Event::Propose { sequence, command } => {
+                let result = self.propose(sequence, command);
+                self.waiting.started(sequence, result, now + self.settings.answer_within, out);
+            }
+            Event::ChangeMembers { sequence, change } => {
+                let result = self.change_members(sequence, change);
+                self.waiting.started(sequence, result, now + self.settings.answer_within, out);
+            }
+            Event::Read { sequence } => self.reads.add(sequence, now + self.settings.answer_within),
+            Event::Unreachable(peer) => self.raw.report_unreachable(peer),
+            Event::SnapshotSent { to, delivered } => {
+                let status = if delivered { SnapshotStatus::Finish } else { SnapshotStatus::Failure };
+                self.raw.report_snapshot(to, status);
+            }
+            Event::SnapshotSaved(result) => self.snapshot_saved(&result?)?,
+            Event::Transfer(to) => self.raw.transfer_leader(to),
+        }
+        Ok(())
+    }
+
+    fn tick(&mut self, now: Instant, out: &mut Output<M::Answer>) {
+        // The raft crate draws its election timeout from the thread's generator; drawing it from our seed makes a
+        // run repeatable. Only `tick` reads it.
+        let timeout = self.settings.election_timeout(self.raw.raft.id, self.raw.raft.term);
+        self.raw.raft.set_randomized_election_timeout(timeout);
+        self.raw.tick();
+        self.waiting.expire(now, out);
+        self.reads.expire(now, out);
+    }
+
+    fn propose(&mut self, sequence: u64, command: Vec<u8>) -> Result<(), Refusal> {
+        self.must_lead()?;
+        let proposal = wire::Proposal { client: self.client, sequence, command: command.into() };
+        match self.raw.propose(Vec::new(), proposal.encode_to_vec()) {
+            Ok(()) => Ok(()),
+            Err(raft::Error::ProposalDropped) => Err(Refusal::Busy),
+            Err(error) => Err(Refusal::Invalid(error.to_string())),
+        }
+    }
+
+    fn change_members(&mut self, sequence: u64, change: wire::ConfChangeV2) -> Result<(), Refusal> {
+        self.must_lead()?;
+        if self.raw.raft.has_pending_conf() {
+            // The raft crate would turn it into an empty entry without a word.
+            return Err(Refusal::Invalid("another change of members is under way".to_owned()));
+        }
+        let change = raft::eraftpb::ConfChangeV2::try_from(change);
+        let change = change.map_err(|error| Refusal::Invalid(error.to_string()))?;
+        let name = wire::Proposal { client: self.client, sequence, command: bytes::Bytes::new() };
+        self.raw.propose_conf_change(name.encode_to_vec(), change).map_err(|error| match error {
+            raft::Error::ProposalDropped => Refusal::Busy,
+            other => Refusal::Invalid(other.to_string()),
+        })
+    }
+
+    fn must_lead(&self) -> Result<(), Refusal> {
+        if self.raw.raft.state == StateRole::Leader { Ok(()) } else { Err(Refusal::NotLeader(self.leader())) }
+    }
+
+    fn leader(&self) -> Option<u64> {
+        Some(self.raw.raft.leader_id).filter(|id| *id != raft::INVALID_ID)
+    }
+
+    /// Applies committed entries and stores what they changed, with the mark, in one batch.
+    fn apply(&mut self, entries: Vec<Entry>, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        for entry in entries {
+            let (index, term) = (entry.index, entry.term);
+            self.snapshot.2 += entry.data.len() as u64;
+            match entry.get_entry_type() {
+                EntryType::EntryNormal if entry.data.is_empty() => {}
+                EntryType::EntryNormal => self.apply_command(&entry, out)?,
+                EntryType::EntryConfChange | EntryType::EntryConfChangeV2 => self.apply_members(&entry, out)?,
+            }
+            self.applied = (index, term);
+        }
+        self.store_changes()
+    }
+
+    fn apply_command(&mut self, entry: &Entry, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
+        let proposal = decode_proposal(entry.index, &entry.data)?;
+        let answer = if self.sessions.admit(proposal.client, proposal.sequence, entry.index) {
+            Answer::Applied(entry.index, self.machine.apply(entry.index, &proposal.command)?)
+        } else {
+            Answer::Refused(Refusal::Duplicate)
+        };
+        if proposal.client == self.client {
+            self.waiting.ended(proposal.sequence, answer, out);
+        }
+        Ok(())
+    }
+
+    fn apply_members(&mut self, entry: &Entry, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
+        let malformed = |reason: String| Halt { index: entry.index, reason };
+        if entry.get_entry_type() == EntryType::EntryConfChange {
+            return Err(malformed("a change of members in the old form".to_owned()).into());
+        }
+        let change = wire::ConfChangeV2::decode(entry.data.clone()).map_err(|e| malformed(e.to_string()))?;
+        let change = raft::eraftpb::ConfChangeV2::try_from(change).map_err(|e| malformed(e.to_string()))?;
+        let state = in_order(self.raw.apply_conf_change(&change)?);
+        tracing::info!(index = entry.index, voters = ?state.voters, learners = ?state.learners, "members changed");
+        self.raw.mut_store().conf_state = state.clone();
+        if !entry.context.is_empty() {
+            let proposal = decode_proposal(entry.index, &entry.context)?;
+            if proposal.client == self.client {
+                self.waiting.ended(proposal.sequence, Answer::Members(entry.index, state), out);
+            }
+        }
+        Ok(())
+    }
+
+    fn store_changes(&mut self) -> Result<(), Fatal> {
+        let mut writes = self.machine.take_writes();
+        for write in &mut writes {
+            write.key.splice(..0, MACHINE_KEYS.iter().copied());
+        }
+        writes.extend(self.sessions.take_writes(SESSION_KEYS));
+        let mark = AppliedMark {
+            index: self.applied.0,
+            term: self.applied.1,
+            conf_state: Some((&self.raw.store().conf_state).into()),
+            incarnation: self.incarnation,
+            ..AppliedMark::default()
+        };
+        Ok(self.store.batch(&writes, &mark)?)
+    }
+
+    /// Takes the place of everything this member had: the file first, then the applied state, then the log, so that
+    /// a crash in between is mended at the next start from the file.
+    fn install(&mut self, snapshot: &Snapshot) -> Result<(), Fatal> {
+        let metadata = wire::SnapshotMetadata::from(snapshot.get_metadata());
+        let (index, term) = (metadata.index, metadata.term);
+        tracing::info!(index, term, bytes = snapshot.data.len(), "installing a snapshot from the leader");
+        let body = decode_body(index, snapshot.data.clone())?;
+        self.raw.store().snapshots.save(&metadata, &snapshot.data)?;
+        self.machine.restore(index, &body.machine)?;
+        self.sessions = Sessions::from_wire(body.sessions.unwrap_or_default());
+        let storage = self.raw.mut_store();
+        storage.conf_state = metadata.conf_state.unwrap_or_default().into();
+        self.applied = (index, term);
+        self.store.clear()?;
+        self.store_changes()?;
+        self.raw.mut_store().log.reset(index, term)?;
+        self.snapshot = (index, self.snapshot.1, 0);
+        Ok(())
+    }
+
+    /// Lets readers see the state, if it has moved.
+    fn show(&mut self) {
+        if self.shown != self.applied.0 {
+            self.shown = self.applied.0;
+            self.machine.publish(self.applied.0);
+        }
+    }
+
+    fn snapshot_if_due(&mut self, out: &mut Output<M::Answer>) {
+        let (last, running, bytes) = self.snapshot;
+        let behind = self.applied.0 - last;
+        let wanted = self.raw.store().wanted.replace(false) && behind > 0;
+        let due = behind >= self.settings.snapshot_entries || bytes >= self.settings.snapshot_bytes;
+        if running || !(due || wanted) {
+            return;
+        }
+        self.snapshot.1 = true;
+        self.snapshot.2 = 0;
+        out.snapshot = Some(self.snapshot_job());
+    }
+
+    fn snapshot_job(&self) -> SnapshotJob {
+        let metadata = SnapshotMetadata {
+            index: self.applied.0,
+            term: self.applied.1,
+            conf_state: Some((&self.raw.store().conf_state).into()),
+        };
+        SnapshotJob {
+            metadata,
+            sessions: self.sessions.to_wire(),
+            frozen: self.machine.freeze(),
+            snapshots: self.raw.store().snapshots.clone(),
+        }
+    }
+
+    /// The log may go up to the snapshot that is now durable; some of it stays for peers that are a little behind.
+    fn snapshot_saved(&mut self, metadata: &SnapshotMetadata) -> Result<(), Fatal> {
+        self.snapshot.1 = false;
+        self.snapshot.0 = self.snapshot.0.max(metadata.index);
+        let log = &mut self.raw.mut_store().log;
+        let mut until = metadata.index.saturating_sub(self.settings.keep_entries);
+        if log.bytes() > self.settings.snapshot_bytes.saturating_mul(2) {
+            until = metadata.index;
+        }
+        if until > log.start().0 {
+            log.compact(until)?;
+            tracing::debug!(index = until, "log compacted");
+        }
+        Ok(())
+    }
+
+    fn tell_role(&mut self) {
+        let leading = self.raw.raft.state == StateRole::Leader;
+        if leading != self.leading {
+            self.leading = leading;
+            let term = self.raw.raft.term;
+            if leading {
+                tracing::info!(member = self.raw.raft.id, term, "leader");
+            } else {
+                tracing::info!(member = self.raw.raft.id, term, "no longer leader");
+            }
+        }
+    }
+
+    /// How this member stands.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let raft = &self.raw.raft;
+        let storage = self.raw.store();
+        Status {
+            id: raft.id,
+            term: raft.term,
+            leader: self.leader(),
+            leading: raft.state == StateRole::Leader,
+            committed: raft.raft_log.committed,
+            applied: self.applied.0,
+            last_index: storage.log.last_index(),
+            first_index: storage.log.first_index(),
+            log_bytes: storage.log.bytes(),
+            snapshot: self.snapshot.0,
+            voters: storage.conf_state.voters.clone(),
+            learners: storage.conf_state.learners.clone(),
+        }
+    }
+
+    /// The state machine.
+    pub fn machine(&self) -> &M {
+        &self.machine
+    }
+
+    /// Makes what is only in memory durable, before a polite stop.
+    ///
+    /// # Errors
+    ///
+    /// [`Fatal`]. Nothing acknowledged is lost by it.
+    pub fn close(mut self) -> Result<(), Fatal> {
+        self.raw.mut_store().log.sync()?;
+        Ok(self.store.sync()?)
+    }
+}
+
+fn send(transport: &mut dyn Transport, messages: Vec<Message>) {
+    if !messages.is_empty() {
+        transport.send(messages);
+    }
+}
+
+/// The raft crate lists members in the order of a hash table; what is stored must be the same on all of them.
+fn in_order(mut state: ConfState) -> ConfState {
+    state.voters.sort_unstable();
+    state.learners.sort_unstable();
+    state.voters_outgoing.sort_unstable();
+    state.learners_next.sort_unstable();
+    state
+}
+
+fn decode_proposal(index: u64, bytes: &[u8]) -> Result<wire::Proposal, Halt> {
+    wire::Proposal::decode(bytes).map_err(|error| Halt { index, reason: format!("not a proposal: {error}") })
+}
+
+fn decode_body(index: u64, bytes: bytes::Bytes) -> Result<SnapshotBody, Halt> {
+    SnapshotBody::decode(bytes).map_err(|error| Halt { index, reason: format!("not a snapshot: {error}") })
+}
