@@ -1,0 +1,384 @@
+//! Rules across objects: what one names and another does not have.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use super::grammar;
+use crate::config::node::{Path, Segment};
+use crate::config::object::{Kind, Object, Spec};
+use crate::model::mesh::MeshConfig;
+use crate::model::traffic::{Destination, DestinationRule, Gateway, HttpRoute, VirtualService};
+
+/// How bad a problem is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Severity {
+    /// Some of what was written cannot have an effect, now or later.
+    Error,
+    /// Something named does not exist, or not yet, or something has no effect.
+    Warning,
+}
+
+impl fmt::Display for Severity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Error => "error",
+            Self::Warning => "warning",
+        })
+    }
+}
+
+/// Something that is wrong among objects.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Problem {
+    /// How bad it is.
+    pub severity: Severity,
+    /// `Kind/namespace/name` of the object to change.
+    pub object: String,
+    /// Which value of it.
+    pub path: Path,
+    /// What is wrong and what would be right.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}: {}: {}", self.severity, self.object, self.path, self.message)
+    }
+}
+
+/// What is wrong among these objects, in a stable order. Services of other sources are not known here, so
+/// nothing is said about hosts.
+#[must_use]
+pub fn validate_set(objects: &[&Object]) -> Vec<Problem> {
+    let set = Set::new(objects);
+    let mut problems = Vec::new();
+    for object in objects {
+        let mut cx = About { object, problems: &mut problems };
+        match &*object.spec {
+            Spec::VirtualService(spec) => virtual_service(&mut cx, &set, spec),
+            Spec::PeerAuthentication(spec) => {
+                let selects = spec.selector.as_ref().is_some_and(|s| !s.match_labels.is_empty());
+                if selects && object.namespace == set.root_namespace() {
+                    cx.warn(Path::spec().key("selector"), "has no effect in the root namespace");
+                }
+                if !selects {
+                    namespace_wide(&mut cx, &set);
+                }
+            }
+            Spec::RequestAuthentication(_) | Spec::DestinationRule(_) => {}
+            Spec::Sidecar(spec) if spec.workload_selector.is_none() => namespace_wide(&mut cx, &set),
+            Spec::Telemetry(spec) => {
+                if spec.selector.is_none() && spec.target_ref.is_none() && spec.target_refs.is_empty() {
+                    namespace_wide(&mut cx, &set);
+                }
+                telemetry_providers(&mut cx, &set, spec);
+            }
+            Spec::AuthorizationPolicy(spec) => {
+                if let Some(provider) = &spec.provider {
+                    known_provider(&mut cx, &set, Path::spec().key("provider").key("name"), &provider.name);
+                }
+            }
+            Spec::ServiceEntry(_)
+            | Spec::Gateway(_)
+            | Spec::Sidecar(_)
+            | Spec::WorkloadEntry(_)
+            | Spec::WorkloadGroup(_)
+            | Spec::EnvoyFilter(_)
+            | Spec::ProxyConfig(_)
+            | Spec::WasmPlugin(_)
+            | Spec::TrafficExtension(_)
+            | Spec::MeshConfig(_) => {}
+        }
+    }
+    shared_hosts(&set, &mut problems);
+    shared_ports(&set, &mut problems);
+    conflicting_subsets(&set, &mut problems);
+    problems.sort();
+    problems
+}
+
+/// A short name belongs to the namespace of the object that has it.
+fn full_host(host: &str, namespace: &str) -> String {
+    let host = host.to_ascii_lowercase();
+    if host.contains(['.', ':', '*']) { host } else { format!("{host}.{namespace}.svc.cluster.local") }
+}
+
+struct Set<'a> {
+    objects: &'a [&'a Object],
+    mesh: Option<&'a MeshConfig>,
+}
+
+impl<'a> Set<'a> {
+    fn new(objects: &'a [&'a Object]) -> Self {
+        let mesh = objects.iter().find_map(|object| match &*object.spec {
+            Spec::MeshConfig(mesh) => Some(mesh),
+            _ => None,
+        });
+        Self { objects, mesh }
+    }
+
+    fn root_namespace(&self) -> &str {
+        self.mesh.map_or("istio-system", MeshConfig::root_namespace)
+    }
+
+    fn named(&self, kind: Kind, namespace: &str, name: &str) -> Option<&'a Object> {
+        self.objects.iter().copied().find(|o| o.kind == kind && o.namespace == namespace && o.name == name)
+    }
+
+    fn rules(&self) -> impl Iterator<Item = (&'a Object, &'a DestinationRule)> {
+        self.objects.iter().filter_map(|object| match &*object.spec {
+            Spec::DestinationRule(rule) => Some((*object, rule)),
+            _ => None,
+        })
+    }
+
+    fn services(&self) -> impl Iterator<Item = (&'a Object, &'a VirtualService)> {
+        self.objects.iter().filter_map(|object| match &*object.spec {
+            Spec::VirtualService(service) => Some((*object, service)),
+            _ => None,
+        })
+    }
+
+    /// Objects of the same kind in the same namespace, the oldest first.
+    fn siblings(&self, object: &Object) -> Vec<&'a Object> {
+        let mut all: Vec<&Object> = self
+            .objects
+            .iter()
+            .copied()
+            .filter(|o| o.kind == object.kind && o.namespace == object.namespace && is_namespace_wide(o))
+            .collect();
+        all.sort_by_key(|o| (o.created, o.name.clone()));
+        all
+    }
+}
+
+fn is_namespace_wide(object: &Object) -> bool {
+    match &*object.spec {
+        Spec::PeerAuthentication(spec) => spec.selector.as_ref().is_none_or(|s| s.match_labels.is_empty()),
+        Spec::Sidecar(spec) => spec.workload_selector.is_none(),
+        Spec::Telemetry(spec) => spec.selector.is_none() && spec.target_ref.is_none() && spec.target_refs.is_empty(),
+        _ => false,
+    }
+}
+
+struct About<'a, 'p> {
+    object: &'a Object,
+    problems: &'p mut Vec<Problem>,
+}
+
+impl About<'_, '_> {
+    fn push(&mut self, severity: Severity, path: Path, message: impl Into<String>) {
+        let object = self.object.id();
+        self.problems.push(Problem { severity, object, path, message: message.into() });
+    }
+
+    fn warn(&mut self, path: Path, message: impl Into<String>) {
+        self.push(Severity::Warning, path, message);
+    }
+}
+
+fn namespace_wide(cx: &mut About<'_, '_>, set: &Set<'_>) {
+    let siblings = set.siblings(cx.object);
+    if let Some(first) = siblings.first().filter(|first| first.name != cx.object.name) {
+        let message = format!("{} is for the whole namespace already and is older; this object has no effect", first.id());
+        cx.warn(Path::spec(), message);
+    }
+}
+
+fn known_provider(cx: &mut About<'_, '_>, set: &Set<'_>, path: Path, name: &str) {
+    let Some(mesh) = set.mesh else { return };
+    if mesh.provider(name).is_none() && !matches!(name, "prometheus" | "envoy" | "stackdriver") {
+        let known: Vec<&str> = mesh.extension_providers.iter().map(|p| p.name.as_str()).collect();
+        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+        cx.warn(path, format!("no provider {name} in the mesh configuration; it has: {known}"));
+    }
+}
+
+fn telemetry_providers(cx: &mut About<'_, '_>, set: &Set<'_>, spec: &crate::model::telemetry::Telemetry) {
+    let lists = spec
+        .tracing
+        .iter()
+        .map(|t| &t.providers)
+        .enumerate()
+        .map(|(i, p)| ("tracing", i, p))
+        .chain(spec.metrics.iter().map(|m| &m.providers).enumerate().map(|(i, p)| ("metrics", i, p)))
+        .chain(spec.access_logging.iter().map(|l| &l.providers).enumerate().map(|(i, p)| ("accessLogging", i, p)));
+    for (field, index, providers) in lists {
+        for (at, provider) in providers.iter().enumerate() {
+            let path = Path::spec().key(field).index(index).key("providers").index(at).key("name");
+            known_provider(cx, set, path, &provider.name);
+        }
+    }
+}
+
+fn virtual_service(cx: &mut About<'_, '_>, set: &Set<'_>, service: &VirtualService) {
+    for (path, destination) in destinations(service) {
+        subset(cx, set, path, destination);
+    }
+    for (index, gateway) in service.gateways.iter().enumerate().filter(|(_, gateway)| *gateway != "mesh") {
+        gateway_of(cx, set, Path::spec().key("gateways").index(index), service, gateway);
+    }
+    for (index, route) in service.http.iter().enumerate() {
+        delegate(cx, set, Path::spec().key("http").index(index).key("delegate"), route);
+    }
+}
+
+/// Every destination of a VirtualService with its path.
+fn destinations(service: &VirtualService) -> Vec<(Path, &Destination)> {
+    let mut out = Vec::new();
+    for (i, route) in service.http.iter().enumerate() {
+        let at = Path::spec().key("http").index(i);
+        for (j, to) in route.route.iter().enumerate() {
+            out.extend(to.destination.as_ref().map(|d| (at.clone().key("route").index(j).key("destination"), d)));
+        }
+        out.extend(route.mirror.as_ref().map(|d| (at.clone().key("mirror"), d)));
+        for (j, mirror) in route.mirrors.iter().enumerate() {
+            out.extend(mirror.destination.as_ref().map(|d| (at.clone().key("mirrors").index(j).key("destination"), d)));
+        }
+    }
+    let tls = service.tls.iter().map(|route| &route.route).enumerate().map(|(i, r)| ("tls", i, r));
+    let tcp = service.tcp.iter().map(|route| &route.route).enumerate().map(|(i, r)| ("tcp", i, r));
+    for (field, i, routes) in tls.chain(tcp) {
+        for (j, to) in routes.iter().enumerate() {
+            let path = Path::spec().key(field).index(i).key("route").index(j).key("destination");
+            out.extend(to.destination.as_ref().map(|d| (path, d)));
+        }
+    }
+    out
+}
+
+fn subset(cx: &mut About<'_, '_>, set: &Set<'_>, path: Path, destination: &Destination) {
+    if destination.subset.is_empty() {
+        return;
+    }
+    let host = full_host(&destination.host, &cx.object.namespace);
+    let rules: Vec<(&Object, &DestinationRule)> = set
+        .rules()
+        .filter(|(object, rule)| grammar::covers(&full_host(&rule.host, &object.namespace), &host))
+        .collect();
+    if rules.iter().any(|(_, rule)| rule.subsets.iter().any(|s| s.name == destination.subset)) {
+        return;
+    }
+    let message = match rules.first() {
+        None => format!("no DestinationRule for {host}, so no subset {}; requests to it fail with 503", destination.subset),
+        Some((object, _)) => {
+            let known: Vec<&str> =
+                rules.iter().flat_map(|(_, rule)| &rule.subsets).map(|s| s.name.as_str()).collect();
+            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+            format!("no subset {} in {}; it has: {known}; requests to it fail with 503", destination.subset, object.id())
+        }
+    };
+    cx.warn(path.key("subset"), message);
+}
+
+fn gateway_of(cx: &mut About<'_, '_>, set: &Set<'_>, path: Path, service: &VirtualService, gateway: &str) {
+    let (namespace, name) = gateway.split_once('/').unwrap_or((cx.object.namespace.as_str(), gateway));
+    let namespace = if namespace == "." { cx.object.namespace.as_str() } else { namespace };
+    let Some(object) = set.named(Kind::Gateway, namespace, name) else {
+        cx.warn(path, format!("no Gateway {namespace}/{name}; the routes have no effect there"));
+        return;
+    };
+    let Spec::Gateway(found) = &*object.spec else { return };
+    for (index, host) in service.hosts.iter().enumerate() {
+        if !serves(found, namespace, &cx.object.namespace, host) {
+            let path = Path::spec().key("hosts").index(index);
+            cx.warn(path, format!("no server of {} has this host; the routes have no effect there", object.id()));
+        }
+    }
+}
+
+/// Does a server of the gateway take this host from this namespace?
+fn serves(gateway: &Gateway, own: &str, namespace: &str, host: &str) -> bool {
+    gateway.servers.iter().flat_map(|server| &server.hosts).any(|served| {
+        let (scope, name) = served.split_once('/').unwrap_or(("*", served));
+        let allowed = scope == "*" || scope == namespace || scope == "." && own == namespace;
+        allowed && (grammar::covers(name, host) || grammar::covers(host, name))
+    })
+}
+
+fn delegate(cx: &mut About<'_, '_>, set: &Set<'_>, path: Path, route: &HttpRoute) {
+    let Some(delegate) = &route.delegate else { return };
+    let own = cx.object.namespace.clone();
+    let namespace = if delegate.namespace.is_empty() { own.as_str() } else { delegate.namespace.as_str() };
+    let Some(object) = set.named(Kind::VirtualService, namespace, &delegate.name) else {
+        cx.warn(path, format!("no VirtualService {namespace}/{}; the route has no effect", delegate.name));
+        return;
+    };
+    let Spec::VirtualService(found) = &*object.spec else { return };
+    if !found.hosts.is_empty() {
+        cx.push(Severity::Error, path, format!("{} has hosts; a delegate must have none", object.id()));
+    } else if found.http.iter().any(|route| route.delegate.is_some()) {
+        cx.push(Severity::Error, path, format!("{} delegates again; one level is possible", object.id()));
+    }
+}
+
+/// Two VirtualServices for one host of sidecars: the older has it, nothing is merged.
+fn shared_hosts(set: &Set<'_>, problems: &mut Vec<Problem>) {
+    let mut owners: BTreeMap<String, Vec<(&Object, usize)>> = BTreeMap::new();
+    for (object, service) in set.services() {
+        if service.gateways.is_empty() || service.gateways.iter().any(|gateway| gateway == "mesh") {
+            for (index, host) in service.hosts.iter().enumerate() {
+                owners.entry(full_host(host, &object.namespace)).or_default().push((object, index));
+            }
+        }
+    }
+    for (host, mut objects) in owners {
+        objects.sort_by_key(|(object, _)| (object.created, object.name.clone(), object.namespace.clone()));
+        let Some(((first, _), others)) = objects.split_first() else { continue };
+        for (object, index) in others.iter().filter(|(object, _)| visible_together(object, first)) {
+            About { object, problems }.warn(
+                Path::spec().key("hosts").index(*index),
+                format!("{} has routes for {host} already and is older; these routes have no effect there", first.id()),
+            );
+        }
+    }
+}
+
+fn visible_together(a: &Object, b: &Object) -> bool {
+    let private = |object: &Object| match &*object.spec {
+        Spec::VirtualService(service) => {
+            !service.export_to.is_empty() && service.export_to.iter().all(|namespace| namespace == ".")
+        }
+        _ => false,
+    };
+    a.namespace == b.namespace || !private(a) && !private(b)
+}
+
+/// One host whose port speaks two protocols.
+fn shared_ports(set: &Set<'_>, problems: &mut Vec<Problem>) {
+    let mut seen: BTreeMap<(String, u16), (&Object, String)> = BTreeMap::new();
+    for object in set.objects {
+        let Spec::ServiceEntry(entry) = &*object.spec else { continue };
+        for host in &entry.hosts {
+            for (index, port) in entry.ports.iter().enumerate() {
+                let protocol = port.protocol.to_ascii_uppercase();
+                let key = (host.to_ascii_lowercase(), port.number);
+                let (first, other) = seen.entry(key).or_insert_with(|| (object, protocol.clone()));
+                if *other != protocol && first.id() != object.id() {
+                    let message = format!("{} has {other} on port {} of {host}", first.id(), port.number);
+                    let path = Path::spec().key("ports").index(index).key("protocol");
+                    About { object, problems }.warn(path, message);
+                }
+            }
+        }
+    }
+}
+
+/// Subsets of one name that select different endpoints; the first definition has it.
+fn conflicting_subsets(set: &Set<'_>, problems: &mut Vec<Problem>) {
+    type Definition<'a> = (&'a Object, &'a BTreeMap<String, String>);
+    let mut seen: BTreeMap<(String, String, String), Definition<'_>> = BTreeMap::new();
+    let mut rules: Vec<(&Object, &DestinationRule)> = set.rules().collect();
+    rules.sort_by_key(|(object, _)| (object.created, object.name.clone()));
+    for (object, rule) in rules.into_iter().filter(|(_, rule)| rule.workload_selector.is_none()) {
+        for (index, subset) in rule.subsets.iter().enumerate() {
+            let key = (object.namespace.clone(), full_host(&rule.host, &object.namespace), subset.name.clone());
+            let (first, labels) = seen.entry(key).or_insert((object, &subset.labels));
+            if first.id() != object.id() && *labels != &subset.labels {
+                let path = Path(vec![Segment::Key("spec".into()), Segment::Key("subsets".into()), Segment::Index(index)]);
+                let message = format!("{} has a subset {} with other labels; this one has no effect", first.id(), subset.name);
+                About { object, problems }.warn(path, message);
+            }
+        }
+    }
+}
