@@ -8,10 +8,11 @@ use std::sync::Arc;
 
 use registry::config::Kind;
 use registry::model::service::{Health, SourceId, TlsMode};
+use registry::state::history;
 use registry::state::{
     Batch, Command, CommandOutcome, DecodeError, Delete, ObjectResult, Put, Revision, State, StoredCommand,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 use support::{Mesh, delete, endpoint, key, object, put, registration, service, workload_key};
 
 fn rule(id: &str, host: &str) -> registry::config::Object {
@@ -189,7 +190,8 @@ fn history_remembers_who_changed_what_within_its_bound() {
     assert_eq!(told, expect.map(|(r, s)| (r, s.to_owned())));
     let third = mesh.state.history().entry(Revision(3)).unwrap();
     assert_eq!((third.time_ms, third.author.as_str()), (52_007, "test"));
-    let specs = |v: &Option<Value>| v.as_ref().unwrap().pointer("/spec/host").unwrap().clone();
+    let specs =
+        |v: &Option<history::Value>| v.as_ref().unwrap().to_json().pointer("/spec/host").unwrap().clone();
     assert_eq!((specs(&third.changes[0].before), specs(&third.changes[0].after)), (json!("x"), json!("y")));
     assert_eq!(mesh.snapshot.trust_domain(), "td");
 
@@ -259,6 +261,38 @@ fn entries_of_version_1_decode_for_ever() {
     let recorded = std::fs::read(&path).unwrap();
     assert_eq!(StoredCommand::decode(&recorded).unwrap(), golden());
     assert_eq!(StoredCommand::encode(&golden()), recorded, "today's form is the recorded one");
+}
+
+/// A state with something of everything.
+fn golden_state() -> State {
+    let mut mesh =
+        Mesh { seconds: 1_763_683_200, ..Mesh::default() }.with(vec![entry("shop/se", &["vm.example.com"])]);
+    for command in golden().commands {
+        if !matches!(command, Command::RemoveWorkload { .. }) {
+            mesh.apply(vec![command]);
+        }
+    }
+    let mut changed = rule("shop/r", "x");
+    mesh.apply(vec![put(vec![changed.clone()])]);
+    changed.raw = json!({"host": "y"});
+    mesh.apply(vec![put(vec![changed])]);
+    mesh.state
+}
+
+/// As above, for the state: what a member stored before an upgrade it reads after.
+#[test]
+fn a_state_of_version_1_decodes_for_ever() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/state/state-v1.bin");
+    if std::env::vars_os().any(|(name, _)| name == "UPDATE") {
+        std::fs::write(&path, golden_state().encode()).unwrap();
+    }
+    let recorded = std::fs::read(&path).unwrap();
+    let state = State::decode(&recorded).unwrap();
+    assert_eq!(state.objects().count(), 2, "the VirtualService expected a revision that never was");
+    assert_eq!((state.workloads().count(), state.services().count(), state.endpoints().count()), (1, 1, 1));
+    assert_eq!(state.history().entries().count(), 4);
+    assert_eq!(state.encode(), recorded);
+    assert_eq!(golden_state().encode(), recorded, "today's form is the recorded one");
 }
 
 #[test]

@@ -60,3 +60,10 @@ pub fn workload_labels(object: &Object) -> Option<Labels> {
     labels.extend(object.labels.iter().map(|(key, value)| (key.clone(), value.clone())));
     Some(labels)
 }
+
+/// The workload that a `WorkloadEntry` describes has all labels of `wanted`.
+#[must_use]
+pub fn workload_has(object: &Object, wanted: &Labels) -> bool {
+    let own = |key: &String| object.labels.get(key).or_else(|| workload_entry(object)?.labels.get(key));
+    wanted.iter().all(|(key, value)| own(key) == Some(value))
+}

@@ -11,12 +11,14 @@ use crate::model::service::{
 };
 use crate::model::traffic::{Port, ServiceEntry, ServiceEntryLocation, ServiceEntryResolution};
 use crate::model::workload::WorkloadEntry;
-use crate::state::{Registration, State, WorkloadKey};
+use crate::state::{ObjectKey, Registration, State, WorkloadKey};
 
 /// Overrides whether an endpoint speaks mTLS.
 const TLS_MODE_LABEL: &str = "security.istio.io/tlsMode";
 /// Overrides the locality; parts are separated by dots, for labels cannot hold slashes.
 const LOCALITY_LABEL: &str = "istio-locality";
+/// Network of a workload that names none itself.
+const NETWORK_LABEL: &str = "topology.istio.io/network";
 /// On a workload that finishes what it has.
 const DRAINING_LABEL: &str = "istio.io/draining";
 /// Name of the workload, for telemetry.
@@ -77,7 +79,7 @@ pub fn workload_of_entry(object: &Object, registration: Option<&Arc<Registration
         key: WorkloadKey { namespace: object.namespace.clone(), name: object.name.clone() },
         address: entry.address.clone(),
         ports: entry.ports.clone(),
-        network: entry.network.clone(),
+        network: network(&entry.network, &labels),
         locality: locality(&entry.locality, &labels),
         weight: entry.weight.max(1),
         service_account: entry.service_account.clone(),
@@ -98,7 +100,7 @@ pub fn workload_of_registration(r: &Arc<Registration>) -> Workload {
         address: r.address.clone(),
         ports: r.ports.clone(),
         labels: r.labels.clone(),
-        network: r.network.clone(),
+        network: network(&r.network, &r.labels),
         locality: if declared.is_empty() { locality("", &r.labels) } else { r.locality.clone() },
         weight: r.weight.max(1),
         service_account: r.service_account.clone(),
@@ -118,6 +120,11 @@ fn locality(declared: &str, labels: &Labels) -> Locality {
         return Locality::parse(declared);
     }
     labels.get(LOCALITY_LABEL).map(|text| Locality::parse(&text.replace('.', "/"))).unwrap_or_default()
+}
+
+fn network(declared: &str, labels: &Labels) -> String {
+    let labelled = || labels.get(NETWORK_LABEL).cloned().unwrap_or_default();
+    if declared.is_empty() { labelled() } else { declared.to_owned() }
 }
 
 fn tls_mode(labels: &Labels, service_account: &str) -> TlsMode {
@@ -277,22 +284,21 @@ fn endpoints(state: &State, object: &Object, entry: &ServiceEntry, service: &Ser
 /// The workloads of `namespace` that have all labels of `selector`.
 fn selected(state: &State, namespace: &str, selector: &Labels) -> impl Iterator<Item = Workload> {
     let entries = state.objects_in(Kind::WorkloadEntry, namespace).filter_map(|(key, object)| {
-        let labels = declare::workload_labels(object)?;
-        if !declare::contains(&labels, selector) {
+        if !declare::workload_has(object, selector) {
             return None;
         }
         let key = WorkloadKey { namespace: key.namespace.clone(), name: key.name.clone() };
         workload_of_entry(object, state.workload(&key))
     });
     let namespace = namespace.to_owned();
-    let registered = state.workloads_in(&namespace).filter(move |(key, registration)| {
-        let object = crate::state::ObjectKey {
-            kind: Kind::WorkloadEntry,
-            namespace: key.namespace.clone(),
-            name: key.name.clone(),
-        };
-        declare::contains(&registration.labels, selector) && state.object(&object).is_none()
-    });
+    let hidden = |key: &WorkloadKey| {
+        let kind = Kind::WorkloadEntry;
+        let entry = ObjectKey { kind, namespace: key.namespace.clone(), name: key.name.clone() };
+        state.object(&entry).is_some()
+    };
+    let registered = state
+        .workloads_in(&namespace)
+        .filter(move |(key, registration)| declare::contains(&registration.labels, selector) && !hidden(key));
     entries.chain(registered.map(|(_, registration)| workload_of_registration(registration)))
 }
 
@@ -321,7 +327,7 @@ fn inline_endpoint(entry: &WorkloadEntry, object: &Object, service: &Service) ->
         ports: own_ports(&entry.address, &entry.ports, service),
         weight: entry.weight.max(1),
         locality: locality(&entry.locality, &entry.labels),
-        network: entry.network.clone(),
+        network: network(&entry.network, &entry.labels),
         labels: entry.labels.clone(),
         workload: entry.labels.get(WORKLOAD_NAME_LABEL).cloned().unwrap_or_default(),
         namespace: object.namespace.clone(),

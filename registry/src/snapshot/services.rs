@@ -18,7 +18,8 @@ static NO_IDENTITIES: BTreeSet<String> = BTreeSet::new();
 #[derive(Debug, Clone, Default)]
 pub(super) struct Services {
     by_host: Chunks<Hostname, Arc<Host>>,
-    by_age: Chunks<Age, Arc<Service>>,
+    /// With each service whether it is the only one of its host.
+    by_age: Chunks<Age, (Arc<Service>, bool)>,
     by_address: Chunks<(String, Hostname), ()>,
 }
 
@@ -35,7 +36,7 @@ impl Services {
             self.by_age.remove(&age(service));
         }
         for service in after.iter().map(|c| &c.service) {
-            self.by_age.insert(age(service), Arc::clone(service));
+            self.by_age.insert(age(service), (Arc::clone(service), after.len() == 1));
         }
         let (was, is) = (addresses(&before), addresses(&after));
         for gone in was.difference(&is) {
@@ -101,11 +102,15 @@ impl Services {
 
     /// The services that `namespace` sees, oldest first; one per host.
     pub(super) fn visible<'a>(&'a self, namespace: &'a str) -> impl Iterator<Item = &'a Arc<Service>> {
-        self.by_age.iter().map(|(_, service)| service).filter(move |service| {
+        let sees = move |service: &Service, alone: bool| {
+            if alone {
+                return exported(service, namespace);
+            }
             let Some(host) = self.get(&service.hostname) else { return false };
             choose(&host.candidates, namespace)
                 .is_some_and(|chosen| chosen.service.namespace == service.namespace)
-        })
+        };
+        self.by_age.iter().filter_map(move |(_, (service, alone))| sees(service, *alone).then_some(service))
     }
 
     /// The hosts with an endpoint at `address`.

@@ -157,8 +157,8 @@ impl Entry<'_> {
     fn replace_object(&mut self, key: &ObjectKey, old: Option<Arc<Object>>, new: Option<Arc<Object>>) {
         self.remembered.push(history::Change {
             what: key.to_string(),
-            before: old.as_ref().map(|object| object.to_json()),
-            after: new.as_ref().map(|object| object.to_json()),
+            before: old.clone().map(history::Value::Object),
+            after: new.clone().map(history::Value::Object),
         });
         match &new {
             Some(object) => self.state.objects.insert(key.clone(), Arc::clone(object)),
@@ -335,11 +335,12 @@ impl Entry<'_> {
         if self.state.mesh.as_deref() == Some(config) {
             return false;
         }
-        let before = self.state.mesh.replace(Arc::new(config.clone()));
+        let config = Arc::new(config.clone());
+        let before = self.state.mesh.replace(Arc::clone(&config));
         self.remembered.push(history::Change {
-            what: "MeshConfig".to_owned(),
-            before: before.map(|value| Value::clone(&value)),
-            after: Some(config.clone()),
+            what: history::MESH.to_owned(),
+            before: before.map(history::Value::Json),
+            after: Some(history::Value::Json(config)),
         });
         self.changes.mesh = true;
         self.changes.written.insert(StoreKey::Mesh);

@@ -3,12 +3,14 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use serde_json::Value;
-
 use super::command::Revision;
+use crate::config::Object;
 
 /// How many entries are kept unless the operator says otherwise.
 pub const DEFAULT_LIMIT: u32 = 1000;
+
+/// What a change of the settings set by command is about.
+pub(super) const MESH: &str = "MeshConfig";
 
 /// One log entry that changed configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,10 +30,30 @@ pub struct Entry {
 pub struct Change {
     /// `Kind/namespace/name`, or `MeshConfig`.
     pub what: String,
-    /// The whole object before, in its Kubernetes form; none when it was created.
+    /// What was before; none when it was created.
     pub before: Option<Value>,
-    /// The whole object after; none when it was deleted.
+    /// What is after; none when it was deleted.
     pub after: Option<Value>,
+}
+
+/// A value that history shares with the state.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Value {
+    /// An object.
+    Object(Arc<Object>),
+    /// Mesh-wide settings as they were written, or an object that this program cannot read.
+    Json(Arc<serde_json::Value>),
+}
+
+impl Value {
+    /// The value as JSON: an object in its Kubernetes form.
+    #[must_use]
+    pub fn to_json(&self) -> serde_json::Value {
+        match self {
+            Self::Object(object) => object.to_json(),
+            Self::Json(json) => serde_json::Value::clone(json),
+        }
+    }
 }
 
 impl Entry {

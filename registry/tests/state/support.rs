@@ -10,7 +10,7 @@ use registry::config::{Kind, Object};
 use registry::model::service::{
     Endpoint, Health, Locality, Location, Protocol, Resolution, Service, ServicePort, SourceId, TlsMode,
 };
-use registry::snapshot::Snapshot;
+use registry::snapshot::{Snapshot, Typed};
 use registry::state::{
     Batch, Changes, Command, Delete, ObjectKey, Outcome, Put, Registration, Revision, State, WorkloadKey,
 };
@@ -98,6 +98,22 @@ pub(crate) fn registration(id: &str, address: &str, text: &str, session: &str) -
         lease_ms: 30_000,
         healthy: true,
     }
+}
+
+pub(crate) fn entry(id: &str, spec: Value) -> Object {
+    let mut whole = json!({"ports": [{"number": 80, "name": "http"}], "resolution": "STATIC", "location": "MESH_INTERNAL"});
+    whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+    object(Kind::ServiceEntry, id, whole)
+}
+
+pub(crate) fn routes(id: &str, spec: Value) -> Object {
+    let mut whole = json!({"hosts": ["x"], "http": [{"route": [{"destination": {"host": "x"}}]}]});
+    whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+    object(Kind::VirtualService, id, whole)
+}
+
+pub(crate) fn names<T>(objects: &[Typed<T>]) -> Vec<String> {
+    objects.iter().map(|(object, _)| format!("{}/{}", object.namespace, object.name)).collect()
 }
 
 pub(crate) fn put(objects: Vec<Object>) -> Command {
