@@ -24,7 +24,7 @@ fn every_golden_file_holds() {
         .collect();
     files.sort();
     assert!(files.len() >= 25, "only {} golden files", files.len());
-    let update = support::update();
+    let update = update();
     let failures: Vec<String> = files.iter().flat_map(|file| check(file, update)).collect();
     assert!(failures.is_empty(), "\n{}\nUPDATE=1 rewrites what is expected", failures.join("\n"));
 }
@@ -36,7 +36,7 @@ fn check(file: &Path, update: bool) -> Vec<String> {
         serde_saphyr::from_str(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
     let expected = document.get("expect").and_then(Value::as_object).cloned().unwrap_or_default();
     let found = translated(&document);
-    support::write_bootstrap(&name, &found);
+    write_bootstrap(&name, &found);
     let mut failures = Vec::new();
     let mut now = Map::new();
     for (key, wanted) in expected {
@@ -86,4 +86,52 @@ fn rewrite(file: &Path, text: &str, now: &Map<String, Value>) {
         writeln!(out, "  {}:{shown}", json!(key)).expect("a string takes everything");
     }
     std::fs::write(file, out).expect("a writable file");
+}
+
+/// Whether expectations are to be rewritten.
+fn update() -> bool {
+    std::env::var_os("UPDATE").is_some_and(|value| value == "1")
+}
+
+/// Writes the resources as a static bootstrap, when a folder for it is given.
+fn write_bootstrap(name: &str, resources: &Value) {
+    let Some(folder) = std::env::var_os("GOLDEN_BOOTSTRAPS") else { return };
+    let of = |kind: &str| -> Vec<Value> {
+        let all = resources.get(kind).and_then(Value::as_object).cloned().unwrap_or_default();
+        all.into_iter().map(|(_, value)| without_type(value)).collect()
+    };
+    let grpc = |name: &str| {
+        json!({"name": name, "connect_timeout": "1s", "type": "STATIC", "http2_protocol_options": {},
+            "load_assignment": {"cluster_name": name}})
+    };
+    let mut clusters = of("Cluster");
+    clusters.extend([grpc("xds-grpc"), grpc("sds-grpc")]);
+    let mut listeners = of("Listener");
+    let routes = of("Route").into_iter().enumerate().map(|(index, route)| {
+        let manager = json!({
+            "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+            "stat_prefix": "routes", "route_config": route,
+            "http_filters": [{"name": "router", "typed_config": {"@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"}}],
+        });
+        json!({"name": format!("routes-{index}"),
+            "address": {"socket_address": {"address": "127.0.0.1", "port_value": 20000 + index}},
+            "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}]})
+    });
+    listeners.extend(routes);
+    let source = json!({"api_type": "GRPC", "transport_api_version": "V3",
+        "grpc_services": [{"envoy_grpc": {"cluster_name": "xds-grpc"}}]});
+    let bootstrap = json!({
+        "node": {"id": "test", "cluster": "test"},
+        "dynamic_resources": {"ads_config": source},
+        "static_resources": {"clusters": clusters, "listeners": listeners},
+    });
+    let path = std::path::Path::new(&folder).join(name.replace(".yaml", ".json"));
+    std::fs::write(path, bootstrap.to_string()).expect("a writable folder");
+}
+
+fn without_type(mut value: Value) -> Value {
+    if let Some(fields) = value.as_object_mut() {
+        fields.shift_remove("@type");
+    }
+    value
 }

@@ -8,6 +8,7 @@ use envoy_types::pb::envoy::extensions::access_loggers::file::v3 as file_log;
 use envoy_types::pb::envoy::extensions::filters::http::cors::v3::Cors;
 use envoy_types::pb::envoy::extensions::filters::http::fault::v3::HttpFault;
 use envoy_types::pb::envoy::extensions::filters::http::grpc_stats::v3 as grpc_stats;
+use envoy_types::pb::envoy::extensions::filters::http::grpc_web::v3::GrpcWeb;
 use envoy_types::pb::envoy::extensions::filters::http::router::v3::Router;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
 
@@ -106,6 +107,11 @@ pub(super) fn manager(parts: Manager<'_>) -> Filter {
         ..Default::default()
     };
     pb::network_filter(MANAGER, &config)
+}
+
+/// Turns gRPC-Web of browsers into gRPC for the application.
+pub(super) fn grpc_web() -> hcm::HttpFilter {
+    pb::http_filter("envoy.filters.http.grpc_web", &GrpcWeb {})
 }
 
 /// gRPC statistics, faults, CORS, then the router: the end of every chain, in this order.

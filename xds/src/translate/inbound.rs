@@ -126,7 +126,7 @@ struct Destination<'a> {
     /// Port of the workload; none for all that are not declared.
     port: Option<u16>,
     carries: Carries,
-    grpc: bool,
+    protocol: Protocol,
 }
 
 /// The inbound listeners of a proxy.
@@ -171,7 +171,7 @@ fn declared(port: &InboundPort) -> Destination<'_> {
         host: &port.service.hostname,
         port: Some(port.workload_port),
         carries: Carries::of(port.port.protocol),
-        grpc: port.port.protocol == Protocol::Grpc,
+        protocol: port.port.protocol,
     }
 }
 
@@ -182,7 +182,7 @@ fn undeclared(port: Option<u16>) -> Destination<'static> {
         host: "",
         port,
         carries: Carries::Either,
-        grpc: false,
+        protocol: Protocol::Auto,
     }
 }
 
@@ -243,7 +243,7 @@ fn chains(
                 name: destination.label.clone(),
                 filter_chain_match: chain_match(shape, destination.port.filter(|_| shared)),
                 filters: filters(view, destination, shape, guard),
-                transport_socket: shape.mtls.then(|| tls::downstream_mesh(alpn, &guard.trust_domains)),
+                transport_socket: shape.mtls.then(|| tls::downstream_mesh(alpn, view.lowest_tls(), &guard.trust_domains)),
                 ..Default::default()
             }
         })
@@ -275,12 +275,15 @@ fn filters(
         return filters;
     }
     let port = destination.port.unwrap_or_default();
-    let routes = route::inbound(view, &destination.cluster, destination.host, port, destination.grpc);
+    let grpc = matches!(destination.protocol, Protocol::Grpc | Protocol::GrpcWeb);
+    let routes = route::inbound(view, &destination.cluster, destination.host, port, grpc);
+    let mut first = guard.http.clone();
+    first.extend((destination.protocol == Protocol::GrpcWeb).then(http::grpc_web));
     vec![http::manager(Manager {
         stat_prefix: format!("inbound_{}", destination.label),
         inbound: true,
         routes: http::inline(routes),
-        first: guard.http.clone(),
+        first,
         path_form: view.path_form(),
         access_log: &access_log,
     })]

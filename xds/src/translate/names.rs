@@ -81,8 +81,14 @@ fn automatic_addresses(index: u32) -> Vec<IpNet> {
 #[must_use]
 pub fn explicit_address(proxy: &Proxy, service: &Service) -> Option<Ipv4Addr> {
     let Interception::Explicit { base, prefix } = proxy.interception else { return None };
+    block_address(base, prefix, service.vip_index)
+}
+
+/// The address of the service with this index in a loopback block, when the block has room for it.
+#[must_use]
+pub fn block_address(base: Ipv4Addr, prefix: u8, vip_index: u32) -> Option<Ipv4Addr> {
     let size = 1_u32.checked_shl(32_u32.saturating_sub(prefix.into()))?;
-    let offset = FIRST_SERVICE.checked_add(service.vip_index)?;
+    let offset = FIRST_SERVICE.checked_add(vip_index)?;
     (offset < size).then(|| Ipv4Addr::from(u32::from(base).saturating_add(offset)))
 }
 

@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use envoy_types::pb::envoy::config::route::v3 as route;
 use envoy_types::pb::envoy::config::route::v3::route_action::ClusterSpecifier;
+use envoy_types::pb::envoy::config::route::v3::route_match::PathSpecifier;
 use registry::model::service::{Protocol, Service};
-use registry::model::traffic::VirtualService;
+use registry::model::traffic::HttpRoute;
 
 pub(super) use self::action::cluster_name;
 use self::matching::Client;
@@ -122,7 +123,7 @@ fn named_host(host: &str, port: u16, domains: Vec<String>, routes: Vec<route::Ro
 /// Hosts that only `VirtualService`s know.
 fn foreign_hosts(view: &View<'_>, taken: &mut BTreeSet<String>) -> Vec<route::VirtualHost> {
     let mut out = Vec::new();
-    for rule in &view.virtual_services {
+    for rule in view.virtual_services.iter().filter(|rule| !rule.spec.http.is_empty()) {
         for host in &rule.spec.hosts {
             let known = view.services.iter().any(|service| names::covers(host, &service.hostname));
             if known || !taken.insert(host.to_ascii_lowercase()) {
@@ -155,9 +156,9 @@ fn routes(view: &View<'_>, rule: &RoutingRule, port: u16) -> Vec<route::Route> {
             let mut built = route::Route {
                 name: route_name(&http_route.name, request.map(|r| r.name.as_str())),
                 stat_prefix: request.map(|r| r.stat_prefix.clone()).unwrap_or_default(),
+                decorator: Some(decorator(http_route, &route_match, port)),
                 r#match: Some(route_match),
                 metadata: Some(config_metadata(&rule.path)),
-                decorator: Some(decorator(rule, port)),
                 ..Default::default()
             };
             action::apply(&mut built, view, http_route, port);
@@ -178,14 +179,17 @@ fn route_name(route: &str, request: Option<&str>) -> String {
     }
 }
 
-fn decorator(rule: &RoutingRule, port: u16) -> route::Decorator {
-    let host = first_destination(&rule.spec).unwrap_or_default();
-    route::Decorator { operation: format!("{host}:{port}/*"), propagate: None }
-}
-
-fn first_destination(spec: &VirtualService) -> Option<&str> {
-    let destinations = spec.http.iter().flat_map(|http| &http.route);
-    destinations.filter_map(|d| d.destination.as_ref()).map(|d| d.host.as_str()).next()
+/// The operation's name in traces: whom the route calls, and on which paths.
+fn decorator(http_route: &HttpRoute, route_match: &route::RouteMatch, port: u16) -> route::Decorator {
+    let path = match &route_match.path_specifier {
+        Some(PathSpecifier::Prefix(prefix)) => format!("{prefix}*"),
+        Some(PathSpecifier::Path(path)) => path.clone(),
+        Some(PathSpecifier::SafeRegex(regex)) => regex.regex.clone(),
+        _ => "/*".to_owned(),
+    };
+    let first = http_route.route.iter().find_map(|d| d.destination.as_ref());
+    let operation = first.map_or_else(|| path.clone(), |d| format!("{}:{port}{path}", d.host));
+    route::Decorator { operation, propagate: None }
 }
 
 /// Names the object from which a route came.
@@ -273,11 +277,11 @@ pub(super) fn inbound(
     }
 }
 
-/// Which `VirtualService` routes each service: the one whose host is the most specific, the first among equals.
+/// Which `VirtualService` routes the HTTP of each service: the one whose host is the most specific, the first among equals.
 pub(super) fn owners(services: &[std::sync::Arc<Service>], rules: &[RoutingRule]) -> BTreeMap<String, usize> {
     let mut exact: BTreeMap<&str, usize> = BTreeMap::new();
     let mut wildcards: Vec<(&str, usize)> = Vec::new();
-    for (index, rule) in rules.iter().enumerate() {
+    for (index, rule) in rules.iter().enumerate().filter(|(_, rule)| !rule.spec.http.is_empty()) {
         for host in &rule.spec.hosts {
             if host.starts_with('*') {
                 wildcards.push((host, index));

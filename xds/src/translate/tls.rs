@@ -54,16 +54,26 @@ impl Alpn {
     }
 }
 
+/// The lowest version of TLS between proxies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lowest {
+    /// 1.2, the default.
+    Tls12,
+    /// 1.3.
+    Tls13,
+}
+
 /// Mutual TLS towards a workload of the mesh, which must prove one of `identities` (any identity of the mesh's roots,
 /// when none is known).
 pub(super) fn upstream_mesh<'a>(
     sni: String,
     alpn: Alpn,
+    lowest: Lowest,
     identities: impl IntoIterator<Item = &'a str>,
 ) -> core::TransportSocket {
     let sans = identities.into_iter().map(|id| uri_san(pb::exact(id))).collect();
     let context = tls::UpstreamTlsContext {
-        common_tls_context: Some(mesh_context(alpn.client(), sans)),
+        common_tls_context: Some(mesh_context(alpn.client(), lowest, sans)),
         sni,
         ..Default::default()
     };
@@ -71,11 +81,11 @@ pub(super) fn upstream_mesh<'a>(
 }
 
 /// Mutual TLS with clients of the mesh: any workload of these trust domains.
-pub(super) fn downstream_mesh(alpn: Alpn, trust_domains: &[String]) -> core::TransportSocket {
+pub(super) fn downstream_mesh(alpn: Alpn, lowest: Lowest, trust_domains: &[String]) -> core::TransportSocket {
     let sans =
         trust_domains.iter().map(|domain| uri_san(pb::prefix(format!("spiffe://{domain}/")))).collect();
     let context = tls::DownstreamTlsContext {
-        common_tls_context: Some(mesh_context(alpn.server(), sans)),
+        common_tls_context: Some(mesh_context(alpn.server(), lowest, sans)),
         require_client_certificate: pb::boolv(true),
         ..Default::default()
     };
@@ -87,7 +97,7 @@ pub(super) fn plaintext() -> core::TransportSocket {
     pb::transport_socket(RAW_SOCKET, &RawBuffer {})
 }
 
-fn mesh_context(alpn_protocols: Vec<String>, sans: Vec<tls::SubjectAltNameMatcher>) -> tls::CommonTlsContext {
+fn mesh_context(alpn_protocols: Vec<String>, lowest: Lowest, sans: Vec<tls::SubjectAltNameMatcher>) -> tls::CommonTlsContext {
     let validation = tls::common_tls_context::CombinedCertificateValidationContext {
         default_validation_context: Some(tls::CertificateValidationContext {
             match_typed_subject_alt_names: sans,
@@ -97,7 +107,7 @@ fn mesh_context(alpn_protocols: Vec<String>, sans: Vec<tls::SubjectAltNameMatche
         ..Default::default()
     };
     tls::CommonTlsContext {
-        tls_params: Some(parameters()),
+        tls_params: Some(parameters(lowest)),
         tls_certificate_sds_secret_configs: vec![secret(CERTIFICATE_SECRET)],
         alpn_protocols,
         validation_context_type: Some(
@@ -107,9 +117,13 @@ fn mesh_context(alpn_protocols: Vec<String>, sans: Vec<tls::SubjectAltNameMatche
     }
 }
 
-fn parameters() -> tls::TlsParameters {
+fn parameters(lowest: Lowest) -> tls::TlsParameters {
+    let lowest = match lowest {
+        Lowest::Tls12 => tls::tls_parameters::TlsProtocol::TlSv12,
+        Lowest::Tls13 => tls::tls_parameters::TlsProtocol::TlSv13,
+    };
     tls::TlsParameters {
-        tls_minimum_protocol_version: tls::tls_parameters::TlsProtocol::TlSv12.into(),
+        tls_minimum_protocol_version: lowest.into(),
         tls_maximum_protocol_version: tls::tls_parameters::TlsProtocol::TlSv13.into(),
         ..Default::default()
     }
@@ -181,7 +195,7 @@ pub(super) fn upstream_origination(
     });
     let context = tls::UpstreamTlsContext {
         common_tls_context: Some(tls::CommonTlsContext {
-            tls_params: Some(parameters()),
+            tls_params: Some(parameters(Lowest::Tls12)),
             tls_certificates: certificates.into_iter().collect(),
             alpn_protocols: alpn,
             validation_context_type: Some(tls::common_tls_context::ValidationContextType::ValidationContext(

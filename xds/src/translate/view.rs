@@ -9,7 +9,7 @@ use registry::model::mesh::{AccessLogEncoding, MeshConfig, NormalizationType};
 use registry::model::security::{AuthorizationPolicy, JwtRule, MutualTlsMode, RequestAuthentication};
 use registry::model::service::{Endpoint, Hostname, Service};
 use registry::model::traffic::{
-    ConnectionPoolSettings, LocalityLbSetting, OutboundTrafficPolicyMode, Sidecar, VirtualService,
+    ConnectionPoolSettings, LocalityLbSetting, OutboundTrafficPolicyMode, Sidecar, TlsProtocol, VirtualService,
 };
 use registry::snapshot::{MergedDestinationRule, PeerPolicy, Snapshot, Typed};
 
@@ -19,6 +19,7 @@ use super::http::{self, PathForm};
 use super::inbound::InboundPort;
 use super::policy::Policy;
 use super::route;
+use super::tls::Lowest;
 use crate::proxy::Proxy;
 
 /// A `VirtualService` that this proxy follows.
@@ -216,6 +217,16 @@ impl<'a> View<'a> {
 
     pub(super) fn request_authentications(&self) -> Vec<Typed<RequestAuthentication>> {
         self.snapshot.request_authentications(&self.proxy.namespace, &self.proxy.labels)
+    }
+
+    /// The lowest version of TLS that proxies speak to one another.
+    pub(super) fn lowest_tls(&self) -> Lowest {
+        match self.mesh.mesh_mtls.as_ref().map(|tls| tls.min_protocol_version) {
+            Some(TlsProtocol::Tls13) => Lowest::Tls13,
+            Some(TlsProtocol::Auto | TlsProtocol::Tls10 | TlsProtocol::Tls11 | TlsProtocol::Tls12) | None => {
+                Lowest::Tls12
+            }
+        }
     }
 
     pub(super) fn access_log(&self) -> Vec<AccessLog> {

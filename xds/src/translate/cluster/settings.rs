@@ -100,10 +100,10 @@ pub(in crate::translate) fn upstream(
         }
     };
     match protocol {
-        Protocol::Http2 | Protocol::Grpc => Upstream::Http2,
+        Protocol::Http2 | Protocol::Grpc | Protocol::GrpcWeb => Upstream::Http2,
         _ if http.is_some_and(|http| http.use_client_protocol) => Upstream::AsClient,
-        Protocol::Http | Protocol::GrpcWeb if upgrade => Upstream::Http2,
-        Protocol::Http | Protocol::GrpcWeb => Upstream::Http1,
+        Protocol::Http if upgrade => Upstream::Http2,
+        Protocol::Http => Upstream::Http1,
         Protocol::Auto => Upstream::AsClient,
         Protocol::Https
         | Protocol::Tls
