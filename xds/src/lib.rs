@@ -1,10 +1,16 @@
 //! From snapshot to stream.
 //!
-//! [`resources`] says what a proxy holds and [`cache`] shares it; [`stream`] speaks the protocol. Nothing here
-//! knows Raft.
+//! [`translate`] turns a mesh and a [`proxy`] into [`resources`]; [`cache`] shares them between proxies;
+//! [`affected`] and [`debounce`] decide who gets a push and when; [`stream`] speaks the protocol; [`server`] holds
+//! the sockets; [`status`] tells what each proxy has acknowledged. Nothing here knows Raft.
 
 pub mod proxy;
 pub mod resources;
 pub mod translate;
+
+pub mod affected;
 pub mod cache;
+pub mod debounce;
+pub mod server;
+pub mod status;
 pub mod stream;

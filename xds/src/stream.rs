@@ -90,6 +90,7 @@ pub struct Stream {
     others: BTreeSet<String>,
     responses: u64,
     synced: u64,
+    at_rest: bool,
 }
 
 impl Stream {
@@ -104,6 +105,7 @@ impl Stream {
             others: BTreeSet::new(),
             responses: 0,
             synced: 0,
+            at_rest: false,
         }
     }
 
@@ -207,7 +209,12 @@ impl Stream {
     #[must_use]
     pub fn report(&self) -> Report {
         let types = self.watches.iter().map(|(t, watch)| (*t, watch.report())).collect();
-        Report { synced_revision: self.synced, types }
+        Report {
+            synced_revision: self.synced,
+            view_revision: self.view.as_ref().map_or(0, |view| view.revision()),
+            at_rest: self.at_rest,
+            types,
+        }
     }
 
     /// What the client has accepted on this stream.
@@ -268,6 +275,8 @@ impl Stream {
         if self.is_synced(&view, now) {
             self.synced = view.revision();
         }
+        let waits = self.watches.values().any(Watch::is_waiting);
+        self.at_rest = !waits && self.deadline(now).is_none();
         actions
     }
 

@@ -20,7 +20,7 @@ pub struct Nack {
 }
 
 /// How far a client is with one type.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Sync {
     /// It has accepted everything it should have.
     Synced,
@@ -29,11 +29,12 @@ pub enum Sync {
     /// It rejected something that it should have, and keeps the last good.
     Nacked,
     /// It never asked for the type, or never got an answer.
+    #[default]
     NotSent,
 }
 
 /// One type of one stream.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TypeReport {
     /// How far the client is.
     pub sync: Sync,
@@ -56,6 +57,21 @@ pub struct TypeReport {
 pub struct Report {
     /// The newest revision of which the client has accepted everything that it must have; 0 before the first.
     pub synced_revision: u64,
+    /// The revision that the client should be at; 0 before the first.
+    pub view_revision: u64,
+    /// Nothing is on its way, and nothing is expected of the client.
+    pub at_rest: bool,
     /// By type; types that the client never asked for are absent.
     pub types: BTreeMap<Type, TypeReport>,
+}
+
+impl std::fmt::Display for Sync {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Synced => "SYNCED",
+            Self::Stale => "STALE",
+            Self::Nacked => "NACKED",
+            Self::NotSent => "NOT SENT",
+        })
+    }
 }

@@ -262,8 +262,8 @@ impl Run {
         self.take(actions);
     }
 
-    fn wait(&mut self, ms: u64) {
-        self.now += Duration::from_millis(ms);
+    fn wait(&mut self, time: Duration) {
+        self.now += time;
         let actions = self.stream.on_tick(self.now);
         self.take(actions);
     }
@@ -301,7 +301,7 @@ fn play(variant: Variant, native: bool, names_culprit: bool, events: Vec<Event>)
             }
             Event::Digest => run.digest(),
             Event::Reconnect => run.reconnect(native),
-            Event::Wait(ms) => run.wait(ms),
+            Event::Wait(ms) => run.wait(Duration::from_millis(ms)),
         }
     }
     run
@@ -328,7 +328,7 @@ proptest! {
         prop_assert_eq!(run.stream.synced_revision(), run.view.revision());
         // And then there is silence.
         let sent = run.sent;
-        run.wait(GRACE.as_millis() as u64 * 2);
+        run.wait(GRACE * 2);
         run.settle();
         prop_assert_eq!(run.sent, sent);
     }
@@ -372,7 +372,7 @@ proptest! {
             }
         }
         let sent = run.sent;
-        run.wait(GRACE.as_millis() as u64 * 2);
+        run.wait(GRACE * 2);
         run.settle();
         prop_assert_eq!(run.sent, sent, "rejected resources are not tried again");
     }
