@@ -67,13 +67,26 @@ fn told(file: &str, line: u32, column: u32, path: &str, message: &str) -> String
 ///
 /// Every mistake of the text, in the order of its lines. Nothing is returned of a text with a mistake.
 pub fn parse(file_name: &str, text: &str) -> Result<(Vec<Object>, Vec<Warning>), Vec<ConfigError>> {
+    parse_in("default", file_name, text)
+}
+
+/// Like [`parse`], with objects that name no namespace in `namespace`.
+///
+/// # Errors
+///
+/// As [`parse`].
+pub fn parse_in(
+    namespace: &str,
+    file_name: &str,
+    text: &str,
+) -> Result<(Vec<Object>, Vec<Warning>), Vec<ConfigError>> {
     let (documents, syntax) = yaml::read(text);
-    let mut reader = Reader { objects: Vec::new(), told: Told::default() };
+    let mut reader = Reader { namespace, objects: Vec::new(), told: Told::default() };
     for document in documents.iter().filter(|document| !document.is_null()) {
         reader.document(document, document, Path::default(), 0);
     }
     let twice = duplicates(&reader.objects);
-    let Reader { objects, mut told } = reader;
+    let Reader { objects, mut told, .. } = reader;
     told.warnings.extend(twice);
     let syntax = syntax.into_iter().map(|e| Finding { at: e.at, path: Path::default(), message: e.message });
     told.errors.extend(syntax);
@@ -188,7 +201,9 @@ fn duplicates(objects: &[(Object, Location)]) -> Vec<Finding> {
     out
 }
 
-struct Reader {
+struct Reader<'a> {
+    /// Of objects that name none.
+    namespace: &'a str,
     objects: Vec<(Object, Location)>,
     told: Told,
 }
@@ -198,7 +213,7 @@ const TOP: &[&str] = &["apiVersion", "kind", "metadata", "spec", "status"];
 /// How deep lists of objects may be nested in each other.
 const MAX_LISTS: usize = 4;
 
-impl Reader {
+impl Reader<'_> {
     fn document(&mut self, root: &Node, node: &Node, path: Path, depth: usize) {
         let Content::Map(entries) = &node.content else {
             self.told.error(node.at, path, format!("must be an object with apiVersion and kind, found {}", node.describe()));
@@ -313,7 +328,7 @@ impl Reader {
 
     fn metadata(&mut self, node: &Node, path: &Path) -> Metadata {
         let path = path.clone().key("metadata");
-        let mut out = Metadata { namespace: "default".to_owned(), ..Metadata::default() };
+        let mut out = Metadata { namespace: self.namespace.to_owned(), ..Metadata::default() };
         let Some(metadata) = node.get("metadata") else {
             self.told.error(node.at, path, "is required, with a name");
             return out;
