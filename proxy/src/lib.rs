@@ -3,6 +3,7 @@ pub mod admin;
 pub mod bootstrap;
 pub mod config;
 pub mod drain;
+pub mod sockets;
 pub mod tables;
 pub mod telemetry;
 pub mod xds;

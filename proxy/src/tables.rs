@@ -11,6 +11,7 @@ use arc_swap::ArcSwap;
 use envoy_types::pb::google::protobuf::Any;
 use tokio::sync::watch;
 
+use crate::sockets::Sockets;
 use crate::xds::cluster::Cluster;
 use crate::xds::cluster::endpoint::ClusterLoadAssignment;
 use crate::xds::decode::{Invalid, Kind, Rejected};
@@ -98,6 +99,8 @@ pub struct Known {
     pub listeners: BTreeMap<Arc<str>, Held<Listener>>,
     /// Route configurations.
     pub routes: BTreeMap<Arc<str>, Held<RouteConfiguration>>,
+    /// Sockets of listeners, by the listener's name.
+    sockets: BTreeMap<Arc<str>, Arc<Sockets>>,
     /// Endpoints and routes that do not exist.
     absent: BTreeSet<(Kind, Arc<str>)>,
 }
@@ -109,6 +112,8 @@ pub struct ActiveListener {
     pub listener: Arc<Listener>,
     /// Its route configurations, by [`crate::xds::listener::hcm::Rds`].
     pub routes: Box<[Arc<RouteConfiguration>]>,
+    /// Its sockets; none if it only gets connections from other listeners.
+    pub sockets: Arc<Sockets>,
 }
 
 impl ActiveListener {
@@ -122,6 +127,7 @@ impl ActiveListener {
     }
 
     fn is(&self, listener: &Arc<Listener>, routes: &[Arc<RouteConfiguration>]) -> bool {
+        // Sockets change only with the listener.
         Arc::ptr_eq(&self.listener, listener)
             && self.routes.len() == routes.len()
             && self.routes.iter().zip(routes).all(|(a, b)| Arc::ptr_eq(a, b))
@@ -140,9 +146,9 @@ pub struct ActiveCluster {
 
 impl Tables {
     /// The next tables, and the resources of the update that do not fit in: they are left out, and what they would
-    /// have replaced stays.
+    /// have replaced stays. `bound`: the sockets of the update's listeners.
     #[must_use]
-    pub fn with(&self, update: &Update) -> (Self, Vec<Rejected>) {
+    pub fn with(&self, update: &Update, bound: &BoundSockets) -> (Self, Vec<Rejected>) {
         let mut next = Self {
             generation: self.generation + 1,
             listeners: self.listeners.clone(),
@@ -156,7 +162,7 @@ impl Tables {
         let (removals, rest): (Vec<_>, Vec<_>) =
             update.changes.iter().partition(|c| matches!(c, Change::Remove(..)));
         for change in removals.into_iter().chain(rest) {
-            rejected.extend(next.take(change, &mut touched));
+            rejected.extend(next.take(change, bound, &mut touched));
         }
         next.activate_clusters(&touched);
         next.activate_listeners(&touched);
@@ -178,7 +184,7 @@ impl Tables {
         (clusters.map(|(n, _)| Arc::clone(n)).collect(), listeners.map(|(n, _)| Arc::clone(n)).collect())
     }
 
-    fn take(&mut self, change: &Change, touched: &mut Touched) -> Option<Rejected> {
+    fn take(&mut self, change: &Change, bound: &BoundSockets, touched: &mut Touched) -> Option<Rejected> {
         let known = &mut self.known;
         match change {
             Change::Cluster(held) => {
@@ -200,6 +206,9 @@ impl Tables {
                 }
                 touched.references = true;
                 touched.listeners.insert(Arc::clone(&held.value.name));
+                if let Some(sockets) = bound.get(&held.value.name) {
+                    known.sockets.insert(Arc::clone(&held.value.name), Arc::clone(sockets));
+                }
                 known.listeners.insert(Arc::clone(&held.value.name), held.clone());
             }
             Change::Endpoints(held) => {
@@ -237,6 +246,7 @@ impl Tables {
             Kind::Listener if self.known.listeners.get(name).is_some_and(|h| !h.is_static) => {
                 touched.references = true;
                 self.known.listeners.remove(name);
+                self.known.sockets.remove(name);
                 self.listeners.remove(name);
             }
             // Endpoints and routes go when nothing names them any more.
@@ -270,7 +280,8 @@ impl Tables {
             let found = listener.rds.iter().map(|r| self.known.routes_named(&r.name));
             let Some(routes) = found.collect::<Option<Box<[_]>>>() else { continue };
             if !self.listeners.get(name).is_some_and(|active| active.is(listener, &routes)) {
-                let active = ActiveListener { listener: Arc::clone(listener), routes };
+                let sockets = self.known.sockets.get(name).cloned().unwrap_or_default();
+                let active = ActiveListener { listener: Arc::clone(listener), routes, sockets };
                 self.listeners.insert(Arc::clone(name), Arc::new(active));
             }
         }
@@ -291,6 +302,9 @@ impl Tables {
         });
     }
 }
+
+/// Sockets by the name of their listener.
+pub type BoundSockets = BTreeMap<Arc<str>, Arc<Sockets>>;
 
 /// What an update changed, so that only what depends on it is looked at again.
 #[derive(Default)]
@@ -367,14 +381,14 @@ pub struct TableStore {
 }
 
 impl TableStore {
-    /// Empty tables, and the one handle that can write them.
+    /// Empty tables, and the one handle that can write them. Listeners get sockets for this many workers.
     #[must_use]
-    pub fn new() -> (Arc<Self>, TableWriter) {
+    pub fn new(workers: usize) -> (Arc<Self>, TableWriter) {
         let store = Arc::new(Self {
             current: ArcSwap::from_pointee(Tables::default()),
             generation: watch::Sender::new(0),
         });
-        (Arc::clone(&store), TableWriter { store })
+        (Arc::clone(&store), TableWriter { store, workers })
     }
 
     /// The tables of this moment; whoever holds them keeps this version.
@@ -400,20 +414,51 @@ impl TableStore {
 #[derive(Debug)]
 pub struct TableWriter {
     store: Arc<TableStore>,
+    workers: usize,
 }
 
 impl TableWriter {
     /// Carries out an update: all the work happens on a copy, readers see the old or the new. Tells which resources
-    /// did not fit in.
+    /// did not fit in: among them listeners whose addresses cannot be bound.
     pub fn apply(&mut self, update: &Update) -> Vec<Rejected> {
         if update.changes.is_empty() {
             return Vec::new();
         }
-        let (next, rejected) = self.store.load().with(update);
+        let now = self.store.load();
+        let mut update = update.clone();
+        let (bound, mut rejected) = self.bind(&now, &mut update);
+        let (next, refused) = now.with(&update, &bound);
+        rejected.extend(refused);
         let generation = next.generation;
         self.store.current.store(Arc::new(next));
         self.store.generation.send_replace(generation);
         rejected
+    }
+
+    /// Sockets for the update's listeners; a listener whose address cannot be bound leaves the update.
+    fn bind(&self, now: &Tables, update: &mut Update) -> (BoundSockets, Vec<Rejected>) {
+        let mut bound = BoundSockets::new();
+        let mut rejected = Vec::new();
+        update.changes.retain(|change| {
+            let Change::Listener(held) = change else { return true };
+            let listener = &held.value;
+            let known = now.known.sockets.get(&listener.name).filter(|s| s.fit(listener));
+            let sockets = match known {
+                Some(sockets) => Arc::clone(sockets),
+                None => match Sockets::bind(listener, self.workers) {
+                    Ok(sockets) => Arc::new(sockets),
+                    Err(error) => {
+                        let (kind, name) = (Kind::Listener, listener.name.to_string());
+                        let invalid = Invalid::new("address", error.to_string());
+                        rejected.push(Rejected { kind, name, invalid });
+                        return false;
+                    }
+                },
+            };
+            bound.insert(Arc::clone(&listener.name), sockets);
+            true
+        });
+        (bound, rejected)
     }
 
     /// The store that it writes.
