@@ -1,3 +1,5 @@
 //! placeholder
 
 pub mod raft;
+pub mod publish;
+pub mod push;

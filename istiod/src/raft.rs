@@ -2,7 +2,12 @@
 //!
 //! From the ground up: [`disk`] is the few file operations that matter, [`log`] and [`snapshots`] are durable on it,
 //! [`store`] keeps the applied state between runs, [`machine`] is what the log drives, [`node`] moves them in the
-//! safe order, and [`state_machine`] is the mesh itself as such a machine.
+//! safe order, and [`state_machine`] is the mesh itself as such a machine. [`Raft`] is the handle that the rest of
+//! istiod uses.
+//!
+//! What [`Raft::propose`] promises: when it returns, the command is durable on a quorum and applied here, its
+//! snapshot is published, and its revision, which is its index in the log, is higher than that of everything
+//! answered before.
 
 pub mod disk;
 pub mod log;
@@ -12,5 +17,219 @@ pub mod metrics;
 pub mod node;
 pub mod sessions;
 pub mod snapshots;
+pub mod state_machine;
 pub mod store;
 pub mod wire;
+
+use std::fs::{File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use registry::snapshot::Snapshot;
+use registry::state::{Revision, State};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use self::disk::{Disk, RealDisk};
+use self::metrics::Metrics;
+use self::node::files::{self, Beginning};
+use self::node::thread::{NoPeers, Node, RequestError};
+use self::node::{Driver, Fatal, Refusal, Settings, Status};
+pub use self::state_machine::{Command, Mesh, Outcome, View};
+use self::store::sled::SledStore;
+use crate::publish::{Publisher, Updates};
+
+/// The log, the snapshots and the applied state lie in this folder of the data folder.
+const FOLDER: &str = "raft";
+/// Locked while a member runs on the folder.
+const LOCK: &str = "lock";
+
+/// The way into the log. Clones lead to the same one.
+#[derive(Clone)]
+pub struct Raft {
+    node: Node<Mesh>,
+}
+
+/// Everything that starting gives.
+pub struct Started {
+    /// The handle.
+    pub raft: Raft,
+    /// What changes, for the push side.
+    pub updates: Updates,
+    /// The newest snapshot, for readers.
+    pub snapshots: watch::Receiver<Arc<Snapshot>>,
+    /// The thread, to be waited for at the end.
+    pub thread: RaftThread,
+}
+
+/// The thread that drives the log.
+pub struct RaftThread {
+    handle: JoinHandle<Result<(), Arc<Fatal>>>,
+}
+
+impl RaftThread {
+    /// Waits for the thread to end, off the async workers.
+    ///
+    /// # Errors
+    ///
+    /// Why it ended, if it was not told to.
+    pub async fn join(self) -> Result<(), Arc<Fatal>> {
+        let joined = tokio::task::spawn_blocking(move || self.handle.join()).await;
+        match joined {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) | Err(_) => Err(Arc::new(Fatal::Panicked("see above".to_owned()))),
+        }
+    }
+}
+
+/// Why a member does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Another process runs on the same folder.
+    #[error("{} is in use: another istiod runs on this data folder", path.display())]
+    InUse {
+        /// The lock.
+        path: PathBuf,
+    },
+    /// The operating system refuses.
+    #[error("cannot use {}", path.display())]
+    Io {
+        /// What.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The files do not make a member.
+    #[error(transparent)]
+    Fatal(#[from] Fatal),
+}
+
+/// Why a command was not answered.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ProposeError {
+    /// Raft refused, or has not answered in time.
+    #[error(transparent)]
+    Refused(Refusal),
+    /// This member has stopped; whether the command was applied is not known.
+    #[error("this member has stopped")]
+    Stopped(#[source] Option<Arc<Fatal>>),
+    /// The command has no stored form.
+    #[error("the command cannot be stored: {0}")]
+    Unstorable(String),
+}
+
+impl From<RequestError> for ProposeError {
+    fn from(error: RequestError) -> Self {
+        match error {
+            RequestError::Refused(refusal) => Self::Refused(refusal),
+            RequestError::Stopped(why) => Self::Stopped(why),
+        }
+    }
+}
+
+impl Raft {
+    /// Starts a control plane of one member on a data folder, founding it if the folder is new.
+    ///
+    /// Blocks while the state is read. `random` draws what must not repeat; `now` is the time of the first snapshot.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`].
+    pub fn start(
+        data_dir: &Path,
+        settings: Settings,
+        metrics: Metrics,
+        random: &mut fastrand::Rng,
+        now: Instant,
+        stop: CancellationToken,
+    ) -> Result<Started, StartError> {
+        let dir = data_dir.join(FOLDER);
+        let disk: Arc<dyn Disk> = Arc::new(RealDisk::measured(metrics.sync_seconds()));
+        let io = |path: &Path, source| StartError::Io { path: path.to_owned(), source };
+        disk.create_dir(&dir).map_err(|source| io(&dir, source))?;
+        let lock = lock(&dir.join(LOCK))?;
+        let (publisher, updates) = Publisher::starting_at(Arc::new(Snapshot::build(&State::default())));
+        let snapshots = publisher.subscribe();
+        let voters = [settings.id];
+        let beginning = (settings, Beginning::Found(&voters));
+        let open_store =
+            |path: &Path, incarnation| Ok(Box::new(SledStore::open_or_move_aside(path, incarnation)?) as Box<_>);
+        let mut parts = files::open(&disk, &open_store, &dir, beginning, Mesh::new(publisher), random)?;
+        parts.guard = Some(Box::new(lock));
+        let driver = Driver::start(parts, now)?;
+        let (node, handle) = Node::spawn(driver, Box::new(NoPeers), metrics, stop).map_err(|e| io(&dir, e))?;
+        Ok(Started { raft: Self { node }, updates, snapshots, thread: RaftThread { handle } })
+    }
+
+    /// Has a command committed and applied; gives its revision and what became of it. The queue is bounded: under
+    /// load this waits.
+    ///
+    /// # Errors
+    ///
+    /// [`ProposeError`]; after [`Refusal::Unknown`] and [`ProposeError::Stopped`] the command may have been applied.
+    pub async fn propose(&self, command: &Command) -> Result<(Revision, Outcome), ProposeError> {
+        let bytes = command.encode().map_err(|error| ProposeError::Unstorable(error.to_string()))?;
+        let (index, outcome) = self.node.propose(bytes).await?;
+        Ok((Revision(index), outcome))
+    }
+
+    /// Waits until everything is applied here that was committed anywhere when this was called, so that what is read
+    /// afterwards is linearizable; gives that revision.
+    ///
+    /// # Errors
+    ///
+    /// [`ProposeError`].
+    pub async fn read_index(&self) -> Result<Revision, ProposeError> {
+        Ok(Revision(self.node.read_index().await?))
+    }
+
+    /// The state as it is on this member now: a read that may be behind others, with its revision. After
+    /// [`Raft::read_index`] it is not.
+    ///
+    /// While a view is held, the next command copies the state's index; so let it go soon.
+    ///
+    /// # Errors
+    ///
+    /// [`ProposeError::Stopped`].
+    pub async fn view(&self) -> Result<View, ProposeError> {
+        Ok(self.node.inspect(Mesh::view).await?)
+    }
+
+    /// How this member stands, always the latest.
+    #[must_use]
+    pub fn status(&self) -> watch::Receiver<Status> {
+        self.node.status()
+    }
+
+    /// Waits until `revision` is applied here.
+    ///
+    /// # Errors
+    ///
+    /// [`ProposeError::Stopped`].
+    pub async fn applied(&self, revision: Revision) -> Result<(), ProposeError> {
+        let mut status = self.node.status();
+        let reached = status.wait_for(|status| status.applied >= revision.0).await.map(drop);
+        reached.map_err(|_| ProposeError::Stopped(self.node.ended().borrow().clone()))
+    }
+
+    /// Waits until the thread ends by itself, and tells why: this member must then stop.
+    pub async fn ended(&self) -> Option<Arc<Fatal>> {
+        let mut ended = self.node.ended();
+        let why = ended.wait_for(Option::is_some).await;
+        why.ok().and_then(|why| why.clone())
+    }
+}
+
+/// Takes the lock of a folder; it is let go with the file.
+fn lock(path: &Path) -> Result<File, StartError> {
+    let io = |source| StartError::Io { path: path.to_owned(), source };
+    let file = File::options().create(true).truncate(false).write(true).open(path).map_err(io)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StartError::InUse { path: path.to_owned() }),
+        Err(TryLockError::Error(source)) => Err(io(source)),
+    }
+}

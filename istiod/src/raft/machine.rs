@@ -1,5 +1,7 @@
 //! What the log drives: a state machine, seen from the driver.
 
+use std::time::Instant;
+
 use super::store::{Pairs, Write};
 
 /// A replicated state. The same commands at the same indexes give the same state on every member.
@@ -18,14 +20,17 @@ pub trait StateMachine: Send + 'static {
     /// The pairs that changed since the last call, for the store.
     fn take_writes(&mut self) -> Vec<Write>;
 
+    /// All pairs, for a store that is built anew; they count as written.
+    fn all_writes(&mut self) -> Vec<Write>;
+
     /// Shows the state to readers. Called after a run of commands, before their proposers are answered, and once at
-    /// start; `index` is the last applied.
-    fn publish(&mut self, index: u64);
+    /// start; `index` is the last applied, `now` when the step began in which it was.
+    fn publish(&mut self, index: u64, now: Instant);
 
     /// The state as it is now, to be encoded elsewhere while commands go on.
     fn freeze(&self) -> Frozen;
 
-    /// Takes the state from an encoded snapshot; all its pairs count as changed.
+    /// Takes the state from an encoded snapshot.
     ///
     /// # Errors
     ///

@@ -19,7 +19,7 @@ use raft::eraftpb::{ConfState, Entry, EntryType, Message, Snapshot};
 use raft::{RawNode, SnapshotStatus, StateRole};
 
 pub use self::settings::Settings;
-pub use self::start::{Parts, found};
+pub use self::start::{Guard, Parts, found};
 use self::storage::LogStorage;
 use self::waiting::{Reads, Waiting};
 use super::log::LogError;
@@ -27,7 +27,7 @@ use super::machine::{Frozen, Halt, StateMachine};
 use super::member::MemberError;
 use super::sessions::Sessions;
 use super::snapshots::{SnapshotError, Snapshots};
-use super::store::{KvStore, StoreError};
+use super::store::{KvStore, StoreError, Write};
 use super::wire::{self, AppliedMark, SnapshotBody, SnapshotMetadata};
 
 /// Keys of the session table in the store.
@@ -223,6 +223,8 @@ pub struct Driver<M: StateMachine> {
     /// The newest snapshot's index; whether one is being written; bytes applied since.
     snapshot: (u64, bool, u64),
     leading: bool,
+    /// Held while the member lives.
+    _guard: Guard,
 }
 
 impl<M: StateMachine> Driver<M> {
@@ -260,7 +262,7 @@ impl<M: StateMachine> Driver<M> {
             self.raw.read_index(context);
         }
         self.settle(transport, out)?;
-        self.show();
+        self.show(now);
         self.reads.answer(self.applied.0, out);
         self.snapshot_if_due(out);
         Ok(())
@@ -437,19 +439,18 @@ impl<M: StateMachine> Driver<M> {
     }
 
     fn store_changes(&mut self) -> Result<(), Fatal> {
-        let mut writes = self.machine.take_writes();
-        for write in &mut writes {
-            write.key.splice(..0, MACHINE_KEYS.iter().copied());
-        }
-        writes.extend(self.sessions.take_writes(SESSION_KEYS));
-        let mark = AppliedMark {
+        let writes = stored_writes(self.machine.take_writes(), &mut self.sessions);
+        Ok(self.store.batch(&writes, &self.mark())?)
+    }
+
+    fn mark(&self) -> AppliedMark {
+        AppliedMark {
             index: self.applied.0,
             term: self.applied.1,
             conf_state: Some((&self.raw.store().conf_state).into()),
             incarnation: self.incarnation,
             ..AppliedMark::default()
-        };
-        Ok(self.store.batch(&writes, &mark)?)
+        }
     }
 
     /// Takes the place of everything this member had: the file first, then the applied state, then the log, so that
@@ -466,17 +467,18 @@ impl<M: StateMachine> Driver<M> {
         storage.conf_state = metadata.conf_state.unwrap_or_default().into();
         self.applied = (index, term);
         self.store.clear()?;
-        self.store_changes()?;
+        let writes = stored_writes(self.machine.all_writes(), &mut self.sessions);
+        self.store.batch(&writes, &self.mark())?;
         self.raw.mut_store().log.reset(index, term)?;
         self.snapshot = (index, self.snapshot.1, 0);
         Ok(())
     }
 
     /// Lets readers see the state, if it has moved.
-    fn show(&mut self) {
+    fn show(&mut self, now: Instant) {
         if self.shown != self.applied.0 {
             self.shown = self.applied.0;
-            self.machine.publish(self.applied.0);
+            self.machine.publish(self.applied.0, now);
         }
     }
 
@@ -577,6 +579,15 @@ fn send(transport: &mut dyn Transport, messages: Vec<Message>) {
     if !messages.is_empty() {
         transport.send(messages);
     }
+}
+
+/// The machine's writes and those of the table of sessions, each under its own keys.
+fn stored_writes(mut writes: Vec<Write>, sessions: &mut Sessions) -> Vec<Write> {
+    for write in &mut writes {
+        write.key.splice(..0, MACHINE_KEYS.iter().copied());
+    }
+    writes.extend(sessions.take_writes(SESSION_KEYS));
+    writes
 }
 
 /// The raft crate lists members in the order of a hash table; what is stored must be the same on all of them.

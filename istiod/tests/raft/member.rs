@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use istiod::raft::disk::memory::MemoryDisk;
 use istiod::raft::disk::{Disk, RealDisk};
@@ -14,12 +14,7 @@ use istiod::raft::store::memory::MemoryStore;
 use istiod::raft::store::sled::SledStore;
 use tokio_util::sync::CancellationToken;
 
-use crate::toy::{Toy, busy, start};
-
-#[expect(clippy::disallowed_methods, reason = "the clock of a test whose driver looks at no clock")]
-fn now() -> Instant {
-    Instant::now()
-}
+use crate::toy::{Toy, busy, now, start};
 
 struct Rig {
     disk: MemoryDisk,

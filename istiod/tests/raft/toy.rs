@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use istiod::raft::disk::Disk;
 use istiod::raft::machine::{Frozen, Halt, StateMachine};
@@ -38,7 +39,12 @@ impl StateMachine for Toy {
         dirty.into_iter().map(|key| Write { value: value(&key), key: key.into_bytes() }).collect()
     }
 
-    fn publish(&mut self, index: u64) {
+    fn all_writes(&mut self) -> Vec<Write> {
+        self.dirty = self.map.keys().cloned().collect();
+        self.take_writes()
+    }
+
+    fn publish(&mut self, index: u64, _now: Instant) {
         *self.shown.lock().expect("not poisoned") = (index, self.map.len());
     }
 
@@ -49,7 +55,6 @@ impl StateMachine for Toy {
 
     fn restore(&mut self, _index: u64, snapshot: &[u8]) -> Result<(), Halt> {
         self.map = serde_json::from_slice(snapshot).expect("decodes");
-        self.dirty = self.map.keys().cloned().collect();
         Ok(())
     }
 
@@ -63,6 +68,11 @@ impl StateMachine for Toy {
         }
         Ok(())
     }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the clock of tests whose driver looks at no clock")]
+pub(crate) fn now() -> Instant {
+    Instant::now()
 }
 
 /// Settings with which everything happens often.
@@ -84,5 +94,5 @@ pub(crate) fn start(
     (settings, beginning): (Settings, Beginning<'_>),
     random: &mut fastrand::Rng,
 ) -> Result<Driver<Toy>, Fatal> {
-    Driver::start(open(disk, open_store, dir, (settings, beginning), Toy::default(), random)?)
+    Driver::start(open(disk, open_store, dir, (settings, beginning), Toy::default(), random)?, now())
 }

@@ -65,7 +65,7 @@ pub fn open<M: StateMachine>(
     }
     let store = open_store(&dir.join(STORE), identity.incarnation)?;
     let (incarnation, client) = (identity.incarnation, random.u64(..));
-    Ok(Parts { settings, incarnation, client, log, snapshots, store, machine })
+    Ok(Parts { settings, incarnation, client, log, snapshots, store, machine, guard: None })
 }
 
 /// The identity in `dir`, made first if the folder is new.

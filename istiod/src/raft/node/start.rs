@@ -1,13 +1,14 @@
 //! From files to a running member: founding, and every start after it.
 
 use std::cell::Cell;
+use std::time::Instant;
 
 use prost::Message as _;
 use raft::RawNode;
 
 use super::storage::LogStorage;
 use super::{
-    Driver, Fatal, MACHINE_KEYS, Reads, SESSION_KEYS, Settings, Waiting, decode_body, drain,
+    Driver, Fatal, MACHINE_KEYS, Reads, SESSION_KEYS, Settings, Waiting, decode_body, drain, stored_writes,
 };
 use crate::raft::log::Log;
 use crate::raft::machine::StateMachine;
@@ -36,7 +37,12 @@ pub struct Parts<M> {
     pub store: Box<dyn KvStore>,
     /// An empty state machine.
     pub machine: M,
+    /// What is to be held while the member lives: the lock on its folder.
+    pub guard: Guard,
 }
+
+/// Something that is let go when the member ends.
+pub type Guard = Option<Box<dyn std::any::Any + Send>>;
 
 /// Makes the first files of a founder: the snapshot from which all founders start, and the log after it.
 ///
@@ -69,8 +75,8 @@ impl<M: StateMachine> Driver<M> {
     /// # Errors
     ///
     /// [`Fatal`] if the files do not make a member.
-    pub fn start(parts: Parts<M>) -> Result<Self, Fatal> {
-        let Parts { settings, incarnation, client, mut log, snapshots, store, machine } = parts;
+    pub fn start(parts: Parts<M>, now: Instant) -> Result<Self, Fatal> {
+        let Parts { settings, incarnation, client, mut log, snapshots, store, machine, guard } = parts;
         let newest = snapshots.newest()?;
         mend_log(log.as_mut(), newest)?;
         let mut restored = Restored { store, machine, sessions: Sessions::default(), mark: AppliedMark::default() };
@@ -107,8 +113,9 @@ impl<M: StateMachine> Driver<M> {
             reads: Reads::new(client),
             snapshot: (newest.map_or(0, |(index, _)| index), false, 0),
             leading: false,
+            _guard: guard,
         };
-        driver.show();
+        driver.show(now);
         driver.lead_if_alone()?;
         Ok(driver)
     }
@@ -192,11 +199,7 @@ impl<M: StateMachine> Restored<M> {
             incarnation,
             ..AppliedMark::default()
         };
-        let mut writes = self.machine.take_writes();
-        for write in &mut writes {
-            write.key.splice(..0, MACHINE_KEYS.iter().copied());
-        }
-        writes.extend(self.sessions.take_writes(SESSION_KEYS));
+        let writes = stored_writes(self.machine.all_writes(), &mut self.sessions);
         self.store.clear()?;
         Ok(self.store.batch(&writes, &self.mark)?)
     }

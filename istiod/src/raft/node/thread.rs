@@ -26,7 +26,7 @@ const BATCH: usize = 512;
 
 /// A running member. Clones are handles to the same one.
 pub struct Node<M: StateMachine> {
-    requests: mpsc::Sender<Request<M::Answer>>,
+    requests: mpsc::Sender<Request<M>>,
     messages: mpsc::Sender<Event>,
     status: watch::Receiver<Status>,
     ended: watch::Receiver<Option<Arc<Fatal>>>,
@@ -54,11 +54,15 @@ pub enum RequestError {
     Stopped(#[source] Option<Arc<Fatal>>),
 }
 
-enum Request<A> {
-    Propose(Vec<u8>, oneshot::Sender<Result<(u64, A), Refusal>>),
+enum Request<M: StateMachine> {
+    Propose(Vec<u8>, oneshot::Sender<Result<(u64, M::Answer), Refusal>>),
     Members(wire::ConfChangeV2, oneshot::Sender<Result<(u64, ConfState), Refusal>>),
     Read(oneshot::Sender<Result<u64, Refusal>>),
+    Inspect(Inspect<M>),
 }
+
+/// Something to be done with the state machine between two steps.
+type Inspect<M> = Box<dyn FnOnce(&M) + Send>;
 
 enum Reply<A> {
     Propose(oneshot::Sender<Result<(u64, A), Refusal>>, Instant),
@@ -138,6 +142,24 @@ impl<M: StateMachine> Node<M> {
         self.ask(Request::Read(reply), answer).await
     }
 
+    /// Looks at the state machine as it is after some step; no command is applied meanwhile, so `look` must be short.
+    ///
+    /// # Errors
+    ///
+    /// [`RequestError::Stopped`].
+    pub async fn inspect<R: Send + 'static>(
+        &self,
+        look: impl FnOnce(&M) -> R + Send + 'static,
+    ) -> Result<R, RequestError> {
+        let (reply, answer) = oneshot::channel();
+        let look: Inspect<M> = Box::new(move |machine| {
+            if reply.send(look(machine)).is_err() {
+                tracing::trace!("nobody waits for what was looked at");
+            }
+        });
+        self.ask(Request::Inspect(look), async { answer.await.map(Ok) }).await
+    }
+
     /// Hands over a message from a peer; dropped if the thread is far behind.
     pub fn deliver(&self, message: Message) {
         self.tell(Event::Message(Box::new(message)));
@@ -164,8 +186,8 @@ impl<M: StateMachine> Node<M> {
 
     async fn ask<R>(
         &self,
-        request: Request<M::Answer>,
-        answer: oneshot::Receiver<Result<R, Refusal>>,
+        request: Request<M>,
+        answer: impl Future<Output = Result<Result<R, Refusal>, oneshot::error::RecvError>>,
     ) -> Result<R, RequestError> {
         let stopped = || RequestError::Stopped(self.ended.borrow().clone());
         self.requests.send(request).await.map_err(|_| stopped())?;
@@ -177,7 +199,7 @@ struct Worker<M: StateMachine> {
     driver: Driver<M>,
     transport: Box<dyn Transport>,
     metrics: Metrics,
-    requests: mpsc::Receiver<Request<M::Answer>>,
+    requests: mpsc::Receiver<Request<M>>,
     messages: mpsc::Receiver<Event>,
     to_self: mpsc::Sender<Event>,
     status: watch::Sender<Status>,
@@ -225,12 +247,15 @@ impl<M: StateMachine> Worker<M> {
     fn step(
         &mut self,
         events: &mut Vec<Event>,
-        requests: &mut Vec<Request<M::Answer>>,
+        requests: &mut Vec<Request<M>>,
         now: Instant,
     ) -> Result<(), Fatal> {
+        let mut looks = Vec::new();
         for request in requests.drain(..) {
-            let event = self.note(request, now);
-            events.push(event);
+            match request {
+                Request::Inspect(look) => looks.push(look),
+                other => events.extend(self.note(other, now)),
+            }
         }
         let mut out = Output::default();
         let (driver, transport) = (&mut self.driver, self.transport.as_mut());
@@ -246,10 +271,11 @@ impl<M: StateMachine> Worker<M> {
         for (sequence, answer) in out.answers {
             self.answer(sequence, answer);
         }
+        looks.into_iter().for_each(|look| look(self.driver.machine()));
         out.snapshot.map_or(Ok(()), |job| self.start_snapshot(job))
     }
 
-    fn note(&mut self, request: Request<M::Answer>, now: Instant) -> Event {
+    fn note(&mut self, request: Request<M>, now: Instant) -> Option<Event> {
         self.sequence += 1;
         let sequence = self.sequence;
         let (reply, event) = match request {
@@ -258,9 +284,10 @@ impl<M: StateMachine> Worker<M> {
             }
             Request::Members(change, reply) => (Reply::Members(reply), Event::ChangeMembers { sequence, change }),
             Request::Read(reply) => (Reply::Read(reply), Event::Read { sequence }),
+            Request::Inspect(_) => return None,
         };
         self.replies.insert(sequence, reply);
-        event
+        Some(event)
     }
 
     /// Tells whoever waits. That nobody waits any more is not an error: the caller may have gone.
