@@ -258,6 +258,16 @@ impl Snapshot {
         self.services.hosts().filter_map(|(_, host)| host.candidates.first()).map(|best| &best.service)
     }
 
+    /// The namespaces that have an object, a service or a workload, in order.
+    #[must_use]
+    pub fn namespaces(&self) -> BTreeSet<&str> {
+        let objects = self.objects.iter().map(|(key, _)| key.namespace.as_str());
+        let candidates = self.services.hosts().flat_map(|(_, host)| &host.candidates);
+        let services = candidates.map(|candidate| candidate.service.namespace.as_str());
+        let workloads = self.workloads.iter().map(|(key, _)| key.namespace.as_str());
+        objects.chain(services).chain(workloads).collect()
+    }
+
     /// How many hosts there are.
     #[must_use]
     pub fn host_count(&self) -> usize {

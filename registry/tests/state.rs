@@ -1,5 +1,7 @@
 //! How the state follows its log: creation, conflicts, indexes, sessions, history, and stored forms.
 
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "what is not there has failed the test")]
+
 #[path = "state/support.rs"]
 mod support;
 

@@ -1,5 +1,7 @@
 //! Services, endpoints, workloads and Sidecars as readers of a snapshot see them.
 
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "what is not there has failed the test")]
+
 #[path = "state/support.rs"]
 mod support;
 
@@ -317,6 +319,27 @@ fn egress_hosts_say_which_services_a_proxy_sees() {
         let seen = mesh.snapshot.services_for("a", &labels(""));
         assert_eq!(hosts(&seen).join(" "), expect, "{hosts_of}");
         assert_eq!(mesh.snapshot.services_for("b", &labels("")).len(), 3, "another namespace's Sidecar");
+    }
+}
+
+#[test]
+fn of_several_services_of_a_host_an_imported_one_is_taken() {
+    let declared = || {
+        ["b/old", "c/young", "a/own"]
+            .map(|id| entry(id, json!({"hosts": ["x.com"], "exportTo": ["*"]})))
+            .to_vec()
+    };
+    for (hosts_of, expect) in [
+        (json!(["*/*"]), "a"),
+        (json!(["b/*", "c/*"]), "b"),
+        (json!(["c/*"]), "c"),
+        (json!(["./*", "c/*"]), "a"),
+    ] {
+        let mesh = Mesh::default().with(declared()).with(vec![sidecar("a/s", "", hosts_of.clone())]);
+        let seen = mesh.snapshot.services_for("a", &labels(""));
+        let owners: Vec<_> = seen.iter().map(|service| service.namespace.as_str()).collect();
+        assert_eq!(owners, [expect], "{hosts_of}");
+        assert_eq!(mesh.snapshot.namespaces().into_iter().collect::<Vec<_>>(), ["a", "b", "c"]);
     }
 }
 

@@ -29,25 +29,45 @@ pub(super) fn services(snapshot: &Snapshot, namespace: &str, labels: &Labels) ->
     let Some(listeners) = listeners(snapshot, namespace, labels) else {
         return snapshot.visible_services(namespace);
     };
-    let mut imported: BTreeMap<(Hostname, String), Imported> = BTreeMap::new();
-    let candidates: Vec<&Arc<Service>> = snapshot.services.visible(namespace).collect();
+    let exported: Vec<&Arc<Service>> = snapshot.services.exported(namespace).collect();
+    let mut imported: BTreeMap<(&str, &str), Imported> = BTreeMap::new();
     for listener in &listeners {
         for service in
-            candidates.iter().filter(|service| listener.imports(&service.namespace, &service.hostname))
+            exported.iter().filter(|service| listener.imports(&service.namespace, &service.hostname))
         {
             let ports = imported.entry(id(service)).or_insert_with(|| Imported::Ports(BTreeSet::new()));
             ports.add(listener.port);
         }
-        for (_, routes) in listener.virtual_services(snapshot, namespace) {
-            for host in destinations(&routes) {
-                if let Some(service) = snapshot.service(&host, Some(namespace)) {
-                    imported.insert(id(service), Imported::All);
-                }
-            }
+    }
+    let mut chosen: BTreeMap<&str, &str> = BTreeMap::new();
+    for (host, _) in imported.keys() {
+        chosen.entry(host).or_insert_with(|| choose(snapshot, host, namespace, &imported));
+    }
+    for (_, routes) in listeners.iter().flat_map(|listener| listener.virtual_services(snapshot, namespace)) {
+        for host in destinations(&routes) {
+            let Some(best) = snapshot.service(&host, Some(namespace)) else { continue };
+            let owner = *chosen.entry(&best.hostname).or_insert(&best.namespace);
+            imported.insert((&best.hostname, owner), Imported::All);
         }
     }
-    let take = |service: &Arc<Service>| imported.get(&id(service)).and_then(|ports| ports.of(service));
-    candidates.into_iter().filter_map(take).collect()
+    let take = |service: &Arc<Service>| {
+        let owner = chosen.get(service.hostname.as_str())?;
+        imported.get(&id(service)).filter(|_| *owner == service.namespace)?.of(service)
+    };
+    exported.into_iter().filter_map(take).collect()
+}
+
+/// Whose service stands for `host` among the imported ones: the client's own, else the best.
+fn choose<'a>(
+    snapshot: &'a Snapshot,
+    host: &str,
+    own: &str,
+    imported: &BTreeMap<(&str, &str), Imported>,
+) -> &'a str {
+    let candidates = snapshot.candidates(host).iter().map(|candidate| candidate.service.namespace.as_str());
+    let mut imported = candidates.filter(|namespace| imported.contains_key(&(host, *namespace))).peekable();
+    let best = imported.peek().copied().unwrap_or_default();
+    imported.find(|namespace| *namespace == own).unwrap_or(best)
 }
 
 pub(super) fn virtual_services(
@@ -64,8 +84,8 @@ pub(super) fn virtual_services(
         .collect()
 }
 
-fn id(service: &Service) -> (Hostname, String) {
-    (service.hostname.clone(), service.namespace.clone())
+fn id(service: &Service) -> (&str, &str) {
+    (&service.hostname, &service.namespace)
 }
 
 /// Which ports of a service are imported.

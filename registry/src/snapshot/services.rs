@@ -113,6 +113,14 @@ impl Services {
         self.by_age.iter().filter_map(move |(_, (service, alone))| sees(service, *alone).then_some(service))
     }
 
+    /// Every service that is exported to `namespace`, oldest first; several of one host when namespaces declare it.
+    pub(super) fn exported<'a>(&'a self, namespace: &'a str) -> impl Iterator<Item = &'a Arc<Service>> {
+        self.by_age
+            .iter()
+            .map(|(_, (service, _))| service)
+            .filter(move |service| exported(service, namespace))
+    }
+
     /// The hosts with an endpoint at `address`.
     pub(super) fn at_address(&self, address: IpAddr) -> impl Iterator<Item = (&Hostname, &Arc<Host>)> {
         let address = address.to_string();

@@ -1,6 +1,7 @@
 //! Builders shared by the tests of the state and of the snapshot.
 
 #![allow(dead_code, reason = "each test program uses its own part")]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a builder that fails has failed its test")]
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -193,7 +194,7 @@ fn random_object(r: [u8; 6]) -> Object {
                 "location": pick(&["MESH_INTERNAL", "MESH_EXTERNAL"], r[5] / 4),
                 "exportTo": export_to(r[5] / 8),
             });
-            if r[4] % 2 == 0 {
+            if r[4].is_multiple_of(2) {
                 spec["workloadSelector"] = json!({"labels": {"app": pick(&["p", "q"], r[5])}});
             } else {
                 spec["endpoints"] = json!([{"address": format!("10.0.0.{}", r[4]), "serviceAccount": "sa"}]);
@@ -270,7 +271,7 @@ fn random_command(r: [u8; 6]) -> Command {
         }
         9 => Command::PutService {
             service: Arc::new(Service {
-                export_to: if r[5] % 3 == 0 { vec![".".to_owned()] } else { Vec::new() },
+                export_to: if r[5].is_multiple_of(3) { vec![".".to_owned()] } else { Vec::new() },
                 ..service(&host, pick(&NAMESPACES, r[4]), source)
             }),
         },
@@ -285,9 +286,9 @@ fn random_command(r: [u8; 6]) -> Command {
             let address = format!("10.1.0.{}", r[5] % 8);
             Command::RegisterWorkload { registration: Arc::new(registration(&id, &address, &text, &session)) }
         }
-        13 => Command::WorkloadHealth { key: workload_key(&id), session, healthy: r[5] % 2 == 0 },
+        13 => Command::WorkloadHealth { key: workload_key(&id), session, healthy: r[5].is_multiple_of(2) },
         14 => Command::RemoveWorkload { key: workload_key(&id), session },
-        _ if r[1] % 4 == 0 => Command::SetHistoryLimit { entries: u32::from(r[2] % 8) },
+        _ if r[1].is_multiple_of(4) => Command::SetHistoryLimit { entries: u32::from(r[2] % 8) },
         _ => Command::PutMesh { config: json!({"trustDomain": pick(&["m1", "m2"], r[2]), "x": 0.1}) },
     }
 }
