@@ -2,7 +2,7 @@
 //!
 //! A source reads the whole of what it knows, compares it with what the state holds of it, and proposes the difference:
 //! unchanged values are never proposed, and a new leader that starts from the state repeats nothing. [`diff`] and
-//! [`diff_objects`] are that comparison; [`file`] watches a folder, [`vm`] makes workloads of joining machines.
+//! [`diff_objects`] are that comparison; [`mod@file`] watches a folder, [`vm`] makes workloads of joining machines.
 
 pub mod file;
 pub mod vm;

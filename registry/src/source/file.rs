@@ -1,6 +1,6 @@
 //! A folder of YAML files as a source of objects.
 //!
-//! [`Folder`] decides and does no IO; [`watch`] looks at the folder in an interval and hands it what it found. Whose an
+//! [`Folder`] decides and does no IO; [`watch()`] looks at the folder in an interval and hands it what it found. Whose an
 //! object is says an annotation, so that a member that starts knows what the folder put there before. Nothing is
 //! concluded from doubt: a file that cannot be read or does not parse keeps its last good objects, a folder that is
 //! missing or empty is unknown and not empty, and a file counts only when two looks in a row found it the same, for it
