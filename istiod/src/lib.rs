@@ -1,5 +1,115 @@
-//! placeholder
+//! One member of the control plane.
+//!
+//! [`run`] wires it in the order in which data flows: the certificate authority, the log ([`raft`]) with the state it
+//! makes, snapshots of the state ([`publish`]), pushes to proxies ([`push`]), and the ports: xDS and certificates on
+//! one, the operator's [`api`] on another, metrics on a third.
 
-pub mod raft;
+pub mod api;
+mod authority;
+pub mod cli;
+pub mod config;
+mod join;
+mod ports;
 pub mod publish;
 pub mod push;
+pub mod raft;
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use anyhow::Context;
+use ca::renewal::Clock;
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use xds::server::{Ads, Authentication, JOINS};
+use xds::status::Status;
+
+use api::Api;
+use config::Config;
+use join::Joining;
+use push::Push;
+use raft::Raft;
+
+/// Runs one member until `stop`.
+///
+/// # Errors
+///
+/// What keeps it from starting, and what makes it stop by itself: a disk that does not write, a log that is damaged
+/// or of a newer program.
+pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    let clock = clock();
+    let tasks = TaskTracker::new();
+    // However this ends, every task ends with it.
+    let stopped = stop.child_token();
+    let _ends_all = stopped.clone().drop_guard();
+    let mut metrics = Registry::default();
+    std::fs::create_dir_all(&config.data_dir).with_context(|| format!("cannot make {}", config.data_dir.display()))?;
+
+    // Who may be issued what.
+    let authority = authority::open(&config.authority(), clock())?;
+    let identity = authority::own_identity(authority.clone(), clock.clone(), &tasks, stopped.clone()).await?;
+
+    // Commands to log to state to snapshots.
+    let started = {
+        let mut random = fastrand::Rng::new();
+        let (data_dir, settings) = (config.data_dir.clone(), config.raft(random.u64(..)));
+        let (metrics, stopped) = (raft::metrics::Metrics::registered(&mut metrics), stopped.clone());
+        let now = tokio::time::Instant::now().into_std();
+        let start = move || Raft::start(&data_dir, settings, metrics, &mut random, now, stopped);
+        tokio::task::spawn_blocking(start).await??
+    };
+
+    // Snapshots to proxies.
+    let status = Status::new(xds::status::Metrics::registered(&mut metrics));
+    let (joins, joined) = mpsc::channel(JOINS);
+    let push = Push::new(config.push(), started.updates, joined, status.clone(), tasks.clone());
+    tasks.spawn(push.run(stopped.clone()));
+
+    // The ports.
+    let listen = async |address| TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"));
+    let (xds, admin, plain) = (listen(config.xds).await?, listen(config.admin).await?, listen(config.metrics).await?);
+    let advertised = config.advertise.clone().map_or_else(|| xds.local_addr().map(|a| a.to_string()), Ok)?;
+    let ads = Ads {
+        joins,
+        status: status.clone(),
+        authentication: Authentication::Required,
+        tasks: tasks.clone(),
+        stop: stopped.clone(),
+    };
+    let joining = Joining { raft: started.raft.clone(), authority: authority.clone(), clock: clock.clone() };
+    let api = Api {
+        raft: started.raft.clone(),
+        snapshots: started.snapshots,
+        status,
+        authority,
+        clock,
+        xds: advertised,
+    };
+    let access = ports::access(&config)?;
+    tracing::info!(xds = %xds.local_addr()?, admin = %admin.local_addr()?, metrics = %plain.local_addr()?, "ready");
+    ports::serve_agents(xds, identity.clone(), ads, joining, &tasks, &stopped)?;
+    ports::serve_operators(admin, config.admin_tls.then_some(identity), api, access, &tasks, &stopped)?;
+    ports::serve_metrics(plain, metrics, &tasks, &stopped);
+
+    let fatal = tokio::select! {
+        () = stopped.cancelled() => None,
+        why = started.raft.ended() => why,
+    };
+    stopped.cancel();
+    tasks.close();
+    tasks.wait().await;
+    started.thread.join().await?;
+    match fatal {
+        Some(why) => Err(why.into()),
+        None => Ok(()),
+    }
+}
+
+/// The member's one clock.
+#[expect(clippy::disallowed_methods, reason = "the member's one clock; everything else is given the time")]
+fn clock() -> Clock {
+    Arc::new(SystemTime::now)
+}
