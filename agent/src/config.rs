@@ -5,9 +5,19 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::Context;
 use ca::authn::JoinToken;
+use ca::identity::SpiffeId;
+use ca::tls::{ExpectedIdentities, IdentityWatch};
+use envoy_types::pb::envoy::config::core::v3::Node;
+use envoy_types::pb::google::protobuf::{Struct, Value, value::Kind};
+use proxy::xds::decode::Address;
+use proxy::xds::transport::{Protocol, ServerTls, Settings};
 
 use crate::register::Workload;
+
+/// Name that is sent to the control plane (SNI); who answers is decided by its identity.
+const CONTROL_PLANE_NAME: &str = "istiod.istio-system.svc";
 
 /// One agent.
 #[derive(Debug, Clone)]
@@ -61,4 +71,80 @@ pub struct ProxySeat {
     pub workers: usize,
     /// How long open requests may take to finish at the end.
     pub drain: Duration,
+}
+
+impl ProxySeat {
+    /// What the proxy is told: who it is, and a control plane at these addresses that it trusts by its identity.
+    ///
+    /// # Errors
+    ///
+    /// An address that is none, or an identity that TLS cannot use.
+    pub fn config(self, endpoints: &[String], identity: IdentityWatch) -> anyhow::Result<proxy::config::Config> {
+        let spiffe_id = identity.borrow().spiffe_id.clone();
+        let (namespace, service_account) = spiffe_id.workload_parts().unwrap_or_default();
+        let control_plane = ExpectedIdentities::one(SpiffeId::control_plane(&spiffe_id.trust_domain()));
+        let tls = ca::tls::client_config(identity.clone(), control_plane, &[b"h2"])?;
+        let servers = endpoints.iter().map(|e| address(e)).collect::<anyhow::Result<_>>()?;
+        let name = rustls::pki_types::ServerName::try_from(CONTROL_PLANE_NAME)?;
+        let mut config = proxy::config::Config::new(self.node(namespace, service_account));
+        config.xds = Some(Settings {
+            servers,
+            tls: Some(ServerTls { config: tls, name: Some(name) }),
+            protocol: Protocol::Delta,
+            authority: None,
+        });
+        config.identity = Some(identity);
+        config.admin = Some(Address::Socket(self.admin));
+        config.stats = Some(self.stats);
+        config.ready = Some(self.readiness);
+        config.workers = self.workers;
+        config.drain = self.drain;
+        Ok(config)
+    }
+
+    fn node(&self, namespace: &str, service_account: &str) -> Node {
+        let mut metadata = vec![
+            ("NAME", text(&self.name)),
+            ("NAMESPACE", text(namespace)),
+            ("WORKLOAD_NAME", text(&self.name)),
+            ("SERVICE_ACCOUNT", text(service_account)),
+            ("CLUSTER_ID", text("default")),
+            ("ISTIO_VERSION", text(env!("CARGO_PKG_VERSION"))),
+            ("PROXY_KIND", text("istio-proxy")),
+            ("LABELS", fields(self.labels.iter().map(|(k, v)| (k.clone(), text(v))))),
+            ("INSTANCE_IPS", text(&self.address.to_string())),
+        ];
+        match self.loopback_block {
+            None => metadata.push(("INTERCEPTION_MODE", text("REDIRECT"))),
+            Some((base, prefix)) => {
+                let forward = self.forward.iter().map(|(port, to)| (port.to_string(), text(&to.to_string())));
+                metadata.push(("INTERCEPTION_MODE", text("NONE")));
+                metadata.push(("LOOPBACK_BLOCK", text(&format!("{base}/{prefix}"))));
+                metadata.push(("INBOUND_FORWARD", fields(forward)));
+            }
+        }
+        Node {
+            id: format!("sidecar~{}~{}.{namespace}~{namespace}.svc.cluster.local", self.address, self.name),
+            cluster: format!("{}.{namespace}", self.labels.get("app").unwrap_or(&self.name)),
+            metadata: Some(Struct { fields: metadata.into_iter().map(|(k, v)| (k.to_owned(), v)).collect() }),
+            ..Node::default()
+        }
+    }
+}
+
+fn address(endpoint: &str) -> anyhow::Result<Address> {
+    if let Ok(socket) = endpoint.parse() {
+        return Ok(Address::Socket(socket));
+    }
+    let parts = endpoint.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?)));
+    let (host, port) = parts.with_context(|| format!("`{endpoint}` is not HOST:PORT"))?;
+    Ok(Address::Name(host.into(), port))
+}
+
+fn text(value: &str) -> Value {
+    Value { kind: Some(Kind::StringValue(value.to_owned())) }
+}
+
+fn fields(fields: impl Iterator<Item = (String, Value)>) -> Value {
+    Value { kind: Some(Kind::StructValue(Struct { fields: fields.collect() })) }
 }

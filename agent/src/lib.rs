@@ -39,7 +39,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     });
     let outcome = match config.seat {
         Seat::Proxy(proxy) => {
-            let config = proxy.config(joined.endpoints, joined.identity);
+            let config = proxy.config(&joined.endpoints, joined.identity)?;
             proxy::run(config, data_plane).await.map_err(anyhow::Error::from)
         }
         Seat::Secrets { socket } => secrets::serve(&socket, joined.identity, data_plane).await,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use ca::identity::SpiffeId;
@@ -96,34 +97,37 @@ impl Registration {
     /// Registers, reports healthy when the proxy takes connections, and takes the workload out again at `stop`.
     /// What fails is tried again until then.
     pub async fn keep(self, stop: CancellationToken) {
-        if stop.run_until_cancelled(self.enter()).await.is_some() {
+        let entry = OnceLock::new();
+        if stop.run_until_cancelled(self.enter(&entry)).await.is_some() {
             stop.cancelled().await;
         }
-        if tokio::time::timeout(FAREWELL, self.leave(0)).await.is_err() {
+        let Some(entry) = entry.get() else { return };
+        if tokio::time::timeout(FAREWELL, self.leave(entry)).await.is_err() {
             tracing::warn!(workload = %self.workload.name, "left without telling the control plane");
         }
     }
 
-    async fn enter(&self) {
-        self.insist("register", |turn| self.register(turn)).await;
+    async fn enter(&self, entry: &OnceLock<String>) {
+        let name = self.insist("register", |turn| self.register(turn)).await;
+        let name = entry.get_or_init(|| name);
         for port in &self.workload.awaited_ports {
             takes_connections(SocketAddr::new(self.workload.address, *port)).await;
         }
-        self.insist("report healthy", |turn| self.report_healthy(turn)).await;
+        self.insist("report healthy", |turn| self.report_healthy(name, turn)).await;
     }
 
     /// Tries until it succeeds, asking one member after the other.
-    async fn insist<F>(&self, doing: &'static str, attempt: impl Fn(usize) -> F)
+    async fn insist<T, F>(&self, doing: &'static str, attempt: impl Fn(usize) -> F) -> T
     where
-        F: Future<Output = Result<u64, Status>>,
+        F: Future<Output = Result<T, Status>>,
     {
-        let mut pause = FIRST_PAUSE;
-        for turn in 0.. {
+        let (mut pause, mut turn) = (FIRST_PAUSE, 0);
+        loop {
             let outcome = tokio::time::timeout(CALL_TIMEOUT, attempt(turn)).await;
             match outcome.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time"))) {
-                Ok(revision) => {
-                    tracing::info!(workload = %self.workload.name, revision, "{doing}: done");
-                    return;
+                Ok(answer) => {
+                    tracing::info!(workload = %self.workload.name, "{doing}: done");
+                    return answer;
                 }
                 Err(status) if pause >= LONGEST_PAUSE || status.code() != Code::Unavailable => {
                     tracing::warn!(workload = %self.workload.name, error = status.message(), "cannot {doing}");
@@ -132,10 +136,12 @@ impl Registration {
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
+            turn = turn.wrapping_add(1);
         }
     }
 
-    async fn register(&self, turn: usize) -> Result<u64, Status> {
+    /// The name of the entry.
+    async fn register(&self, turn: usize) -> Result<String, Status> {
         let (namespace, service_account) = self.control_plane.namespace_and_account();
         let workload = self.workload.clone();
         let request = RegisterRequest {
@@ -150,20 +156,21 @@ impl Registration {
             weight: 0,
             session: workload.session,
         };
-        Ok(self.control_plane.client(turn).await?.register(request).await?.into_inner().revision)
+        Ok(self.control_plane.client(turn).await?.register(request).await?.into_inner().name)
     }
 
-    async fn report_healthy(&self, turn: usize) -> Result<u64, Status> {
+    async fn report_healthy(&self, entry: &str, turn: usize) -> Result<(), Status> {
         let (namespace, _) = self.control_plane.namespace_and_account();
-        let (name, session) = (self.workload.name.clone(), self.workload.session.clone());
+        let (name, session) = (entry.to_owned(), self.workload.session.clone());
         let request = HealthRequest { name, namespace, session, healthy: true };
-        Ok(self.control_plane.client(turn).await?.report_health(request).await?.into_inner().revision)
+        self.control_plane.client(turn).await?.report_health(request).await?;
+        Ok(())
     }
 
-    async fn leave(&self, turn: usize) {
+    async fn leave(&self, entry: &str) {
         let (namespace, _) = self.control_plane.namespace_and_account();
-        let (name, session) = (self.workload.name.clone(), self.workload.session.clone());
-        let outcome = match self.control_plane.client(turn).await {
+        let (name, session) = (entry.to_owned(), self.workload.session.clone());
+        let outcome = match self.control_plane.client(0).await {
             Ok(mut client) => client.deregister(DeregisterRequest { name, namespace, session }).await.map(|_| ()),
             Err(status) => Err(status),
         };

@@ -179,6 +179,12 @@ impl Secret {
         Ok(secret)
     }
 
+    /// The secret itself, for the one place that must show or keep it.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+
     /// What is stored in its place.
     #[must_use]
     pub fn hash(&self) -> Hash {

@@ -63,7 +63,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     };
 
     // Snapshots to proxies.
-    let status = Status::new(xds::status::Metrics::registered(&mut metrics));
+    let status = Status::new(xds::status::Metrics::register(&mut metrics));
     let (joins, joined) = mpsc::channel(JOINS);
     let push = Push::new(config.push(), started.updates, joined, status.clone(), tasks.clone());
     tasks.spawn(push.run(stopped.clone()));

@@ -121,7 +121,7 @@ impl Mesh {
     pub(crate) fn address(&self, workload: &str, service: &str) -> anyhow::Result<SocketAddr> {
         let block = self.blocks.get(workload).with_context(|| format!("no workload {workload}"))?;
         let index = self.indexes.get(service).with_context(|| format!("no service {service}"))?;
-        let address = xds::translate::explicit_address(*block, *index).context("the block is too small")?;
+        let address = xds::translate::names::block_address(*block, 20, *index).context("the block is too small")?;
         Ok(SocketAddr::V4(SocketAddrV4::new(address, PORT)))
     }
 

@@ -27,6 +27,34 @@ pub struct ListMeta {
     pub resource_version: String,
 }
 
+/// Body of `POST /api/v1/apply`: all files are one commit.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ApplyRequest {
+    /// What to apply.
+    pub files: Vec<SourceFile>,
+    /// Namespace of objects that name none.
+    #[serde(default = "default_namespace")]
+    pub namespace: String,
+    /// Check everything and commit nothing.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+fn default_namespace() -> String {
+    "default".to_owned()
+}
+
+/// One YAML or JSON file.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceFile {
+    /// Its name, for error messages.
+    pub name: String,
+    /// Its content.
+    pub text: String,
+}
+
 /// What an apply did to one object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -150,6 +178,8 @@ pub struct ServiceRow {
     pub source: String,
     /// Declared and automatic addresses.
     pub addresses: Vec<String>,
+    /// Index of the service among automatic addresses and in loopback blocks.
+    pub vip_index: u32,
     /// Healthy endpoints.
     pub healthy: usize,
     /// All endpoints.

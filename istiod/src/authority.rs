@@ -1,0 +1,151 @@
+//! This member's certificate authority: where its root comes from, its intermediate, and its own certificate.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use anyhow::Context;
+use ca::authority::{Authority, Lifetimes, PluggedIn, Serial, SigningRoot};
+use ca::client::{CertificateSource, Local};
+use ca::identity::{SpiffeId, TrustDomain};
+use ca::keystore::KeyStore;
+use ca::renewal::Clock;
+use ca::tls::IdentityWatch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use zeroize::Zeroizing;
+
+/// Names of the files of a plugged-in authority, as Istio's; a self-signed root is kept under the same names.
+const FILES: [&str; 4] = ["ca-cert.pem", "ca-key.pem", "cert-chain.pem", "root-cert.pem"];
+
+/// DNS names in the control plane's own certificate, by which agents of Istio call it.
+const NAMES: [&str; 3] = ["istiod.istio-system.svc", "istiod.istio-system.svc.cluster.local", "localhost"];
+
+/// What the authority is opened with.
+pub(crate) struct Settings<'a> {
+    /// Folder of this member's secrets.
+    pub(crate) folder: &'a Path,
+    /// Folder with a plugged-in authority.
+    pub(crate) plugged_in: Option<&'a Path>,
+    /// Trust domain of the mesh.
+    pub(crate) domain: TrustDomain,
+    /// Lifetimes of leaves.
+    pub(crate) lifetimes: Lifetimes,
+    /// Name of this member in its intermediate.
+    pub(crate) member: String,
+}
+
+/// Opens the root (plugged in, kept from an earlier start, or made now), and makes this member's intermediate.
+///
+/// # Errors
+///
+/// When files cannot be read, do not belong together, or have ended.
+pub(crate) fn open(settings: &Settings<'_>, now: SystemTime) -> anyhow::Result<Arc<Authority>> {
+    let root = match settings.plugged_in {
+        Some(folder) => plugged_in(folder, now)?,
+        None => kept(settings, now)?,
+    };
+    let authority = root.member(&settings.domain, &settings.member, settings.lifetimes, now, Serial::random()?)?;
+    Ok(Arc::new(authority))
+}
+
+fn plugged_in(folder: &Path, now: SystemTime) -> anyhow::Result<SigningRoot> {
+    let read = |name: &str| {
+        let path = folder.join(name);
+        std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+    };
+    let [cert, key, chain, root] = FILES;
+    let files = PluggedIn {
+        ca_cert: read(cert)?,
+        ca_key: Zeroizing::new(read(key)?),
+        cert_chain: read(chain)?,
+        root_cert: read(root)?,
+    };
+    files.check(now).with_context(|| format!("the authority in {} cannot be used", folder.display()))
+}
+
+/// The self-signed root of an earlier start, or a new one.
+fn kept(settings: &Settings<'_>, now: SystemTime) -> anyhow::Result<SigningRoot> {
+    let store = KeyStore::open(settings.folder.join("ca"))?;
+    let [cert, key, chain, root] = FILES;
+    // The key is written last, so that a first start that was cut short begins anew.
+    if store.load(key)?.is_some() {
+        let read = |name: &str| -> anyhow::Result<String> {
+            let bytes = store.load(name)?.with_context(|| format!("{} has no {name}", store.dir().display()))?;
+            Ok(String::from_utf8(bytes.to_vec())?)
+        };
+        let files =
+            PluggedIn { ca_cert: read(cert)?, ca_key: Zeroizing::new(read(key)?), cert_chain: read(chain)?, root_cert: read(root)? };
+        return files.check(now).with_context(|| format!("the root in {} cannot be used", store.dir().display()));
+    }
+    let made = SigningRoot::generate(&settings.domain, now, Serial::random()?)?;
+    let files = made.to_files();
+    store.store(root, files.root_cert.as_bytes())?;
+    store.store(chain, files.cert_chain.as_bytes())?;
+    store.store(cert, files.ca_cert.as_bytes())?;
+    store.store(key, files.ca_key.as_bytes())?;
+    tracing::info!(trust_domain = settings.domain.as_str(), "made a new root certificate");
+    Ok(made)
+}
+
+/// This member's own certificate, renewed on `tasks` until `stop`.
+///
+/// # Errors
+///
+/// When the authority cannot sign it.
+pub(crate) async fn own_identity(
+    authority: Arc<Authority>,
+    clock: Clock,
+    tasks: &TaskTracker,
+    stop: CancellationToken,
+) -> anyhow::Result<IdentityWatch> {
+    let expected = SpiffeId::control_plane(authority.trust_domain());
+    let dns_names = NAMES.map(str::to_owned).to_vec();
+    let source = CertificateSource {
+        issuance: Local { authority: Box::new(move || authority.clone()), dns_names, clock: clock.clone() },
+        clock,
+        store: None,
+        lifetime: None,
+        expected: Some(expected),
+        rng: fastrand::Rng::new(),
+    };
+    Ok(source.start(tasks, stop).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use super::*;
+
+    fn open_in(folder: &Path, plugged_in: Option<&Path>) -> anyhow::Result<Arc<Authority>> {
+        let settings = Settings {
+            folder,
+            plugged_in,
+            domain: TrustDomain::parse("cluster.local")?,
+            lifetimes: Lifetimes::default(),
+            member: "1".to_owned(),
+        };
+        open(&settings, UNIX_EPOCH + Duration::from_secs(1_800_000_000))
+    }
+
+    #[test]
+    fn a_self_signed_root_survives_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = open_in(folder.path(), None).unwrap();
+        let second = open_in(folder.path(), None).unwrap();
+        assert_eq!(first.roots(), second.roots());
+        assert_ne!(first.chain(), second.chain(), "every start has an intermediate of its own");
+    }
+
+    #[test]
+    fn a_plugged_in_authority_is_used_and_checked() {
+        let (made, folder) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let root = open_in(made.path(), None).unwrap();
+        let files = made.path().join("ca");
+        assert_eq!(open_in(folder.path(), Some(&files)).unwrap().roots(), root.roots());
+        std::fs::write(files.join("ca-key.pem"), "nonsense").unwrap();
+        let error = format!("{:#}", open_in(folder.path(), Some(&files)).unwrap_err());
+        assert!(error.contains("ca-key.pem"), "{error}");
+    }
+}

@@ -1,0 +1,149 @@
+//! What can be asked of the control plane.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Config, Dev};
+
+/// One member of the control plane.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "istiod", version, about = "One member of the mesh's control plane")]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Clone, Subcommand)]
+enum Command {
+    /// Run a member with the settings of a file
+    Run {
+        /// YAML file with the settings
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Run one member on loopback to try things out: no root, no settings, an open admin API
+    Dev(DevArgs),
+}
+
+#[derive(Debug, Clone, Args)]
+struct DevArgs {
+    /// Folder for the member's data; a temporary one, removed at the end, when not given
+    #[arg(long)]
+    data_dir: Option<PathBuf>,
+    /// Address of the admin API
+    #[arg(long, default_value = "127.0.0.1:15080")]
+    admin: SocketAddr,
+    /// Address of xDS and certificates
+    #[arg(long, default_value = "127.0.0.1:15012")]
+    xds: SocketAddr,
+    /// Address of `/metrics`
+    #[arg(long, default_value = "127.0.0.1:15014")]
+    metrics: SocketAddr,
+    /// Lifetime of workload certificates in seconds
+    #[arg(long, default_value_t = 24 * 3600)]
+    leaf_lifetime: u64,
+}
+
+/// Runs the program; its exit code (64 for wrong settings, 1 when it cannot go on).
+#[must_use]
+pub fn main(cli: Cli) -> ExitCode {
+    let (config, scratch) = match settings(cli.command) {
+        Ok(settings) => settings,
+        Err(mistakes) => {
+            init_logging("info", false);
+            for mistake in mistakes {
+                tracing::error!(error = mistake, "wrong settings");
+            }
+            return ExitCode::from(64);
+        }
+    };
+    init_logging(&config.log_level, config.log_json);
+    let outcome = run_until_signal(config);
+    drop(scratch);
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "this member ends");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The settings, and a folder that is removed when it is dropped.
+fn settings(command: Command) -> Result<(Config, Option<Scratch>), Vec<String>> {
+    match command {
+        Command::Run { config } => Ok((Config::read(&config)?, None)),
+        Command::Dev(args) => {
+            let scratch = match &args.data_dir {
+                Some(_) => None,
+                None => Some(Scratch::make().map_err(|e| vec![format!("no temporary folder: {e}")])?),
+            };
+            let data_dir = args.data_dir.or_else(|| scratch.as_ref().map(|s| s.0.clone())).unwrap_or_default();
+            let leaf_lifetime = Duration::from_secs(args.leaf_lifetime);
+            let dev = Dev { data_dir, admin: args.admin, xds: args.xds, metrics: args.metrics, leaf_lifetime };
+            Ok((Config::dev(dev)?, scratch))
+        }
+    }
+}
+
+/// A folder of a member that nobody will ask for again.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn make() -> std::io::Result<Self> {
+        let path = std::env::temp_dir().join(format!("istiod-{}-{:08x}", std::process::id(), fastrand::u32(..)));
+        std::fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            tracing::warn!(folder = %self.0.display(), %error, "the temporary folder stays");
+        }
+    }
+}
+
+fn init_logging(level: &str, json: bool) {
+    let filter = tracing_subscriber::EnvFilter::try_new(level).unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    // A second subscriber in one process (a test) is not wanted and does no harm.
+    if json { builder.json().try_init() } else { builder.try_init() }.unwrap_or_default();
+}
+
+fn run_until_signal(config: Config) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let mut member = std::pin::pin!(crate::run(config, stop.clone()));
+        tokio::select! {
+            ended = &mut member => return ended,
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping");
+        stop.cancel();
+        member.await
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

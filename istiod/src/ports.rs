@@ -1,0 +1,172 @@
+//! The ports of a member: sockets and servers around what the other modules decide.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use anyhow::Context;
+use axum::Router;
+use axum::http::header;
+use axum::routing::get;
+use ca::service::CertificateService;
+use ca::tls::{ClientAuth, IdentityWatch, ServerContext, accept};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use prometheus_client::registry::Registry;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
+use tokio_stream::StreamExt;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use wire::mesh::workload_service_server::WorkloadServiceServer;
+use xds::server::Ads;
+
+use crate::api::Api;
+use crate::api::rest::{self, Access};
+use crate::config::Config;
+use crate::join::Joining;
+
+/// File with the operator's bearer token, in the data folder.
+const TOKEN_FILE: &str = "admin-token";
+
+/// Who may call the operator API: anybody in `istiod dev`, else whoever has the token, which is made at first start.
+///
+/// # Errors
+///
+/// When the token cannot be read or written.
+pub(crate) fn access(config: &Config) -> anyhow::Result<Access> {
+    if config.open_admin {
+        return Ok(Access::Open);
+    }
+    let store = ca::keystore::KeyStore::open(config.data_dir.join("operator"))?;
+    if let Some(token) = store.load(TOKEN_FILE)? {
+        return Ok(Access::Bearer(String::from_utf8(token.to_vec())?.trim().into()));
+    }
+    let token = ca::authn::Secret::random().context("no token for the operator API")?;
+    store.store(TOKEN_FILE, token.expose().as_bytes())?;
+    tracing::info!(file = %store.dir().join(TOKEN_FILE).display(), "made a token for the operator API");
+    Ok(Access::Bearer(token.expose().into()))
+}
+
+/// xDS, certificates and registration, over TLS.
+///
+/// # Errors
+///
+/// When TLS cannot be set up.
+pub(crate) fn serve_agents(
+    listener: TcpListener,
+    identity: IdentityWatch,
+    ads: Ads,
+    joining: Joining,
+    tasks: &TaskTracker,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    let clock = joining.clock.clone();
+    let config = ca::tls::server_config_with_roots(identity, ClientAuth::Optional, &[b"h2"])?;
+    let connections = accept::incoming(listener, ServerContext::from(config), tasks, stop.clone());
+    let router = xds::server::tune(tonic::transport::Server::builder())
+        .add_service(ads)
+        .add_service(CertificateService::new(Arc::new(joining.clone()), clock).into_server())
+        .add_service(WorkloadServiceServer::new(joining));
+    let stopped = stop.clone().cancelled_owned();
+    tasks.spawn(async move {
+        if let Err(error) = router.serve_with_incoming_shutdown(connections, stopped).await {
+            tracing::error!(%error, "the xDS port has ended");
+        }
+    });
+    Ok(())
+}
+
+/// The operator API; over TLS when there is an identity for it.
+///
+/// # Errors
+///
+/// When TLS cannot be set up.
+pub(crate) fn serve_operators(
+    listener: TcpListener,
+    identity: Option<IdentityWatch>,
+    api: Api,
+    access: Access,
+    tasks: &TaskTracker,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    let router = rest::router(api, access);
+    match identity {
+        None => serve(listener, router, tasks, stop),
+        Some(identity) => {
+            let config = ca::tls::server_config(identity, ClientAuth::None, &[b"h2", b"http/1.1"])?;
+            let mut connections = accept::incoming(listener, ServerContext::from(config), tasks, stop.clone());
+            let (tasks, stop) = (tasks.clone(), stop.clone());
+            tasks.clone().spawn(async move {
+                let graceful = Arc::new(GracefulShutdown::new());
+                while let Some(Some(Ok(connection))) = stop.run_until_cancelled(connections.next()).await {
+                    spawn_connection(connection, router.clone(), &graceful, &tasks);
+                }
+                end(graceful).await;
+            });
+        }
+    }
+    Ok(())
+}
+
+/// `/metrics` and `/ready`, for everybody.
+pub(crate) fn serve_metrics(listener: TcpListener, registry: Registry, tasks: &TaskTracker, stop: &CancellationToken) {
+    let registry = Arc::new(registry);
+    let metrics = get(move || {
+        let mut text = String::new();
+        // Writing into a string cannot fail.
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap_or_default();
+        async move { ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text) }
+    });
+    let router = Router::new().route("/metrics", metrics).route("/ready", get(|| async { "ready\n" }));
+    serve(listener, router, tasks, stop);
+}
+
+fn serve(listener: TcpListener, router: Router, tasks: &TaskTracker, stop: &CancellationToken) {
+    let (tasks, stop) = (tasks.clone(), stop.clone());
+    tasks.clone().spawn(async move {
+        let graceful = Arc::new(GracefulShutdown::new());
+        while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
+            match accepted {
+                Ok((stream, _)) => {
+                    stream.set_nodelay(true).unwrap_or_default();
+                    spawn_connection(stream, router.clone(), &graceful, &tasks);
+                }
+                Err(error) => {
+                    // Out of file descriptors: what is open may close meanwhile.
+                    tracing::warn!(%error, "connection not accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+        end(graceful).await;
+    });
+}
+
+/// Pause after a connection could not be accepted.
+const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
+
+/// Open calls may take this long to end.
+const GRACE: std::time::Duration = std::time::Duration::from_secs(2);
+
+async fn end(graceful: Arc<GracefulShutdown>) {
+    if let Some(graceful) = Arc::into_inner(graceful) {
+        tokio::time::timeout(GRACE, graceful.shutdown()).await.unwrap_or_default();
+    }
+}
+
+fn spawn_connection<IO>(io: IO, router: Router, graceful: &Arc<GracefulShutdown>, tasks: &TaskTracker)
+where
+    IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(hyper_util::rt::TokioTimer::new());
+    let service = TowerToHyperService::new(router.into_service::<hyper::body::Incoming>());
+    let connection = builder.serve_connection(TokioIo::new(io), service).into_owned();
+    let connection = graceful.watch(connection);
+    tasks.spawn(async move {
+        // A client that goes away ends its own connection and nothing else.
+        connection.await.unwrap_or_default();
+        Ok::<(), Infallible>(())
+    });
+}
