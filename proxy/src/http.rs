@@ -1,0 +1,409 @@
+//! The path of a request, top to bottom: [`forward`].
+//!
+//! One [`Http`] is one connection manager on one worker; everything that its configuration decides is prepared in
+//! it. [`call`] takes a request in, [`filters`] may answer it, the route is found, [`attempts`] send it on, and
+//! [`body`] streams the response back; [`exchange`] counts and logs it when it is over, however it ends.
+
+pub mod attempts;
+pub mod body;
+pub mod call;
+pub mod exchange;
+pub mod filters;
+pub mod flags;
+pub mod head;
+pub mod headers;
+pub mod path;
+pub mod reply;
+pub mod server;
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use http::header::{self, HeaderMap, HeaderValue};
+use http::{Request, Response, StatusCode, Version};
+use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
+
+use crate::access_log::Logs;
+use crate::listener::connection::Connection;
+use crate::metrics::standard::Reporter;
+use crate::metrics::{Counter, Registry};
+use crate::router::{self, rewrite};
+use crate::worker::{RouteTable, Worker};
+use crate::xds::filter::{FilterConfig, PerFilter, Router};
+use crate::xds::listener::hcm::{HttpConnectionManager, ServerHeader};
+use crate::xds::route::action::{Action, ClusterChoice, Forward, WeightedCluster};
+use crate::xds::route::{RequireTls, Route, RouteConfiguration, VirtualHost};
+
+use body::ResponseBody;
+use call::Call;
+use filters::Pass;
+use flags::Flags;
+use reply::Local;
+
+/// A response on its way to the client.
+pub type HttpResponse = Response<ResponseBody>;
+
+/// What Envoy counts of a connection manager.
+#[derive(Debug)]
+pub struct HttpStats {
+    /// Requests.
+    pub rq_total: Rc<Counter>,
+    /// Requests under way.
+    pub rq_active: Rc<Counter>,
+    /// Responses by class: 1xx to 5xx.
+    pub rq_xx: [Rc<Counter>; 5],
+    /// Requests that access rules let through.
+    pub rbac_allowed: Rc<Counter>,
+    /// Requests that access rules turned away.
+    pub rbac_denied: Rc<Counter>,
+    /// Requests that shadow rules would have turned away.
+    pub rbac_shadow_denied: Rc<Counter>,
+    /// Delays under way.
+    pub faults_active: Rc<Counter>,
+}
+
+impl HttpStats {
+    fn new(registry: &Registry, prefix: &str) -> Self {
+        let labels = [("envoy_http_conn_manager_prefix", prefix)];
+        let class = |code| {
+            let labels = [("envoy_http_conn_manager_prefix", prefix), ("envoy_response_code_class", code)];
+            registry.counter("envoy_http_downstream_rq_xx", &labels)
+        };
+        Self {
+            rq_total: registry.counter("envoy_http_downstream_rq_total", &labels),
+            rq_active: registry.gauge("envoy_http_downstream_rq_active", &labels),
+            rq_xx: ["1", "2", "3", "4", "5"].map(class),
+            rbac_allowed: registry.counter("envoy_http_rbac_allowed", &labels),
+            rbac_denied: registry.counter("envoy_http_rbac_denied", &labels),
+            rbac_shadow_denied: registry.counter("envoy_http_rbac_shadow_denied", &labels),
+            faults_active: registry.gauge("envoy_http_fault_active_faults", &labels),
+        }
+    }
+}
+
+/// A connection manager on one worker.
+#[derive(Debug)]
+pub struct Http {
+    /// Its configuration.
+    pub config: Arc<HttpConnectionManager>,
+    /// The worker.
+    pub worker: Rc<Worker>,
+    /// Its access logs.
+    pub logs: Logs,
+    /// From which side it reports standard metrics, if from any.
+    pub reporter: Option<Reporter>,
+    /// What Envoy counts of it.
+    pub stats: HttpStats,
+    router: Router,
+    routes: RefCell<Option<Rc<RouteTable>>>,
+}
+
+impl Http {
+    /// Prepares a connection manager.
+    #[must_use]
+    pub fn new(config: Arc<HttpConnectionManager>, worker: &Rc<Worker>, reporter: Option<Reporter>) -> Rc<Self> {
+        let router = config.filters.iter().find_map(|f| match f.config {
+            FilterConfig::Router(router) => Some(router),
+            _ => None,
+        });
+        Rc::new(Self {
+            logs: Logs::new(&config.access_logs, worker),
+            reporter,
+            stats: HttpStats::new(&worker.shared.registry, &config.stat_prefix),
+            router: router.unwrap_or_default(),
+            routes: RefCell::new(None),
+            worker: Rc::clone(worker),
+            config,
+        })
+    }
+
+    /// Takes other routes, from the next request on.
+    pub fn set_routes(&self, routes: &Arc<RouteConfiguration>) {
+        let mut current = self.routes.borrow_mut();
+        if !current.as_ref().is_some_and(|table| Arc::ptr_eq(&table.routes.config, routes)) {
+            *current = Some(Rc::new(RouteTable::new(Arc::clone(routes))));
+        }
+    }
+
+    /// The last touch on a response's headers.
+    pub fn finish_headers(&self, connection: &Connection, version: Version, headers: &mut HeaderMap) {
+        match self.config.server_header {
+            ServerHeader::Overwrite => {
+                headers.insert(header::SERVER, self.config.server_name.clone());
+            }
+            ServerHeader::AppendIfAbsent => {
+                headers.entry(header::SERVER).or_insert_with(|| self.config.server_name.clone());
+            }
+            ServerHeader::PassThrough => {}
+        }
+        let most = self.config.max_requests_per_connection;
+        let used_up = most.is_some_and(|m| connection.requests.get() >= m);
+        if version < Version::HTTP_2 && (used_up || self.worker.is_draining() || connection.is_draining()) {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+    }
+}
+
+/// The route of a request and where it leads.
+#[derive(Debug)]
+struct Decision {
+    table: Rc<RouteTable>,
+    host: Arc<VirtualHost>,
+    route: Arc<Route>,
+    /// Which of the route's weighted clusters was drawn.
+    drawn: Option<usize>,
+}
+
+impl Decision {
+    fn forward(&self) -> Option<&Forward> {
+        match &self.route.action {
+            Action::Forward(forward) => Some(forward),
+            Action::Redirect(_) | Action::Direct(_) | Action::NonForwarding => None,
+        }
+    }
+
+    fn weighted(&self) -> Option<&WeightedCluster> {
+        match &self.forward()?.cluster {
+            ClusterChoice::Weighted(w) => w.clusters.get(self.drawn?),
+            ClusterChoice::One(_) | ClusterChoice::Header(_) => None,
+        }
+    }
+
+    fn per_filter(&self) -> &PerFilter {
+        self.weighted().map_or(&self.route.per_filter, |w| &w.per_filter)
+    }
+}
+
+/// The whole path of a request, in order.
+pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Request<Incoming>) -> HttpResponse {
+    let mut call = match Call::begin(&http, &connection, request) {
+        Ok(call) => call,
+        Err(answer) => return answer,
+    };
+    let decision = decide(&http, &mut call);
+    for filter in &http.config.filters {
+        let per_route = decision.as_ref().map(Decision::per_filter);
+        let mut pass = filters::ask(&http, filter, per_route, &mut call);
+        if let Pass::Delay(delay, fault) = pass {
+            call.exchange.flags.insert(Flags::DELAY_INJECTED);
+            http.stats.faults_active.inc();
+            tokio::time::sleep(delay).await;
+            http.stats.faults_active.sub(1);
+            pass = filters::abort(&http, &fault);
+        }
+        if let Pass::Answer(local) = pass {
+            return local.into_response(call.exchange);
+        }
+    }
+    let Some(decision) = decision else {
+        let local = Local::text(StatusCode::NOT_FOUND, "").flag(Flags::NO_ROUTE).details("route_not_found");
+        return local.into_response(call.exchange);
+    };
+    if let Some(local) = answer_here(&decision, &call) {
+        return local.into_response(call.exchange);
+    }
+    let Some(upstream) = call.exchange.upstream.clone() else {
+        let status = decision.forward().map_or(StatusCode::SERVICE_UNAVAILABLE, |f| f.cluster_not_found);
+        let local = Local::text(status, "").flag(Flags::NO_CLUSTER).details("cluster_not_found");
+        return local.into_response(call.exchange);
+    };
+    prepare(&http, &decision, &mut call);
+    mirror(&http, &decision, &mut call);
+    match attempts::run(&http, &decision.host, decision.forward(), &upstream, &mut call).await {
+        Ok(answer) => respond(&http, &decision, call, answer),
+        Err(local) => local.into_response(call.exchange),
+    }
+}
+
+/// Finds the route, and draws its cluster.
+fn decide(http: &Rc<Http>, call: &mut Call) -> Option<Decision> {
+    let table = http.routes.borrow().clone()?;
+    let random = http.worker.random();
+    let (host, route) = router::match_route(&table.routes, &call.head(), call.certificate(), random)?;
+    let (host, route) = (Arc::clone(host), Arc::clone(route));
+    call.exchange.route = Some(Arc::clone(&route));
+    let mut decision = Decision { table, host, route, drawn: None };
+    let (drawn, upstream) = match &decision.forward()?.cluster {
+        ClusterChoice::One(cluster) => (None, decision.table.upstream(&http.worker, *cluster)),
+        ClusterChoice::Weighted(weighted) => {
+            let at = http.worker.random() % weighted.total.max(1);
+            let drawn = weighted.clusters.iter().position(|c| at < c.until);
+            let cluster = drawn.and_then(|d| weighted.clusters.get(d)).map(|c| c.cluster);
+            (drawn, cluster.and_then(|c| decision.table.upstream(&http.worker, c)))
+        }
+        ClusterChoice::Header(name) => {
+            let named = call.parts.headers.get(name).and_then(|v| v.to_str().ok());
+            (None, named.and_then(|n| http.worker.upstream(n)))
+        }
+    };
+    decision.drawn = drawn;
+    call.exchange.upstream = upstream;
+    Some(decision)
+}
+
+/// Redirects, direct responses, and routes that lead nowhere.
+fn answer_here(decision: &Decision, call: &Call) -> Option<Local> {
+    let head = call.head();
+    let insecure = match decision.host.require_tls {
+        RequireTls::None => false,
+        RequireTls::ExternalOnly | RequireTls::All => !call.https,
+    };
+    let redirect = |location: String, status| {
+        let local = Local::text(status, "").details("direct_response");
+        match HeaderValue::try_from(location) {
+            Ok(value) => local.header(header::LOCATION, value),
+            Err(_) => Local::text(StatusCode::BAD_REQUEST, ""),
+        }
+    };
+    if insecure {
+        let location = format!("https://{}{}", router::without_port(head.authority), head.path_and_query);
+        return Some(redirect(location, StatusCode::MOVED_PERMANENTLY));
+    }
+    let mut local = match &decision.route.action {
+        Action::Forward(_) => return None,
+        Action::Redirect(r) => redirect(rewrite::location(r, &decision.route.matches.path, &head), r.status),
+        Action::Direct(d) => {
+            let text = String::from_utf8_lossy(&d.body).into_owned();
+            Local::text(d.status, text).details("direct_response")
+        }
+        Action::NonForwarding => {
+            Local::text(StatusCode::NOT_FOUND, "").flag(Flags::NO_ROUTE).details("route_not_found")
+        }
+    };
+    response_ops(decision, call, &mut local.headers);
+    Some(local)
+}
+
+/// Carries out what the route says about the request.
+fn prepare(http: &Http, decision: &Decision, call: &mut Call) {
+    let Some(forward) = decision.forward() else { return };
+    let matched = &decision.route.matches.path;
+    let suppress = http.router.suppress_envoy_headers;
+    let host = rewritten_host(decision, forward, call);
+    if let Some(new) = rewrite::path(&forward.path_rewrite, matched, call.path.as_str())
+        && let Ok(new) = new.as_str().try_into()
+    {
+        let old: http::uri::PathAndQuery = std::mem::replace(&mut call.path, new);
+        if !suppress && let Ok(old) = HeaderValue::from_str(old.as_str()) {
+            call.parts.headers.insert(headers::ORIGINAL_PATH, old);
+        }
+    }
+    request_ops(decision, call);
+    if let Some(host) = host {
+        let old = std::mem::replace(&mut call.authority, host);
+        if forward.append_x_forwarded_host {
+            call.parts.headers.append(headers::FORWARDED_HOST, old.clone());
+        }
+        if !suppress {
+            call.parts.headers.insert(headers::ORIGINAL_HOST, old);
+        }
+    }
+}
+
+fn rewritten_host(decision: &Decision, forward: &Forward, call: &Call) -> Option<HeaderValue> {
+    use crate::xds::route::action::HostRewrite;
+    if let Some(host) = decision.weighted().and_then(|w| w.host_rewrite.clone()) {
+        return Some(host);
+    }
+    match &forward.host_rewrite {
+        HostRewrite::None | HostRewrite::Auto => None,
+        HostRewrite::Literal(host) => Some(host.clone()),
+        HostRewrite::Header(name) => call.parts.headers.get(name).cloned(),
+        HostRewrite::PathRegex(r) => HeaderValue::try_from(rewrite::host_from_path(r, &call.head())).ok(),
+    }
+}
+
+/// The levels of header operations, the most specific first unless the configuration says otherwise.
+fn levels<T>(decision: &Decision, weighted: Option<T>, route: T, host: T, config: T) -> Vec<T> {
+    let mut levels: Vec<T> = weighted.into_iter().collect();
+    levels.extend([route, host, config]);
+    if decision.table.routes.config.most_specific_header_mutations_wins {
+        levels.reverse();
+    }
+    levels
+}
+
+fn request_ops(decision: &Decision, call: &mut Call) {
+    let config = &decision.table.routes.config;
+    let weighted = decision.weighted().map(|w| &w.request_headers);
+    let (route, host) = (&decision.route.request_headers, &decision.host.request_headers);
+    if weighted.is_none_or(|w| w.is_empty()) && route.is_empty() && host.is_empty() && config.request_headers.is_empty() {
+        return;
+    }
+    for ops in levels(decision, weighted, route, host, &config.request_headers) {
+        let mut map = std::mem::take(&mut call.parts.headers);
+        let before = map.clone();
+        call.parts.headers = before;
+        headers::apply(ops, &mut map, &|f| call.render(f));
+        call.parts.headers = map;
+    }
+}
+
+fn response_ops(decision: &Decision, call: &Call, map: &mut HeaderMap) {
+    let config = &decision.table.routes.config;
+    let weighted = decision.weighted().map(|w| &w.response_headers);
+    let (route, host) = (&decision.route.response_headers, &decision.host.response_headers);
+    if weighted.is_none_or(|w| w.is_empty()) && route.is_empty() && host.is_empty() && config.response_headers.is_empty()
+    {
+        return;
+    }
+    for ops in levels(decision, weighted, route, host, &config.response_headers) {
+        headers::apply(ops, map, &|f| call.render(f));
+    }
+}
+
+/// Sends copies elsewhere; their answers are read and thrown away.
+fn mirror(http: &Rc<Http>, decision: &Decision, call: &mut Call) {
+    let Some(forward) = decision.forward() else { return };
+    for policy in &forward.mirrors {
+        if !policy.fraction.hits(http.worker.random()) {
+            continue;
+        }
+        let Some(upstream) = decision.table.upstream(&http.worker, policy.cluster) else { continue };
+        attempts::shadow(http, policy, &upstream, call);
+    }
+}
+
+/// Turns an upstream's answer into the client's.
+fn respond(http: &Rc<Http>, decision: &Decision, mut call: Box<Call>, answer: attempts::Answered) -> HttpResponse {
+    let attempts::Answered { mut parts, reply, elapsed, cookie } = answer;
+    let upgraded = call.upgrade && parts.status == StatusCode::SWITCHING_PROTOCOLS;
+    headers::strip_response(&mut parts.headers, upgraded);
+    if !http.router.suppress_envoy_headers {
+        let ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
+        parts.headers.insert(headers::UPSTREAM_SERVICE_TIME, headers::number(ms));
+    }
+    if decision.host.include_attempt_count_in_response {
+        parts.headers.insert(headers::ATTEMPT_COUNT, headers::number(call.exchange.attempts.into()));
+    }
+    if http.config.request_id.in_response
+        && let Some(id) = call.exchange.told.as_ref().and_then(|t| t.headers.get(headers::REQUEST_ID))
+    {
+        parts.headers.insert(headers::REQUEST_ID, id.clone());
+    }
+    if let Some((cors, origin)) = call.cors.take() {
+        filters::cors_response(&cors, origin, &mut parts.headers);
+    }
+    if let Some(cookie) = cookie {
+        parts.headers.append(header::SET_COOKIE, cookie);
+    }
+    response_ops(decision, &call, &mut parts.headers);
+    http.finish_headers(&call.exchange.connection, call.exchange.version, &mut parts.headers);
+    let mut exchange = call.exchange;
+    if exchange.version == Version::HTTP_2 {
+        parts.headers.remove(header::CONNECTION);
+    }
+    exchange.details = "via_upstream".into();
+    exchange.respond(parts.status, &parts.headers);
+    parts.version = exchange.version;
+    if upgraded {
+        if let (Some(stream), Some(client)) = (reply.into_h1(), call.parts.extensions.remove::<OnUpgrade>()) {
+            let worker = Rc::clone(&http.worker);
+            http.worker.connections.spawn_local(server::tunnel(worker, client, stream, exchange));
+        }
+        return Response::from_parts(parts, ResponseBody::default());
+    }
+    Response::from_parts(parts, ResponseBody::upstream(reply, exchange))
+}

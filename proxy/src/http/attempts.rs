@@ -1,0 +1,424 @@
+//! Sends a request until there is an answer: pick, send under timeouts, judge, and perhaps again.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use http::header::HeaderValue;
+use http::{StatusCode, response};
+use http_body::Body as _;
+use tokio::time::Instant;
+
+use super::Http;
+use super::call::Call;
+use super::flags::Flags;
+use super::headers;
+use super::reply::Local;
+use crate::metrics::standard::Reporter;
+use crate::retry::{self, Next, Outcome};
+use crate::upstream::health::Signal;
+use crate::upstream::pool::Reply;
+use crate::upstream::send::{Answer, Outgoing};
+use crate::upstream::{Ask, Failure, FailureKind, Host, Upstream};
+use crate::xds::route::VirtualHost;
+use crate::xds::route::action::{Forward, HashOn, HostRewrite, MirrorPolicy};
+use crate::xds::route::retry::RetryPolicy;
+
+/// An upstream's answer.
+#[derive(Debug)]
+pub struct Answered {
+    /// Its head.
+    pub parts: response::Parts,
+    /// What brings its body.
+    pub reply: Box<Reply>,
+    /// How long the last attempt took until its head.
+    pub elapsed: Duration,
+    /// A cookie that ties the client to an endpoint.
+    pub cookie: Option<HeaderValue>,
+}
+
+/// How an attempt ended without an answer.
+enum Miss {
+    Failed(Failure),
+    PerTryTimeout,
+    Deadline,
+}
+
+/// Sends the request.
+///
+/// # Errors
+///
+/// The proxy's own answer when there is none of an upstream.
+pub async fn run(
+    http: &Rc<Http>,
+    host: &VirtualHost,
+    forward: Option<&Forward>,
+    upstream: &Rc<Upstream>,
+    call: &mut Call,
+) -> Result<Answered, Local> {
+    let Some(forward) = forward else { return Err(Local::text(StatusCode::NOT_FOUND, "").flag(Flags::NO_ROUTE)) };
+    let policy = forward.retry.as_deref().filter(|p| !call.upgrade && retry::applies(p, &call.head()));
+    let timeout = timeout_of(forward, call);
+    let deadline = timeout.map(|t| call.exchange.started + t);
+    if let Some(timeout) = timeout.filter(|_| !http.router.suppress_envoy_headers) {
+        let per_try = policy.and_then(|p| p.per_try_timeout).unwrap_or(timeout).min(timeout);
+        let ms = u64::try_from(per_try.as_millis()).unwrap_or(u64::MAX);
+        call.parts.headers.insert(headers::EXPECTED_TIMEOUT, headers::number(ms));
+    }
+    let (hash, cookie) = hash_of(http, forward, call);
+    let mut tried: Vec<Rc<Host>> = Vec::new();
+    loop {
+        let attempt = call.exchange.attempts + 1;
+        let ask = ask(policy, hash, &tried, call);
+        let Some(endpoint) = upstream.pick(ask) else { return Err(no_healthy_upstream()) };
+        call.exchange.attempts = attempt;
+        call.exchange.host = Some(Rc::clone(&endpoint));
+        let more = policy.is_some_and(|p| attempt <= p.num_retries);
+        let keep = more || call.replay.is_some();
+        let limit = usize::try_from(upstream.config.buffer_limit).unwrap_or(usize::MAX);
+        let Some(mut outgoing) = call.outgoing(keep, limit) else { return Err(unrepeatable()) };
+        dress(http, host, forward, &endpoint, attempt, &mut outgoing);
+        let began = Instant::now();
+        let result = one(upstream, &endpoint, outgoing, policy, deadline).await;
+        note(upstream, &endpoint, &result);
+        let next = judge(http, policy, attempt, &result);
+        if let Next::Again { after } = next
+            && let Some(retrying) = may_retry(upstream, call)
+        {
+            call.exchange.retrying = Some(retrying);
+            if let Err(miss) = &result {
+                call.exchange.failure = miss.reason();
+            }
+            tried.push(endpoint);
+            drop(result);
+            if sleep_within(after, deadline).await {
+                continue;
+            }
+            return Err(timed_out(upstream));
+        }
+        call.exchange.retrying = None;
+        return conclude(call, upstream, next, result, deadline, began, cookie);
+    }
+}
+
+/// One attempt, within its own timeout and that of the whole.
+async fn one(
+    upstream: &Rc<Upstream>,
+    endpoint: &Rc<Host>,
+    outgoing: Outgoing,
+    policy: Option<&RetryPolicy>,
+    deadline: Option<Instant>,
+) -> Result<Answer, Miss> {
+    let sending = std::pin::pin!(upstream.send(endpoint, outgoing));
+    let per_try = policy.and_then(|p| p.per_try_timeout).map(|t| Instant::now() + t);
+    let soonest = match (per_try, deadline) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, b) => a.or(b),
+    };
+    let Some(at) = soonest else { return sending.await.map_err(Miss::Failed) };
+    match tokio::time::timeout_at(at, sending).await {
+        Ok(result) => result.map_err(Miss::Failed),
+        Err(_) if deadline.is_some_and(|d| at >= d) => Err(Miss::Deadline),
+        Err(_) => Err(Miss::PerTryTimeout),
+    }
+}
+
+impl Miss {
+    fn reason(&self) -> String {
+        match self {
+            Self::Failed(failure) => failure.reason.clone(),
+            Self::PerTryTimeout | Self::Deadline => String::new(),
+        }
+    }
+}
+
+fn judge(http: &Http, policy: Option<&RetryPolicy>, attempt: u32, result: &Result<Answer, Miss>) -> Next {
+    let Some(policy) = policy else { return Next::Done };
+    let outcome = match result {
+        Ok((parts, _)) => Outcome::Response(parts.status, &parts.headers),
+        Err(Miss::Deadline) => return Next::Done,
+        Err(Miss::PerTryTimeout) => Outcome::Timeout,
+        Err(Miss::Failed(failure)) => match failure.kind {
+            FailureKind::Connect | FailureKind::ConnectTimeout => Outcome::ConnectFailure,
+            FailureKind::Termination { sent } => Outcome::Reset { sent },
+            FailureKind::Reset | FailureKind::Protocol => Outcome::Reset { sent: true },
+            FailureKind::Refused => Outcome::Refused,
+            FailureKind::Overflow => Outcome::Overflow,
+            FailureKind::Client => return Next::Done,
+        },
+    };
+    retry::next_attempt(policy, attempt, outcome, &mut http.worker.shared.rng.borrow_mut())
+}
+
+/// A retry needs room in the circuit breaker, and the whole body again.
+fn may_retry(upstream: &Rc<Upstream>, call: &mut Call) -> Option<crate::upstream::Retrying> {
+    if call.replay.as_ref().is_some_and(|r| r.again().is_none()) {
+        return None;
+    }
+    call.exchange.retrying = None;
+    upstream.start_retry()
+}
+
+fn note(upstream: &Upstream, endpoint: &Rc<Host>, result: &Result<Answer, Miss>) {
+    let signal = match result {
+        Ok((parts, _)) => {
+            let status = parts.status.as_u16();
+            if let Some(class) = upstream.stats.rq_xx.get(usize::from(status / 100).wrapping_sub(1)) {
+                class.inc();
+            }
+            Signal::Status(status)
+        }
+        Err(Miss::PerTryTimeout | Miss::Deadline) => {
+            upstream.stats.rq_timeout.inc();
+            Signal::Status(504)
+        }
+        Err(Miss::Failed(failure)) => match failure.kind {
+            FailureKind::Overflow | FailureKind::Client => return,
+            FailureKind::Connect
+            | FailureKind::ConnectTimeout
+            | FailureKind::Termination { .. }
+            | FailureKind::Reset
+            | FailureKind::Refused
+            | FailureKind::Protocol => Signal::LocalFailure,
+        },
+    };
+    upstream.on_result(endpoint, signal);
+}
+
+fn conclude(
+    call: &mut Call,
+    upstream: &Upstream,
+    next: Next,
+    result: Result<Answer, Miss>,
+    deadline: Option<Instant>,
+    began: Instant,
+    cookie: Option<HeaderValue>,
+) -> Result<Answered, Local> {
+    if next == Next::LimitReached {
+        call.exchange.flags.insert(Flags::RETRY_LIMIT);
+    }
+    match result {
+        Ok((parts, reply)) => {
+            if parts.status == StatusCode::SWITCHING_PROTOCOLS && !call.upgrade {
+                return Err(Local::text(StatusCode::BAD_GATEWAY, "").flag(Flags::UPSTREAM_PROTOCOL));
+            }
+            if let Some(deadline) = deadline.filter(|_| !reply.is_end()) {
+                call.exchange.deadline = Some(Box::pin(tokio::time::sleep_until(deadline)));
+            }
+            Ok(Answered { parts, reply, elapsed: began.elapsed(), cookie })
+        }
+        Err(Miss::Deadline | Miss::PerTryTimeout) => Err(timed_out(upstream)),
+        Err(Miss::Failed(failure)) => {
+            call.exchange.failure.clone_from(&failure.reason);
+            Err(failed(&failure, call.exchange.attempts))
+        }
+    }
+}
+
+/// Envoy's answer to an upstream that gave none.
+fn failed(failure: &Failure, attempts: u32) -> Local {
+    let reset = failure.reset_reason();
+    let retried = if attempts > 1 { "retried and the latest reset reason" } else { "reset reason" };
+    let mut text = format!("upstream connect error or disconnect/reset before headers. {retried}: {reset}");
+    let details = if failure.reason.is_empty() {
+        format!("upstream_reset_before_response_started{{{}}}", reset.replace(' ', "_"))
+    } else {
+        text.push_str(", transport failure reason: ");
+        text.push_str(&failure.reason);
+        let reason = failure.reason.replace(' ', "_");
+        format!("upstream_reset_before_response_started{{{}|{reason}}}", reset.replace(' ', "_"))
+    };
+    let (status, flags) = match failure.kind {
+        FailureKind::Connect | FailureKind::ConnectTimeout => {
+            (StatusCode::SERVICE_UNAVAILABLE, Flags::UPSTREAM_CONNECTION_FAILURE)
+        }
+        FailureKind::Termination { .. } => (StatusCode::SERVICE_UNAVAILABLE, Flags::UPSTREAM_TERMINATION),
+        FailureKind::Reset | FailureKind::Refused => (StatusCode::SERVICE_UNAVAILABLE, Flags::UPSTREAM_RESET),
+        FailureKind::Protocol => (StatusCode::BAD_GATEWAY, Flags::UPSTREAM_PROTOCOL),
+        FailureKind::Overflow => (StatusCode::SERVICE_UNAVAILABLE, Flags::UPSTREAM_OVERFLOW),
+        FailureKind::Client => (StatusCode::BAD_REQUEST, Flags::DOWNSTREAM_TERMINATION),
+    };
+    let local = Local::text(status, text).flag(flags).details(details);
+    if failure.kind == FailureKind::Overflow {
+        return local.header(headers::OVERLOADED, HeaderValue::from_static("true"));
+    }
+    local
+}
+
+fn timed_out(upstream: &Upstream) -> Local {
+    tracing::debug!(cluster = %upstream.config.name, "upstream request timed out");
+    Local::text(StatusCode::GATEWAY_TIMEOUT, "upstream request timeout")
+        .flag(Flags::UPSTREAM_TIMEOUT)
+        .details("response_timeout")
+}
+
+fn no_healthy_upstream() -> Local {
+    Local::text(StatusCode::SERVICE_UNAVAILABLE, "no healthy upstream")
+        .flag(Flags::NO_HEALTHY_UPSTREAM)
+        .details("no_healthy_upstream")
+}
+
+fn unrepeatable() -> Local {
+    Local::text(StatusCode::INTERNAL_SERVER_ERROR, "").flag(Flags::LOCAL_RESET).details("request_payload_exceeded_retry_buffer_limit")
+}
+
+/// Waits, but not beyond the deadline; `false` when that comes first.
+async fn sleep_within(pause: Duration, deadline: Option<Instant>) -> bool {
+    let until = Instant::now() + pause;
+    match deadline {
+        Some(deadline) if deadline <= until => {
+            tokio::time::sleep_until(deadline).await;
+            false
+        }
+        _ => {
+            tokio::time::sleep_until(until).await;
+            true
+        }
+    }
+}
+
+fn ask<'a>(policy: Option<&RetryPolicy>, hash: Option<u64>, tried: &'a [Rc<Host>], call: &Call) -> Ask<'a> {
+    let (avoid, attempts) = match policy {
+        Some(p) if p.avoid_previous_hosts => (tried, p.host_selection_attempts),
+        _ => (&tried[..0], 1),
+    };
+    Ask { hash, avoid, attempts, original: call.exchange.connection.local }
+}
+
+/// What an attempt says of itself to the endpoint.
+fn dress(
+    http: &Http,
+    host: &VirtualHost,
+    forward: &Forward,
+    endpoint: &Host,
+    attempt: u32,
+    outgoing: &mut Outgoing,
+) {
+    if host.include_request_attempt_count {
+        outgoing.headers.insert(headers::ATTEMPT_COUNT, headers::number(attempt.into()));
+    }
+    if matches!(forward.host_rewrite, HostRewrite::Auto) && !endpoint.endpoint.hostname.is_empty()
+        && let Ok(name) = HeaderValue::from_str(&endpoint.endpoint.hostname)
+    {
+        outgoing.authority = name;
+    }
+    if endpoint.endpoint.mesh_tls && http.reporter == Some(Reporter::Source)
+        && let Some((metadata, id)) = &http.worker.peer_headers
+    {
+        outgoing.headers.insert(headers::PEER_METADATA, metadata.clone());
+        outgoing.headers.insert(headers::PEER_METADATA_ID, id.clone());
+    }
+}
+
+fn timeout_of(forward: &Forward, call: &Call) -> Option<Duration> {
+    let Some(bound) = forward.grpc_timeout.filter(|_| call.exchange.is_grpc) else { return forward.timeout };
+    let asked = headers::grpc_timeout(&call.parts.headers);
+    let timeout = match (asked, bound.max) {
+        (Some(asked), Some(max)) => Some(asked.min(max)),
+        (asked, max) => asked.or(max),
+    };
+    timeout.map(|t| t.checked_sub(bound.offset).unwrap_or(t))
+}
+
+/// The request's hash, and the cookie that must be set to get the same one again.
+fn hash_of(http: &Http, forward: &Forward, call: &Call) -> (Option<u64>, Option<HeaderValue>) {
+    let (mut hash, mut cookie) = (None, None);
+    for policy in &forward.hash {
+        let part = match &policy.on {
+            HashOn::Header(name, rewrite) => call.parts.headers.get(name).map(|v| match rewrite {
+                Some(r) => hash_bytes(r.apply(&String::from_utf8_lossy(v.as_bytes())).as_bytes()),
+                None => hash_bytes(v.as_bytes()),
+            }),
+            HashOn::Cookie { name, path, ttl } => match cookie_value(call, name) {
+                Some(value) => Some(hash_bytes(value.as_bytes())),
+                None => ttl.map(|ttl| {
+                    let value = format!("{:016x}", http.worker.random());
+                    cookie = set_cookie(name, &value, path.as_deref(), ttl);
+                    hash_bytes(value.as_bytes())
+                }),
+            },
+            HashOn::SourceIp => Some(hash_bytes(call.exchange.remote.ip().to_string().as_bytes())),
+            HashOn::Query(name) => call
+                .head()
+                .query()
+                .into_iter()
+                .flat_map(|q| q.split('&'))
+                .find_map(|pair| pair.split_once('=').filter(|(n, _)| *n == &**name))
+                .map(|(_, value)| hash_bytes(value.as_bytes())),
+        };
+        if let Some(part) = part {
+            hash = Some(hash.map_or(part, |h: u64| h.rotate_left(1) ^ part));
+            if policy.terminal {
+                break;
+            }
+        }
+    }
+    (hash, cookie)
+}
+
+fn hash_bytes(bytes: &[u8]) -> u64 {
+    xxhash_rust::xxh64::xxh64(bytes, 0)
+}
+
+fn cookie_value<'a>(call: &'a Call, name: &str) -> Option<&'a str> {
+    call.parts
+        .headers
+        .get_all(http::header::COOKIE)
+        .iter()
+        .filter_map(|v| v.to_str().ok())
+        .flat_map(|v| v.split(';'))
+        .find_map(|pair| pair.trim().split_once('=').filter(|(n, _)| *n == name))
+        .map(|(_, value)| value.trim_matches('"'))
+}
+
+fn set_cookie(name: &str, value: &str, path: Option<&str>, ttl: Duration) -> Option<HeaderValue> {
+    let mut text = format!("{name}=\"{value}\"");
+    if !ttl.is_zero() {
+        text.push_str(&format!("; Max-Age={}", ttl.as_secs()));
+    }
+    if let Some(path) = path {
+        text.push_str(&format!("; Path={path}"));
+    }
+    text.push_str("; HttpOnly");
+    HeaderValue::try_from(text).ok()
+}
+
+/// Sends a copy of the request elsewhere; its answer is read and thrown away.
+pub fn shadow(http: &Rc<Http>, policy: &MirrorPolicy, upstream: &Rc<Upstream>, call: &mut Call) {
+    let has_body = call.body.as_ref().is_some_and(|b| !b.is_end_stream());
+    let limit = usize::try_from(upstream.config.buffer_limit).unwrap_or(usize::MAX);
+    let Some(mut copy) = (if has_body || call.replay.is_some() {
+        call.outgoing(true, limit)
+    } else {
+        let body = call.body.take();
+        let copy = call.outgoing(true, limit);
+        call.body = body;
+        copy
+    }) else {
+        return;
+    };
+    if let Some(host) = &policy.host_rewrite {
+        copy.authority = host.clone();
+    } else if !policy.keep_host
+        && let Ok(text) = copy.authority.to_str()
+    {
+        let bare = crate::router::without_port(text);
+        let port = text.get(bare.len()..).unwrap_or_default();
+        if let Ok(host) = HeaderValue::try_from(format!("{bare}-shadow{port}")) {
+            copy.authority = host;
+        }
+    }
+    let ask = Ask { hash: None, avoid: &[], attempts: 1, original: call.exchange.connection.local };
+    let Some(endpoint) = upstream.pick(ask) else { return };
+    let upstream = Rc::clone(upstream);
+    let buffered = call.replay.as_ref().and_then(super::body::Replay::again);
+    http.worker.shared.tasks.spawn_local(async move {
+        if let Some(replay) = buffered {
+            // the copy goes when the whole request is here, as Envoy has it
+            let Some(bytes) = replay.wait().await else { return };
+            copy.body = super::body::RequestBody::Full(bytes);
+        }
+        let Ok((_, mut reply)) = upstream.send(&endpoint, copy).await else { return };
+        while let Some(Ok(_)) = std::future::poll_fn(|cx| reply.poll_frame(cx)).await {}
+        reply.release();
+    });
+}

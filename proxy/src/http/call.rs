@@ -1,0 +1,392 @@
+//! A request as it came, made fit for policies and routes: one authority, one normalised path, no header that is
+//! not its own.
+
+use std::cell::Cell;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use http::header::{self, HeaderMap, HeaderValue};
+use http::uri::PathAndQuery;
+use http::{Method, Request, StatusCode, Version, request};
+use http_body::Body as _;
+use hyper::body::Incoming;
+use tokio::time::Instant;
+
+use super::body::{Progress, Replay, RequestBody};
+use super::exchange::{Exchange, Told, head_bytes};
+use super::flags::Flags;
+use super::head::Head;
+use super::headers::{self, CertFacts};
+use super::path::{Normalized, normalize};
+use super::reply::Local;
+use super::{Http, HttpResponse};
+use crate::access_log;
+use crate::listener::connection::Connection;
+use crate::metrics::standard::Reporter;
+use crate::router::{self, ClientCertificate};
+use crate::upstream::send::Outgoing;
+use crate::xds::filter::Cors;
+use crate::xds::format::Format;
+use crate::xds::listener::hcm::{ForwardClientCert, StripPort, Underscores};
+
+/// A request on its way through the proxy.
+#[derive(Debug)]
+pub struct Call {
+    /// What is told of it at its end.
+    pub exchange: Box<Exchange>,
+    /// Its head, without `host`.
+    pub parts: request::Parts,
+    /// Its body, until the first attempt takes it.
+    pub body: Option<Incoming>,
+    /// What later attempts send again.
+    pub replay: Option<Replay>,
+    /// Path and query, normalised.
+    pub path: PathAndQuery,
+    /// Authority.
+    pub authority: HeaderValue,
+    /// Whether the client came over https.
+    pub https: bool,
+    /// Whether it asks to leave HTTP.
+    pub upgrade: bool,
+    /// The cross-origin policy that its response must tell.
+    pub cors: Option<(Arc<Cors>, HeaderValue)>,
+}
+
+type Refusal = (StatusCode, &'static str, Flags);
+
+const BAD: StatusCode = StatusCode::BAD_REQUEST;
+
+impl Call {
+    /// Takes a request in.
+    ///
+    /// # Errors
+    ///
+    /// The answer to a request that is malformed or not allowed here.
+    pub fn begin(
+        http: &Rc<Http>,
+        connection: &Rc<Connection>,
+        request: Request<Incoming>,
+    ) -> Result<Box<Self>, HttpResponse> {
+        let (mut parts, body) = request.into_parts();
+        let started = Instant::now();
+        connection.requests.set(connection.requests.get().saturating_add(1));
+        let mut exchange = Box::new(Exchange::new(Rc::clone(http), Rc::clone(connection), started, parts.version));
+        exchange.is_grpc =
+            parts.headers.get(header::CONTENT_TYPE).is_some_and(|v| router::is_grpc_type(v.as_bytes()));
+        let taken = authority(&mut parts, http).and_then(|a| framing(&parts, http).map(|()| a));
+        let authority = match taken {
+            Ok(authority) => authority,
+            Err(refusal) => return Err(refuse(exchange, refusal)),
+        };
+        let path = match clean_path(&parts, http) {
+            Ok(Some(path)) => path,
+            Ok(None) => return Err(refuse(exchange, (BAD, "path_normalization_failed", Flags::NONE))),
+            Err(location) => {
+                let mut local = Local::text(StatusCode::TEMPORARY_REDIRECT, "").details("path_normalization_failed");
+                if let Ok(value) = HeaderValue::try_from(location) {
+                    local.headers.insert(header::LOCATION, value);
+                }
+                return Err(local.into_response(exchange));
+            }
+        };
+        let https = connection.peer.is_some();
+        let mut call =
+            Box::new(Self { exchange, parts, body: Some(body), replay: None, path, authority, https, upgrade: false, cors: None });
+        if let Err(refusal) = call.clean_headers(http) {
+            return Err(refuse(call.exchange, refusal));
+        }
+        call.add_headers(http);
+        if !http.logs.is_empty() {
+            call.exchange.told = Some(Box::new(call.told()));
+        }
+        if http.reporter.is_some() {
+            call.exchange.head_bytes = head_bytes(&call.parts.headers);
+        }
+        Ok(call)
+    }
+
+    /// The head as policies and routes see it.
+    #[must_use]
+    pub fn head(&self) -> Head<'_> {
+        Head {
+            method: &self.parts.method,
+            path_and_query: self.path.as_str(),
+            authority: self.authority.to_str().unwrap_or_default(),
+            scheme: self.scheme(),
+            headers: &self.parts.headers,
+        }
+    }
+
+    /// `http` or `https`.
+    #[must_use]
+    pub fn scheme(&self) -> &'static str {
+        if self.https { "https" } else { "http" }
+    }
+
+    /// What routes may ask about the client's certificate.
+    #[must_use]
+    pub fn certificate(&self) -> ClientCertificate {
+        let shown = self.exchange.connection.is_mutual_tls();
+        ClientCertificate { presented: shown, validated: shown }
+    }
+
+    /// A value made from the request.
+    #[must_use]
+    pub fn render(&self, format: &Format) -> String {
+        access_log::render(format, &self.exchange, Some(&self.told()))
+    }
+
+    fn told(&self) -> Told {
+        Told {
+            method: self.parts.method.clone(),
+            path: self.path.as_str().to_owned(),
+            authority: self.authority.clone(),
+            headers: self.parts.headers.clone(),
+        }
+    }
+
+    /// Takes out what is not for the next hop and what a client may not say.
+    fn clean_headers(&mut self, http: &Http) -> Result<(), Refusal> {
+        let map = &mut self.parts.headers;
+        if http.config.underscores != Underscores::Allow {
+            let bad: Vec<_> = map.keys().filter(|n| n.as_str().contains('_')).cloned().collect();
+            if !bad.is_empty() && http.config.underscores == Underscores::Reject {
+                return Err((BAD, "http1.unexpected_underscore", Flags::NONE));
+            }
+            for name in bad {
+                map.remove(name);
+            }
+        }
+        let found = headers::look_over(map);
+        if self.parts.version < Version::HTTP_2 && wants_upgrade(map) {
+            let name = map.get(header::UPGRADE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+            if !name.eq_ignore_ascii_case("h2c") {
+                let allowed = http.config.upgrades.iter().any(|(n, on)| *on && name.eq_ignore_ascii_case(n));
+                if !allowed {
+                    return Err((StatusCode::FORBIDDEN, "upgrade_failed", Flags::NONE));
+                }
+                self.upgrade = true;
+            }
+        }
+        headers::strip_hop_by_hop(map, found, self.upgrade);
+        headers::strip_internal(map, found);
+        if let Some(told) = map.remove(headers::PEER_METADATA) {
+            if http.reporter == Some(Reporter::Destination) {
+                let standard = &http.worker.shared.standard;
+                self.exchange.peer = self.exchange.connection.peer_workload(&told, standard);
+            }
+        }
+        map.remove(headers::PEER_METADATA_ID);
+        map.remove(header::EXPECT);
+        Ok(())
+    }
+
+    /// Adds what the next hop should know of the client.
+    fn add_headers(&mut self, http: &Http) {
+        let config = &http.config;
+        let connection = Rc::clone(&self.exchange.connection);
+        let map = &mut self.parts.headers;
+        let client = &config.client;
+        if client.use_remote_address {
+            if !client.skip_xff_append {
+                headers::append_forwarded_for(map, connection.remote.ip());
+            }
+            if client.xff_num_trusted_hops > 0
+                && let Some(ip) = headers::forwarded_for(map, client.xff_num_trusted_hops)
+            {
+                self.exchange.remote = SocketAddr::new(ip, 0);
+            }
+            let trusted = client.xff_num_trusted_hops > 0 && map.contains_key(headers::FORWARDED_PROTO);
+            if !trusted {
+                map.insert(headers::FORWARDED_PROTO, proto(self.https));
+            }
+            if let Ok(value) = HeaderValue::try_from(self.exchange.remote.ip().to_string()) {
+                map.insert(headers::EXTERNAL_ADDRESS, value);
+            }
+        } else {
+            if let Some(ip) = headers::forwarded_for(map, client.xff_num_trusted_hops) {
+                self.exchange.remote = SocketAddr::new(ip, 0);
+            }
+            if !map.contains_key(headers::FORWARDED_PROTO) {
+                map.insert(headers::FORWARDED_PROTO, proto(self.https));
+            }
+        }
+        if let Some(scheme) = &config.scheme_overwrite {
+            self.https = scheme == "https";
+        }
+        let id = &config.request_id;
+        let outside = client.use_remote_address && !id.preserve_external;
+        if id.generate && (outside || !map.contains_key(headers::REQUEST_ID)) {
+            map.insert(headers::REQUEST_ID, headers::request_id(&mut http.worker.shared.rng.borrow_mut()));
+        }
+        if let Some(via) = &config.via {
+            map.append(header::VIA, via.clone());
+        }
+        if config.append_x_forwarded_port {
+            map.insert("x-forwarded-port", HeaderValue::from(connection.local.port()));
+        }
+        forward_certificate(http, &connection, map);
+    }
+
+    /// One attempt's request. `keep` says that another attempt may follow, so its parts are copied.
+    pub fn outgoing(&mut self, keep: bool, limit: usize) -> Option<Outgoing> {
+        let body = self.next_body(keep, limit)?;
+        let headers = if keep { self.parts.headers.clone() } else { std::mem::take(&mut self.parts.headers) };
+        Some(Outgoing {
+            method: self.parts.method.clone(),
+            path: self.path.clone(),
+            authority: self.authority.clone(),
+            https: self.https,
+            headers,
+            body,
+            client_h2: self.parts.version == Version::HTTP_2,
+        })
+    }
+
+    fn next_body(&mut self, keep: bool, limit: usize) -> Option<RequestBody> {
+        if let Some(replay) = &self.replay {
+            return replay.again().map(RequestBody::Replay);
+        }
+        let Some(body) = self.body.take() else { return Some(RequestBody::Empty) };
+        if body.is_end_stream() {
+            return Some(RequestBody::Empty);
+        }
+        let progress = Rc::new(Progress { bytes: Cell::new(0), ..Progress::default() });
+        self.exchange.progress = Some(Rc::clone(&progress));
+        if !keep {
+            return Some(RequestBody::Stream(body, progress));
+        }
+        let replay = Replay::new(body, limit, progress);
+        let first = replay.again();
+        self.replay = Some(replay);
+        first.map(RequestBody::Replay)
+    }
+}
+
+fn refuse(exchange: Box<Exchange>, (status, details, flags): Refusal) -> HttpResponse {
+    let text = if status == StatusCode::UPGRADE_REQUIRED { "Upgrade Required" } else { "" };
+    let mut local = Local::text(status, text).flag(flags).details(details);
+    if exchange.version < Version::HTTP_2 && status != StatusCode::FORBIDDEN {
+        local.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    local.into_response(exchange)
+}
+
+/// The one authority of a request: HTTP/2's, or that of an absolute target, or `host`.
+fn authority(parts: &mut request::Parts, http: &Http) -> Result<HeaderValue, Refusal> {
+    if parts.version == Version::HTTP_10 && !http.config.http1.accept_http_10
+        || parts.version == Version::HTTP_09
+    {
+        return Err((StatusCode::UPGRADE_REQUIRED, "low_version", Flags::NONE));
+    }
+    if parts.headers.get_all(header::HOST).iter().nth(1).is_some() {
+        return Err((BAD, "multiple_host_headers", Flags::NONE));
+    }
+    let host = parts.headers.remove(header::HOST);
+    let value = match parts.uri.authority() {
+        // credentials in an authority are nobody's business further on
+        Some(a) => {
+            let text = a.as_str();
+            let host = text.rsplit_once('@').map_or(text, |(_, host)| host);
+            HeaderValue::from_str(host).ok()
+        }
+        None => host.or_else(|| http.config.http1.default_host_for_http_10.clone()),
+    };
+    let value = value.filter(|v| !v.is_empty()).ok_or((BAD, "missing_host_header", Flags::NONE))?;
+    let Ok(text) = value.to_str() else { return Err((BAD, "invalid_authority", Flags::NONE)) };
+    if text.contains(['/', '?', '#', '\\', '@', ' ']) {
+        return Err((BAD, "invalid_authority", Flags::NONE));
+    }
+    let clean = clean_authority(text, http);
+    if clean == text {
+        return Ok(value);
+    }
+    HeaderValue::from_str(&clean).map_err(|_| (BAD, "invalid_authority", Flags::NONE))
+}
+
+fn clean_authority<'a>(text: &'a str, http: &Http) -> std::borrow::Cow<'a, str> {
+    let bare = router::without_port(text);
+    let port = text.get(bare.len()..).unwrap_or_default();
+    let strip = match http.config.strip_port {
+        StripPort::Never => false,
+        StripPort::Any => true,
+        StripPort::Matching => port.get(1..).is_some_and(|p| p == "80" || p == "443"),
+    };
+    let host = if http.config.strip_trailing_host_dot { bare.strip_suffix('.').unwrap_or(bare) } else { bare };
+    let port = if strip { "" } else { port };
+    if host.len() + port.len() == text.len() { text.into() } else { format!("{host}{port}").into() }
+}
+
+/// One interpretation of where the body ends, or none.
+fn framing(parts: &request::Parts, http: &Http) -> Result<(), Refusal> {
+    if parts.headers.contains_key(header::TRANSFER_ENCODING) {
+        if parts.headers.contains_key(header::CONTENT_LENGTH) {
+            return Err((BAD, "http1.content_length_and_chunked_not_allowed", Flags::DOWNSTREAM_PROTOCOL));
+        }
+        if parts.version == Version::HTTP_10 {
+            return Err((BAD, "http1.invalid_transfer_encoding", Flags::DOWNSTREAM_PROTOCOL));
+        }
+    }
+    let most = usize::try_from(http.config.max_headers_count).unwrap_or(usize::MAX);
+    if parts.headers.len() > most {
+        return Err((StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "http1.too_many_headers", Flags::NONE));
+    }
+    Ok(())
+}
+
+/// The normalised path; `Ok(None)` is a malformed one, `Err` where to redirect to.
+fn clean_path(parts: &request::Parts, http: &Http) -> Result<Option<PathAndQuery>, String> {
+    let Some(given) = parts.uri.path_and_query() else {
+        // a CONNECT request names no path
+        return Ok((parts.method == Method::CONNECT).then(|| PathAndQuery::from_static("/")));
+    };
+    match normalize(given.as_str(), http.config.path) {
+        Normalized::Path(std::borrow::Cow::Borrowed(same)) if same.len() == given.as_str().len() => {
+            Ok(Some(given.clone()))
+        }
+        Normalized::Path(other) => Ok(PathAndQuery::try_from(other.as_ref()).ok()),
+        Normalized::Redirect(location) => Err(location),
+        Normalized::Invalid => Ok(None),
+    }
+}
+
+fn wants_upgrade(map: &HeaderMap) -> bool {
+    map.contains_key(header::UPGRADE)
+        && map
+            .get_all(header::CONNECTION)
+            .iter()
+            .filter_map(|v| v.to_str().ok())
+            .flat_map(|v| v.split(','))
+            .any(|token| token.trim().eq_ignore_ascii_case("upgrade"))
+}
+
+fn proto(https: bool) -> HeaderValue {
+    HeaderValue::from_static(if https { "https" } else { "http" })
+}
+
+/// Tells, or keeps from telling, who the client is by its certificate.
+fn forward_certificate(http: &Http, connection: &Connection, map: &mut HeaderMap) {
+    let config = &http.config.client_cert;
+    let mutual = connection.is_mutual_tls();
+    let name = headers::FORWARDED_CLIENT_CERT;
+    let keep = match config.forward {
+        ForwardClientCert::Sanitize | ForwardClientCert::SanitizeSet => false,
+        ForwardClientCert::ForwardOnly | ForwardClientCert::AppendForward => mutual,
+        ForwardClientCert::AlwaysForwardOnly => true,
+    };
+    if !keep {
+        map.remove(&name);
+    }
+    let adds = matches!(config.forward, ForwardClientCert::AppendForward | ForwardClientCert::SanitizeSet);
+    let Some(peer) = connection.peer.as_ref().filter(|_| adds && mutual) else { return };
+    let facts = CertFacts { subject: config.subject, uri: config.uri, dns: config.dns };
+    let mut text: String = map.get_all(&name).iter().filter_map(|v| v.to_str().ok()).collect::<Vec<_>>().join(",");
+    if !text.is_empty() {
+        text.push(',');
+    }
+    text.push_str(&headers::client_cert_element(peer, &connection.own_uris, facts));
+    if let Ok(value) = HeaderValue::try_from(text) {
+        map.insert(name, value);
+    }
+}

@@ -1,0 +1,261 @@
+//! One request and its response, from its first header to its last byte: what metrics and access logs tell of it.
+
+use std::borrow::Cow;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
+use http_body::Frame;
+use tokio::time::{Instant, Sleep};
+
+use super::Http;
+use super::body::{BodyError, Progress};
+use super::flags::Flags;
+use super::headers::GRPC_STATUS;
+use crate::listener::connection::Connection;
+use crate::metrics::standard::{Numbered, Parties, Principals, Reporter, RequestKey, Workload};
+use crate::upstream::{Host, Retrying, Upstream};
+use crate::xds::route::Route;
+
+/// The request's head as it came, kept for access logs and values made from it.
+#[derive(Clone, Debug)]
+pub struct Told {
+    /// Method.
+    pub method: Method,
+    /// Path and query, normalised.
+    pub path: String,
+    /// Authority.
+    pub authority: HeaderValue,
+    /// Headers, as they are sent on.
+    pub headers: HeaderMap,
+}
+
+/// One request and its response.
+#[derive(Debug)]
+pub struct Exchange {
+    /// Where it came in.
+    pub http: Rc<Http>,
+    /// The client's connection.
+    pub connection: Rc<Connection>,
+    /// When its head was here.
+    pub started: Instant,
+    /// Its version of HTTP.
+    pub version: Version,
+    /// Its head, when an access log will ask.
+    pub told: Option<Box<Told>>,
+    /// Whether it is gRPC.
+    pub is_grpc: bool,
+    /// Bytes of its head, about.
+    pub head_bytes: u64,
+    /// Its body so far.
+    pub progress: Option<Rc<Progress>>,
+    /// Who the client says it is.
+    pub peer: Option<Rc<Numbered<Workload>>>,
+    /// The route it took.
+    pub route: Option<Arc<Route>>,
+    /// The cluster it went to.
+    pub upstream: Option<Rc<Upstream>>,
+    /// The endpoint it went to.
+    pub host: Option<Rc<Host>>,
+    /// How often it was sent.
+    pub attempts: u32,
+    /// The retry under way.
+    pub retrying: Option<Retrying>,
+    /// The transport's words about the last failure.
+    pub failure: String,
+    /// The response's status; `None` before there is one.
+    pub status: Option<StatusCode>,
+    /// How it ended.
+    pub flags: Flags,
+    /// Why it has this status.
+    pub details: Cow<'static, str>,
+    /// The response's headers, when an access log will ask.
+    pub response_headers: Option<Box<HeaderMap>>,
+    /// When the response's head was here.
+    pub responded: Option<Instant>,
+    /// Bytes of the response's body so far.
+    pub sent_bytes: u64,
+    /// Bytes of the response's head, about.
+    pub response_head_bytes: u64,
+    /// The response's gRPC status.
+    pub grpc_status: Option<u16>,
+    /// The response's trailers, when an access log will ask.
+    pub trailers: Option<Box<HeaderMap>>,
+    /// When the whole exchange must be over.
+    pub deadline: Option<Pin<Box<Sleep>>>,
+    /// What the access log calls the client's address.
+    pub remote: std::net::SocketAddr,
+}
+
+impl Exchange {
+    /// A request that has just come.
+    #[must_use]
+    pub fn new(http: Rc<Http>, connection: Rc<Connection>, started: Instant, version: Version) -> Self {
+        let remote = connection.remote;
+        http.stats.rq_active.inc();
+        http.stats.rq_total.inc();
+        Self {
+            http,
+            connection,
+            started,
+            version,
+            told: None,
+            is_grpc: false,
+            head_bytes: 0,
+            progress: None,
+            peer: None,
+            route: None,
+            upstream: None,
+            host: None,
+            attempts: 0,
+            retrying: None,
+            failure: String::new(),
+            status: None,
+            flags: Flags::NONE,
+            details: Cow::Borrowed(""),
+            response_headers: None,
+            responded: None,
+            sent_bytes: 0,
+            response_head_bytes: 0,
+            grpc_status: None,
+            trailers: None,
+            deadline: None,
+            remote,
+        }
+    }
+
+    /// Notes the head of the response that the client gets.
+    pub fn respond(&mut self, status: StatusCode, headers: &HeaderMap) {
+        self.status = Some(status);
+        self.responded = Some(Instant::now());
+        self.response_head_bytes = head_bytes(headers);
+        if self.is_grpc {
+            self.grpc_status = grpc_status(headers);
+        }
+        if !self.http.logs.is_empty() {
+            self.response_headers = Some(Box::new(headers.clone()));
+        }
+    }
+
+    /// Notes bytes of the response's body.
+    pub fn sent(&mut self, n: usize) {
+        self.sent_bytes += n as u64;
+    }
+
+    /// Notes a piece of the response's body.
+    pub fn on_frame(&mut self, frame: &Option<Result<Frame<Bytes>, BodyError>>) {
+        match frame {
+            Some(Ok(frame)) => {
+                if let Some(data) = frame.data_ref() {
+                    self.sent(data.len());
+                } else if let Some(trailers) = frame.trailers_ref() {
+                    if self.is_grpc {
+                        self.grpc_status = grpc_status(trailers).or(self.grpc_status);
+                    }
+                    if !self.http.logs.is_empty() {
+                        self.trailers = Some(Box::new(trailers.clone()));
+                    }
+                }
+            }
+            Some(Err(error)) => {
+                self.flags.insert(Flags::UPSTREAM_TERMINATION);
+                self.failure = error.to_string();
+                self.details = Cow::Borrowed("upstream_reset_after_response_started{connection_termination}");
+            }
+            None => {}
+        }
+    }
+
+    /// Ready when the exchange has taken too long.
+    pub fn poll_deadline(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(deadline) = &mut self.deadline else { return Poll::Pending };
+        if deadline.as_mut().poll(cx).is_pending() {
+            return Poll::Pending;
+        }
+        self.deadline = None;
+        self.flags.insert(Flags::UPSTREAM_TIMEOUT);
+        self.details = Cow::Borrowed("response_timeout");
+        Poll::Ready(())
+    }
+
+    /// The client went away before the end.
+    pub fn client_left(&mut self) {
+        self.flags.insert(Flags::DOWNSTREAM_TERMINATION);
+        self.details = Cow::Borrowed("downstream_remote_disconnect");
+    }
+
+    /// Milliseconds since the head was here.
+    #[must_use]
+    pub fn duration_ms(&self) -> f64 {
+        self.started.elapsed().as_secs_f64() * 1000.0
+    }
+
+    fn count(&self) {
+        let http = &self.http;
+        http.stats.rq_active.sub(1);
+        let status = self.status.map_or(0, |s| s.as_u16());
+        if let Some(class) = http.stats.rq_xx.get(usize::from(status / 100).wrapping_sub(1)) {
+            class.inc();
+        }
+        let Some(reporter) = http.reporter else { return };
+        let standard = &http.worker.shared.standard;
+        let nobody = &http.worker.nobody;
+        let (peer, principals): (_, Rc<Numbered<Principals>>) = match reporter {
+            Reporter::Source => {
+                (self.host.as_ref().map(|h| &h.workload), Rc::clone(&http.worker.no_principals))
+            }
+            Reporter::Destination => (self.peer.as_ref(), self.connection.principals(standard)),
+        };
+        let parties = Parties {
+            peer: peer.unwrap_or(nobody),
+            service: self.upstream.as_ref().map_or(&http.worker.no_service, |u| &u.service),
+            principals: &principals,
+        };
+        let key = RequestKey {
+            reporter,
+            peer: 0,
+            service: 0,
+            principals: 0,
+            status,
+            flags: self.flags,
+            grpc: self.grpc_status,
+            is_grpc: self.is_grpc,
+            mutual_tls: self.connection.is_mutual_tls(),
+        };
+        let series = standard.request(key, parties);
+        series.requests.inc();
+        series.duration.observe(self.duration_ms());
+        let body = self.progress.as_ref().map_or(0, |p| p.bytes.get());
+        #[expect(clippy::cast_precision_loss, reason = "a histogram of sizes")]
+        {
+            series.request_bytes.observe((self.head_bytes + body) as f64);
+            series.response_bytes.observe((self.response_head_bytes + self.sent_bytes) as f64);
+        }
+    }
+}
+
+impl Drop for Exchange {
+    /// However an exchange ends, also by being dropped before there is a response, it is counted once.
+    fn drop(&mut self) {
+        if self.status.is_none() {
+            self.client_left();
+        }
+        self.count();
+        if !self.http.logs.is_empty() {
+            self.http.logs.write(self);
+        }
+    }
+}
+
+/// How many bytes these headers take, about.
+#[must_use]
+pub fn head_bytes(headers: &HeaderMap) -> u64 {
+    headers.iter().map(|(n, v)| (n.as_str().len() + v.len() + 4) as u64).sum()
+}
+
+fn grpc_status(headers: &HeaderMap) -> Option<u16> {
+    headers.get(GRPC_STATUS)?.to_str().ok()?.parse().ok()
+}

@@ -1,0 +1,208 @@
+//! What stands before the router: access rules, tokens, faults, rate limits, cross-origin rules. Each filter lets
+//! a request pass or answers it.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::{Method, StatusCode};
+
+use super::call::Call;
+use super::flags::Flags;
+use super::reply::Local;
+use super::{Http, headers};
+use crate::authz::{self, Subject, Verdict};
+use crate::xds::filter::{Abort, Cors, Fault, FilterConfig, FilterOverride, HttpFilter, LocalRateLimit, PerFilter};
+use crate::xds::matcher::StringMatcher;
+use crate::xds::rbac::{Rbac, Rules};
+
+/// What a filter says.
+#[derive(Debug)]
+pub enum Pass {
+    /// Go on.
+    On,
+    /// Answer this.
+    Answer(Box<Local>),
+    /// Wait, then ask [`abort`].
+    Delay(Duration, Arc<Fault>),
+}
+
+/// Asks one filter; `levels` are the settings of the route that was found, if one was.
+pub fn ask(http: &Http, filter: &HttpFilter, per_route: Option<&PerFilter>, call: &mut Call) -> Pass {
+    let own = per_route.and_then(|p| p.get(&filter.name));
+    if matches!(own, Some(FilterOverride::Disabled)) || (filter.disabled && own.is_none()) {
+        return Pass::On;
+    }
+    match (&filter.config, own) {
+        (FilterConfig::Rbac(_), Some(FilterOverride::Rbac(rbac))) | (FilterConfig::Rbac(rbac), _) => {
+            access(http, rbac, call)
+        }
+        (FilterConfig::Fault(_), Some(FilterOverride::Fault(fault))) | (FilterConfig::Fault(fault), _) => {
+            inject(http, fault, call)
+        }
+        (FilterConfig::LocalRateLimit(_), Some(FilterOverride::LocalRateLimit(limit)))
+        | (FilterConfig::LocalRateLimit(limit), _) => rate_limit(http, limit, call),
+        (FilterConfig::Cors, Some(FilterOverride::Cors(cors))) => cross_origin(http, cors, call),
+        (FilterConfig::JwtAuthn(_), _) => {
+            // tokens are not verified here, and what cannot be verified is not let through
+            Pass::Answer(Box::new(Local::text(StatusCode::UNAUTHORIZED, "Jwt verification fails")
+                .flag(Flags::UNAUTHORIZED)
+                .details("jwt_authn_access_denied{Jwt_verification_fails}")))
+        }
+        (FilterConfig::Router(_) | FilterConfig::Cors | FilterConfig::GrpcWeb | FilterConfig::GrpcStats, _) => {
+            Pass::On
+        }
+    }
+}
+
+fn access(http: &Http, rbac: &Rbac, call: &Call) -> Pass {
+    if let Some(shadow) = &rbac.shadow_rules
+        && let Verdict::Deny(_) = judge(shadow, call)
+    {
+        http.stats.rbac_shadow_denied.inc();
+    }
+    let Some(rules) = &rbac.rules else { return Pass::On };
+    let Verdict::Deny(policy) = judge(rules, call) else {
+        http.stats.rbac_allowed.inc();
+        return Pass::On;
+    };
+    http.stats.rbac_denied.inc();
+    let details = format!("rbac_access_denied_matched_policy[{}]", policy.unwrap_or("none"));
+    Pass::Answer(Box::new(Local::text(StatusCode::FORBIDDEN, "RBAC: access denied").details(details)))
+}
+
+fn judge<'r>(rules: &'r Rules, call: &Call) -> Verdict<'r> {
+    let connection = &call.exchange.connection;
+    let subject = Subject {
+        destination: connection.local,
+        direct_remote: connection.direct_remote,
+        remote: call.exchange.remote,
+        peer: connection.peer.as_ref(),
+        server_name: connection.server_name.as_deref(),
+        request: Some(call.head()),
+        metadata: None,
+    };
+    authz::allow(rules, &subject)
+}
+
+fn inject(http: &Http, fault: &Arc<Fault>, call: &Call) -> Pass {
+    let head = call.head();
+    if !fault.headers.iter().all(|m| head.fulfils(m)) || !fault_is_for(fault, call) {
+        return Pass::On;
+    }
+    let limit = fault.max_active.map_or(u64::MAX, u64::from);
+    if http.stats.faults_active.get() >= limit {
+        return Pass::On;
+    }
+    if let Some((share, delay)) = fault.delay
+        && share.hits(http.worker.random())
+    {
+        return Pass::Delay(delay, Arc::clone(fault));
+    }
+    abort(http, fault)
+}
+
+fn fault_is_for(fault: &Fault, call: &Call) -> bool {
+    let cluster = || call.exchange.upstream.as_ref().map(|u| &*u.config.name);
+    if fault.upstream_cluster.as_deref().is_some_and(|wanted| cluster() != Some(wanted)) {
+        return false;
+    }
+    let node = || call.parts.headers.get("x-envoy-downstream-service-node").map(HeaderValue::as_bytes);
+    fault.downstream_nodes.is_empty() || fault.downstream_nodes.iter().any(|n| node() == Some(n.as_bytes()))
+}
+
+/// The answer in place of the server's, if this request is one of the share.
+#[must_use]
+pub fn abort(http: &Http, fault: &Fault) -> Pass {
+    let Some((share, how)) = fault.abort else { return Pass::On };
+    if !share.hits(http.worker.random()) {
+        return Pass::On;
+    }
+    let text = "fault filter abort";
+    let local = match how {
+        Abort::Http(status) => Local::text(status, text),
+        Abort::Grpc(code) => Local::text(StatusCode::OK, text).grpc(code),
+    };
+    Pass::Answer(Box::new(local.flag(Flags::FAULT_INJECTED).details("fault_filter_abort")))
+}
+
+fn rate_limit(http: &Http, limit: &Arc<LocalRateLimit>, call: &Call) -> Pass {
+    if !limit.enabled.hits(http.worker.random()) || http.worker.take_token(limit, &call.exchange.connection) {
+        return Pass::On;
+    }
+    if !limit.enforced.hits(http.worker.random()) {
+        return Pass::On;
+    }
+    let mut local = Local::text(limit.status, "local_rate_limited")
+        .flag(Flags::RATE_LIMITED)
+        .details("local_rate_limited")
+        .grpc_when_grpc(if limit.resource_exhausted { 8 } else { 14 });
+    headers::apply(&limit.response_headers, &mut local.headers, &|f| call.render(f));
+    local.headers.insert(headers::RATELIMITED, HeaderValue::from_static("true"));
+    Pass::Answer(Box::new(local))
+}
+
+const ALLOW_ORIGIN: HeaderName = header::ACCESS_CONTROL_ALLOW_ORIGIN;
+
+/// The origin of a request, if the policy allows it.
+fn allowed_origin(cors: &Cors, headers: &HeaderMap) -> Option<HeaderValue> {
+    let origin = headers.get(header::ORIGIN)?;
+    let fits = |m: &StringMatcher| m.matches(origin.as_bytes()) || matches!(m, StringMatcher::Exact(s) if &**s == "*");
+    cors.origins.iter().any(fits).then(|| origin.clone())
+}
+
+fn cross_origin(http: &Http, cors: &Arc<Cors>, call: &mut Call) -> Pass {
+    if !call.parts.headers.contains_key(header::ORIGIN) || !cors.enabled.hits(http.worker.random()) {
+        return Pass::On;
+    }
+    let origin = allowed_origin(cors, &call.parts.headers);
+    let preflight = call.parts.method == Method::OPTIONS
+        && call.parts.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
+    let Some(origin) = origin else {
+        if preflight && !cors.forward_not_matching_preflights {
+            return Pass::Answer(Box::new(Local::text(StatusCode::OK, "").details("cors_response")));
+        }
+        return Pass::On;
+    };
+    if !preflight {
+        call.cors = Some((Arc::clone(cors), origin));
+        return Pass::On;
+    }
+    let mut local = Local::text(StatusCode::OK, "").details("cors_response");
+    origin_headers(cors, origin, &mut local.headers);
+    let lists = [
+        (header::ACCESS_CONTROL_ALLOW_METHODS, &cors.allow_methods),
+        (header::ACCESS_CONTROL_ALLOW_HEADERS, &cors.allow_headers),
+        (header::ACCESS_CONTROL_MAX_AGE, &cors.max_age),
+    ];
+    for (name, value) in lists {
+        if let Some(value) = value {
+            local.headers.insert(name, value.clone());
+        }
+    }
+    let private = HeaderName::from_static("access-control-request-private-network");
+    if cors.allow_private_network && call.parts.headers.contains_key(private) {
+        let name = HeaderName::from_static("access-control-allow-private-network");
+        local.headers.insert(name, HeaderValue::from_static("true"));
+    }
+    Pass::Answer(Box::new(local))
+}
+
+fn origin_headers(cors: &Cors, origin: HeaderValue, headers: &mut HeaderMap) {
+    headers.insert(ALLOW_ORIGIN, origin);
+    if cors.allow_credentials {
+        headers.insert(header::ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
+    }
+}
+
+/// Adds what a cross-origin response must say.
+pub fn cors_response(cors: &Cors, origin: HeaderValue, headers: &mut HeaderMap) {
+    origin_headers(cors, origin, headers);
+    if let Some(expose) = &cors.expose_headers {
+        headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, expose.clone());
+    }
+}
+
+/// Why a filter answered, as the access log tells it.
+pub type Details = Cow<'static, str>;

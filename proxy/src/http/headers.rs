@@ -1,0 +1,350 @@
+//! Headers that change on the way through a proxy: hop-by-hop ones go (RFC 9110, section 7.6.1), forwarding ones
+//! come, and the operations of routes are carried out. Pure.
+
+use std::net::{IpAddr, SocketAddr};
+
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+
+use crate::tls::Peer;
+use crate::xds::format::Format;
+use crate::xds::mutation::{Append, HeaderOps, NewValue};
+
+/// The name of a header that this proxy reads or writes.
+macro_rules! names {
+    ($($constant:ident = $name:literal;)*) => {
+        $(
+            #[doc = concat!("`", $name, "`")]
+            pub const $constant: HeaderName = HeaderName::from_static($name);
+        )*
+    };
+}
+
+names! {
+    ATTEMPT_COUNT = "x-envoy-attempt-count";
+    EXPECTED_TIMEOUT = "x-envoy-expected-rq-timeout-ms";
+    EXTERNAL_ADDRESS = "x-envoy-external-address";
+    FORWARDED_CLIENT_CERT = "x-forwarded-client-cert";
+    FORWARDED_FOR = "x-forwarded-for";
+    FORWARDED_HOST = "x-forwarded-host";
+    FORWARDED_PROTO = "x-forwarded-proto";
+    GRPC_MESSAGE = "grpc-message";
+    GRPC_STATUS = "grpc-status";
+    GRPC_TIMEOUT = "grpc-timeout";
+    KEEP_ALIVE = "keep-alive";
+    ORIGINAL_PATH = "x-envoy-original-path";
+    ORIGINAL_HOST = "x-envoy-original-host";
+    OVERLOADED = "x-envoy-overloaded";
+    PEER_METADATA = "x-envoy-peer-metadata";
+    PEER_METADATA_ID = "x-envoy-peer-metadata-id";
+    PROXY_CONNECTION = "proxy-connection";
+    RATELIMITED = "x-envoy-ratelimited";
+    REQUEST_ID = "x-request-id";
+    UPSTREAM_SERVICE_TIME = "x-envoy-upstream-service-time";
+}
+
+/// What one look over a request's headers found.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Found {
+    hop_by_hop: bool,
+    internal: bool,
+}
+
+/// Looks over the headers once, so that the usual request, which has none of these, costs no look-ups.
+#[must_use]
+pub fn look_over(headers: &HeaderMap) -> Found {
+    let mut found = Found::default();
+    for name in headers.keys() {
+        if is_hop_by_hop(name) {
+            found.hop_by_hop = true;
+        } else if name.as_str().starts_with("x-envoy-") {
+            found.internal = true;
+        }
+    }
+    found
+}
+
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    *name == header::CONNECTION
+        || *name == header::TE
+        || *name == header::TRANSFER_ENCODING
+        || *name == header::UPGRADE
+        || *name == header::PROXY_AUTHENTICATE
+        || *name == KEEP_ALIVE
+        || *name == PROXY_CONNECTION
+}
+
+/// Takes away what is meant for one hop, with the headers that `connection` names. `te: trailers` stays, because
+/// gRPC needs it end to end; upgrade headers stay when an upgrade is on its way.
+pub fn strip_hop_by_hop(headers: &mut HeaderMap, found: Found, upgrade: bool) {
+    if !found.hop_by_hop {
+        return;
+    }
+    let named: Vec<HeaderName> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|v| v.to_str().ok())
+        .flat_map(|v| v.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .filter(|name| is_removable(name))
+        .collect();
+    for name in named {
+        headers.remove(name);
+    }
+    let trailers = headers.get_all(header::TE).iter().any(|v| v.as_bytes().eq_ignore_ascii_case(b"trailers"));
+    for name in [header::TE, header::TRANSFER_ENCODING, KEEP_ALIVE, PROXY_CONNECTION] {
+        headers.remove(name);
+    }
+    if trailers {
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+    }
+    headers.remove(header::CONNECTION);
+    if upgrade {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    } else {
+        headers.remove(header::UPGRADE);
+    }
+}
+
+/// A client may not use `connection` to take away headers that policies or the framing rest on.
+fn is_removable(name: &HeaderName) -> bool {
+    let kept = [header::HOST, header::CONTENT_LENGTH, header::TE, header::UPGRADE, header::AUTHORIZATION];
+    !kept.contains(name) && !name.as_str().starts_with("x-forwarded-") && !name.as_str().starts_with("x-envoy-")
+}
+
+/// Takes away Envoy's own request headers that a client sent: nobody outside this proxy may steer it by them, and
+/// no address counts as internal. What the mesh itself exchanges stays for whoever reads it.
+pub fn strip_internal(headers: &mut HeaderMap, found: Found) {
+    if !found.internal {
+        return;
+    }
+    let own: Vec<HeaderName> = headers
+        .keys()
+        .filter(|n| n.as_str().starts_with("x-envoy-"))
+        .filter(|n| **n != PEER_METADATA && **n != PEER_METADATA_ID && **n != ATTEMPT_COUNT && **n != EXPECTED_TIMEOUT)
+        .cloned()
+        .collect();
+    for name in own {
+        headers.remove(name);
+    }
+}
+
+/// Takes hop-by-hop headers out of a response.
+pub fn strip_response(headers: &mut HeaderMap, upgrade: bool) {
+    let found = look_over(headers);
+    strip_hop_by_hop(headers, found, upgrade);
+}
+
+/// Carries out one level's operations. `render` evaluates values that are made from the request.
+pub fn apply(ops: &HeaderOps, headers: &mut HeaderMap, render: &dyn Fn(&Format) -> String) {
+    for name in &ops.remove {
+        headers.remove(name);
+    }
+    for add in &ops.add {
+        let value = match &add.value {
+            NewValue::Static(value) => value.clone(),
+            NewValue::Format(format) => match HeaderValue::try_from(render(format)) {
+                Ok(value) => value,
+                Err(_) => continue, // bytes that no header may hold: there is no value
+            },
+        };
+        if value.is_empty() && !add.keep_empty {
+            continue;
+        }
+        let there = headers.contains_key(&add.name);
+        match add.append {
+            Append::AppendOrAdd => {
+                headers.append(add.name.clone(), value);
+            }
+            Append::AddIfAbsent if there => {}
+            Append::OverwriteIfExists if !there => {}
+            Append::AddIfAbsent | Append::Overwrite | Append::OverwriteIfExists => {
+                headers.insert(add.name.clone(), value);
+            }
+        }
+    }
+}
+
+/// The client's address out of `x-forwarded-for`: the entry that `trusted_hops` proxies in front have added, or the
+/// last one.
+#[must_use]
+pub fn forwarded_for(headers: &HeaderMap, trusted_hops: u32) -> Option<IpAddr> {
+    let mut entries = Vec::new();
+    for value in headers.get_all(FORWARDED_FOR) {
+        entries.extend(value.to_str().ok()?.split(',').map(str::trim));
+    }
+    let back = usize::try_from(trusted_hops).ok()?;
+    let at = entries.len().checked_sub(1 + back)?;
+    let entry = entries.get(at)?;
+    entry.parse().ok().or_else(|| entry.parse::<SocketAddr>().ok().map(|a| a.ip()))
+}
+
+/// Appends the client's address to `x-forwarded-for`.
+pub fn append_forwarded_for(headers: &mut HeaderMap, address: IpAddr) {
+    let mut text = String::new();
+    for value in headers.get_all(FORWARDED_FOR) {
+        if let Ok(value) = value.to_str() {
+            text.push_str(value);
+            text.push(',');
+        }
+    }
+    text.push_str(&address.to_string());
+    if let Ok(value) = HeaderValue::try_from(text) {
+        headers.insert(FORWARDED_FOR, value);
+    }
+}
+
+/// A number as a header value.
+#[must_use]
+pub fn number(n: u64) -> HeaderValue {
+    HeaderValue::from(n)
+}
+
+/// A fresh request id.
+#[must_use]
+pub fn request_id(rng: &mut fastrand::Rng) -> HeaderValue {
+    let mut text = [0; uuid::fmt::Hyphenated::LENGTH];
+    let id = uuid::Builder::from_random_bytes(rng.u128(..).to_be_bytes()).into_uuid();
+    HeaderValue::from_str(id.hyphenated().encode_lower(&mut text)).unwrap_or(HeaderValue::from_static("0"))
+}
+
+/// Which facts of the client's certificate go into `x-forwarded-client-cert`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CertFacts {
+    /// `Subject`
+    pub subject: bool,
+    /// `URI`
+    pub uri: bool,
+    /// `DNS`
+    pub dns: bool,
+}
+
+/// One element of `x-forwarded-client-cert` about this peer; `by` are our own URI names.
+#[must_use]
+pub fn client_cert_element(peer: &Peer, by: &[String], facts: CertFacts) -> String {
+    let mut parts: Vec<String> = by.iter().map(|uri| format!("By={uri}")).collect();
+    parts.push(format!("Hash={}", peer.fingerprint));
+    if facts.subject {
+        parts.push(format!("Subject=\"{}\"", peer.subject.replace('\\', "\\\\").replace('"', "\\\"")));
+    }
+    if facts.uri {
+        if peer.uris.is_empty() {
+            parts.push("URI=".to_owned());
+        }
+        parts.extend(peer.uris.iter().map(|uri| format!("URI={uri}")));
+    }
+    if facts.dns {
+        parts.extend(peer.dns.iter().map(|dns| format!("DNS={dns}")));
+    }
+    parts.join(";")
+}
+
+/// The timeout in a `grpc-timeout` header (gRPC over HTTP/2): up to eight digits and a unit.
+#[must_use]
+pub fn grpc_timeout(headers: &HeaderMap) -> Option<std::time::Duration> {
+    use std::time::Duration;
+    let text = headers.get(GRPC_TIMEOUT)?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    let n: u64 = digits.parse().ok()?;
+    match unit {
+        "H" => Some(Duration::from_secs(n * 3600)),
+        "M" => Some(Duration::from_secs(n * 60)),
+        "S" => Some(Duration::from_secs(n)),
+        "m" => Some(Duration::from_millis(n)),
+        "u" => Some(Duration::from_micros(n)),
+        "n" => Some(Duration::from_nanos(n)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(list: &[(&'static str, &str)]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for (name, value) in list {
+            headers.append(*name, value.parse().unwrap());
+        }
+        headers
+    }
+
+    fn names(headers: &HeaderMap) -> Vec<&str> {
+        let mut names: Vec<&str> = headers.keys().map(HeaderName::as_str).collect();
+        names.sort_unstable();
+        names
+    }
+
+    #[test]
+    fn hop_by_hop_headers_go_with_those_they_name() {
+        let mut headers = map(&[
+            ("connection", "close, x-mine, host"),
+            ("x-mine", "1"),
+            ("host", "h"),
+            ("keep-alive", "5"),
+            ("te", "trailers"),
+            ("upgrade", "h2c"),
+            ("accept", "*/*"),
+        ]);
+        let found = look_over(&headers);
+        strip_hop_by_hop(&mut headers, found, false);
+        assert_eq!(names(&headers), ["accept", "host", "te"]);
+    }
+
+    #[test]
+    fn an_upgrade_keeps_its_two_headers() {
+        let mut headers = map(&[("connection", "Upgrade"), ("upgrade", "websocket")]);
+        let found = look_over(&headers);
+        strip_hop_by_hop(&mut headers, found, true);
+        assert_eq!(names(&headers), ["connection", "upgrade"]);
+    }
+
+    #[test]
+    fn clients_cannot_steer_the_proxy() {
+        let mut headers = map(&[
+            ("x-envoy-original-path", "/public"),
+            ("x-envoy-retry-on", "5xx"),
+            ("x-envoy-peer-metadata", "abc"),
+            ("x-mine", "1"),
+        ]);
+        let found = look_over(&headers);
+        strip_internal(&mut headers, found);
+        assert_eq!(names(&headers), ["x-envoy-peer-metadata", "x-mine"]);
+    }
+
+    #[test]
+    fn the_client_is_the_entry_behind_the_trusted_hops() {
+        let headers = map(&[("x-forwarded-for", "1.1.1.1, 2.2.2.2"), ("x-forwarded-for", "3.3.3.3")]);
+        let ip = |hops| forwarded_for(&headers, hops).map(|ip| ip.to_string());
+        assert_eq!(ip(0).as_deref(), Some("3.3.3.3"));
+        assert_eq!(ip(2).as_deref(), Some("1.1.1.1"));
+        assert_eq!(ip(3), None);
+    }
+
+    #[test]
+    fn grpc_timeouts_have_units() {
+        let t = |text| grpc_timeout(&map(&[("grpc-timeout", text)])).map(|d| d.as_millis());
+        assert_eq!(t("2S"), Some(2000));
+        assert_eq!(t("15m"), Some(15));
+        assert_eq!(t("123456789S"), None);
+        assert_eq!(t("S"), None);
+        assert_eq!(t("1x"), None);
+    }
+
+    #[test]
+    fn a_client_certificate_is_told_as_envoy_tells_it() {
+        let peer = Peer {
+            uris: vec!["spiffe://td/ns/a/sa/b".into()],
+            subject: "CN=\"x\"".into(),
+            fingerprint: "00ff".into(),
+            ..Peer::default()
+        };
+        let facts = CertFacts { subject: true, uri: true, dns: true };
+        assert_eq!(
+            client_cert_element(&peer, &["spiffe://td/ns/c/sa/d".into()], facts),
+            "By=spiffe://td/ns/c/sa/d;Hash=00ff;Subject=\"CN=\\\"x\\\"\";URI=spiffe://td/ns/a/sa/b"
+        );
+    }
+}

@@ -1,0 +1,140 @@
+//! Answers that the proxy gives itself, in Envoy's words.
+
+use std::borrow::Cow;
+
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
+use http::{Response, StatusCode};
+
+use super::body::ResponseBody;
+use super::exchange::Exchange;
+use super::flags::Flags;
+use super::headers::{GRPC_MESSAGE, GRPC_STATUS};
+
+/// An answer of the proxy's own.
+#[derive(Debug)]
+pub struct Local {
+    /// Status for HTTP callers.
+    pub status: StatusCode,
+    /// Body for HTTP callers; the message for gRPC callers.
+    pub text: Cow<'static, str>,
+    /// Further headers.
+    pub headers: HeaderMap,
+    flags: Flags,
+    details: Cow<'static, str>,
+    grpc: Option<u32>,
+    only_grpc: bool,
+}
+
+impl Local {
+    /// An answer with this status and text.
+    #[must_use]
+    pub fn text(status: StatusCode, text: impl Into<Cow<'static, str>>) -> Self {
+        Self {
+            status,
+            text: text.into(),
+            headers: HeaderMap::new(),
+            flags: Flags::NONE,
+            details: Cow::Borrowed(""),
+            grpc: None,
+            only_grpc: false,
+        }
+    }
+
+    /// Sets response flags.
+    #[must_use]
+    pub fn flag(mut self, flags: Flags) -> Self {
+        self.flags.insert(flags);
+        self
+    }
+
+    /// Sets the response code details.
+    #[must_use]
+    pub fn details(mut self, details: impl Into<Cow<'static, str>>) -> Self {
+        self.details = details.into();
+        self
+    }
+
+    /// Adds a header.
+    #[must_use]
+    pub fn header(mut self, name: http::HeaderName, value: HeaderValue) -> Self {
+        self.headers.insert(name, value);
+        self
+    }
+
+    /// Answers every caller with this gRPC status.
+    #[must_use]
+    pub fn grpc(mut self, status: u32) -> Self {
+        (self.grpc, self.only_grpc) = (Some(status), true);
+        self
+    }
+
+    /// Answers gRPC callers with this status.
+    #[must_use]
+    pub fn grpc_when_grpc(mut self, status: u32) -> Self {
+        self.grpc = Some(status);
+        self
+    }
+
+    /// Ends an exchange with this answer.
+    #[must_use]
+    pub fn into_response(self, mut exchange: Box<Exchange>) -> Response<ResponseBody> {
+        exchange.flags.insert(self.flags);
+        if !self.details.is_empty() {
+            exchange.details = self.details;
+        }
+        let mut headers = self.headers;
+        let as_grpc = self.only_grpc || exchange.is_grpc;
+        let (status, body) = if as_grpc {
+            let code = self.grpc.unwrap_or_else(|| grpc_of(self.status));
+            headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            headers.insert(GRPC_STATUS, HeaderValue::from(code));
+            let message = percent_encoding::utf8_percent_encode(&self.text, percent_encoding::CONTROLS).to_string();
+            if let Ok(message) = HeaderValue::try_from(message)
+                && !message.is_empty()
+            {
+                headers.insert(GRPC_MESSAGE, message);
+            }
+            (StatusCode::OK, Bytes::new())
+        } else {
+            if !self.text.is_empty() && !headers.contains_key(CONTENT_TYPE) {
+                headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+            }
+            let body = match self.text {
+                Cow::Borrowed(text) => Bytes::from_static(text.as_bytes()),
+                Cow::Owned(text) => Bytes::from(text),
+            };
+            (self.status, body)
+        };
+        exchange.http.finish_headers(&exchange.connection, exchange.version, &mut headers);
+        exchange.respond(status, &headers);
+        let mut response = Response::new(ResponseBody::local(body, Some(exchange)));
+        *response.status_mut() = status;
+        *response.headers_mut() = headers;
+        response
+    }
+}
+
+/// The gRPC status for an HTTP status (gRPC's HTTP mapping).
+fn grpc_of(status: StatusCode) -> u32 {
+    match status.as_u16() {
+        400 => 13,
+        401 => 16,
+        403 => 7,
+        404 => 12,
+        429 | 502..=504 => 14,
+        _ => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn http_statuses_map_to_grpc_as_its_specification_says() {
+        for (http, grpc) in [(400, 13), (401, 16), (403, 7), (404, 12), (503, 14), (500, 2), (418, 2)] {
+            assert_eq!(grpc_of(StatusCode::from_u16(http).unwrap()), grpc, "{http}");
+        }
+    }
+}

@@ -1,0 +1,312 @@
+//! Takes connections and brings them to their filter chains.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use tokio::io::AsyncReadExt as _;
+use tokio::net::{TcpListener, TcpStream, UnixListener};
+
+use super::connection::Connection;
+use super::detect::{self, ClientHello};
+use super::filter_chain::{Shown, find};
+use super::original_dst;
+use super::proxy_protocol::{Proxied, parse};
+use super::slot::{Chain, Place, Runtime, Slot};
+use crate::authz::{self, Subject, Verdict};
+use crate::http::server;
+use crate::tcp;
+use crate::tcp::io::{Io, Socket};
+use crate::worker::Worker;
+use crate::xds::decode::Address;
+use crate::xds::listener::chain::Terminal;
+use crate::xds::listener::{Listener, ListenerFilterKind};
+use crate::xds::rbac::Rbac;
+
+/// The pause after a failure to accept, such as running out of file descriptors.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Accepts TCP connections until the listener is gone or the proxy drains.
+pub async fn tcp(slot: Rc<Slot>, worker: Rc<Worker>, socket: TcpListener, address: Address) {
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = slot.closed() => return,
+            () = worker.drain.draining() => return,
+            accepted = socket.accept() => accepted,
+        };
+        if !slot.wants(&address) {
+            return; // the listener has moved elsewhere
+        }
+        match accepted {
+            Ok((stream, remote)) => {
+                let (slot, tracked) = (Rc::clone(&slot), Rc::clone(&worker));
+                worker.connections.spawn_local(async move {
+                    if let Err(error) = Box::pin(serve(slot, tracked, stream, remote)).await {
+                        tracing::debug!(%error, %remote, "connection refused");
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, %address, "connection not accepted");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Accepts connections on a Unix socket until the listener is gone or the proxy drains.
+pub async fn unix(slot: Rc<Slot>, worker: Rc<Worker>, socket: UnixListener, address: Address) {
+    let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = slot.closed() => return,
+            () = worker.drain.draining() => return,
+            accepted = socket.accept() => accepted,
+        };
+        if !slot.wants(&address) {
+            return;
+        }
+        match accepted {
+            Ok((stream, _)) => {
+                let (slot, tracked) = (Rc::clone(&slot), Rc::clone(&worker));
+                worker.connections.spawn_local(async move {
+                    let connection = Connection::new(tracked.connection_id(), nowhere, nowhere, nowhere);
+                    let seen = Seen { transport: "raw_buffer", ..Seen::default() };
+                    let served = Box::pin(dispatch(slot, tracked, connection, Socket::unix(stream), seen));
+                    if let Err(error) = served.await {
+                        tracing::debug!(%error, "connection refused");
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, %address, "connection not accepted");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+/// What the first bytes told.
+#[derive(Debug, Default)]
+struct Seen {
+    transport: &'static str,
+    server_name: Option<String>,
+    protocols: Vec<String>,
+}
+
+async fn serve(slot: Rc<Slot>, worker: Rc<Worker>, stream: TcpStream, remote: SocketAddr) -> io::Result<()> {
+    worker.refresh();
+    stream.set_nodelay(true)?;
+    let listener = Arc::clone(&slot.runtime().active.listener);
+    let local = destination(&listener, &stream)?;
+    let mut connection = Connection::new(worker.connection_id(), local, remote, remote);
+    let slot = if listener.use_original_dst { worker.listener_at(local).unwrap_or(slot) } else { slot };
+    let listener = Arc::clone(&slot.runtime().active.listener);
+    let mut stream = stream;
+    let looking = Box::pin(look(&listener, &mut stream, &mut connection));
+    let looked = match listener.filters_timeout {
+        Some(timeout) => match tokio::time::timeout(timeout, looking).await {
+            Ok(looked) => looked?,
+            Err(_) if listener.continue_on_filters_timeout => Looked::default(),
+            Err(_) => return Err(io::Error::other("nothing came in time")),
+        },
+        None => looking.await?,
+    };
+    let mut socket = Socket::tcp(stream);
+    socket.put_back(looked.ahead.freeze());
+    dispatch(slot, worker, connection, socket, looked.seen).await
+}
+
+fn destination(listener: &Listener, stream: &TcpStream) -> io::Result<SocketAddr> {
+    let asks = listener.use_original_dst
+        || listener.filters.iter().any(|f| f.kind == ListenerFilterKind::OriginalDst);
+    match asks.then(|| original_dst::of(stream)).flatten() {
+        Some(original) => Ok(original),
+        None => stream.local_addr(),
+    }
+}
+
+/// The bytes that were read to look at them, and what they told.
+#[derive(Debug, Default)]
+struct Looked {
+    ahead: BytesMut,
+    seen: Seen,
+}
+
+/// Runs the listener filters.
+async fn look(listener: &Listener, stream: &mut TcpStream, connection: &mut Connection) -> io::Result<Looked> {
+    let mut ahead = BytesMut::new();
+    let mut seen = Seen { transport: "raw_buffer", ..Seen::default() };
+    let port = connection.local.port();
+    for filter in &listener.filters {
+        if filter.disabled.as_ref().is_some_and(|p| p.matches(port)) {
+            continue;
+        }
+        match filter.kind {
+            ListenerFilterKind::OriginalDst => {}
+            ListenerFilterKind::ProxyProtocol { optional, v1, v2 } => {
+                proxied(stream, &mut ahead, connection, optional, (v1, v2)).await?;
+            }
+            ListenerFilterKind::TlsInspector => {
+                if let Some(hello) = tls_hello(stream, &mut ahead).await? {
+                    seen.transport = "tls";
+                    connection.server_name.clone_from(&hello.server_name);
+                    (seen.server_name, seen.protocols) = (hello.server_name, hello.alpn);
+                }
+            }
+            ListenerFilterKind::HttpInspector => {
+                if seen.transport != "tls"
+                    && let Some(protocol) = http_version(stream, &mut ahead).await?
+                {
+                    seen.protocols = vec![protocol.to_owned()];
+                }
+            }
+        }
+    }
+    Ok(Looked { ahead, seen })
+}
+
+/// Reads more; `false` at the end of the stream.
+async fn more(stream: &mut TcpStream, ahead: &mut BytesMut) -> io::Result<bool> {
+    ahead.reserve(2048);
+    Ok(stream.read_buf(ahead).await? > 0)
+}
+
+async fn proxied(
+    stream: &mut TcpStream,
+    ahead: &mut BytesMut,
+    connection: &mut Connection,
+    optional: bool,
+    (v1, v2): (bool, bool),
+) -> io::Result<()> {
+    loop {
+        match parse(ahead) {
+            Proxied::Header { length, addresses } => {
+                let allowed = if ahead.first() == Some(&b'P') { v1 } else { v2 };
+                if !allowed {
+                    return Err(io::Error::other("this version of the proxy protocol is not accepted"));
+                }
+                drop(ahead.split_to(length));
+                if let Some((source, destination)) = addresses {
+                    (connection.remote, connection.local) = (source, destination);
+                }
+                return Ok(());
+            }
+            Proxied::Invalid if optional => return Ok(()),
+            Proxied::Invalid => return Err(io::Error::other("no proxy protocol header")),
+            Proxied::NeedMore => {
+                if !more(stream, ahead).await? {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+            }
+        }
+    }
+}
+
+async fn tls_hello(stream: &mut TcpStream, ahead: &mut BytesMut) -> io::Result<Option<ClientHello>> {
+    loop {
+        match detect::tls(ahead) {
+            detect::Tls::Hello(hello) => return Ok(Some(hello)),
+            detect::Tls::No => return Ok(None),
+            detect::Tls::NeedMore => {
+                if !more(stream, ahead).await? {
+                    return Ok(None);
+                }
+            }
+        }
+    }
+}
+
+async fn http_version(stream: &mut TcpStream, ahead: &mut BytesMut) -> io::Result<Option<&'static str>> {
+    loop {
+        match detect::http(ahead) {
+            detect::Http::NeedMore => {
+                if !more(stream, ahead).await? {
+                    return Ok(None);
+                }
+            }
+            found => return Ok(found.application_protocol()),
+        }
+    }
+}
+
+/// Chooses the chain, does the handshake, asks the rules, and serves.
+async fn dispatch(
+    slot: Rc<Slot>,
+    worker: Rc<Worker>,
+    mut connection: Connection,
+    socket: Socket,
+    seen: Seen,
+) -> io::Result<()> {
+    let runtime = slot.runtime();
+    let chain = choose(&runtime, &connection, &seen).ok_or_else(|| io::Error::other("no filter chain"))?;
+    let io = match &chain.tls {
+        None => Io::Plain(socket),
+        Some(Err(error)) => return Err(io::Error::other(error.clone())),
+        Some(Ok(acceptor)) => {
+            let handshake = Box::pin(acceptor.accept(socket));
+            let (io, peer) = match chain.config.handshake_timeout {
+                Some(timeout) => tokio::time::timeout(timeout, handshake).await??,
+                None => handshake.await?,
+            };
+            if chain.config.tls.as_ref().is_some_and(|t| t.require_sni) && peer.server_name.is_none() {
+                return Err(io::Error::other("no server name"));
+            }
+            connection.own_uris = acceptor.own_uris();
+            if connection.server_name.is_none() {
+                connection.server_name.clone_from(&peer.server_name);
+            }
+            connection.peer = Some(peer);
+            io
+        }
+    };
+    if !chain.config.rbac.iter().all(|rbac| admits(rbac, &connection)) {
+        return Err(io::Error::other("rbac: access denied"));
+    }
+    let connection = Rc::new(connection);
+    match (&chain.config.terminal, &chain.http) {
+        (Terminal::Http(_), Some(http)) => {
+            let http = Rc::clone(http);
+            let place = Place::new(slot, runtime, Rc::clone(&chain), Rc::clone(&http));
+            server::serve(http, place, connection, io).await;
+        }
+        (Terminal::Tcp(config), _) => {
+            tcp::serve(&worker, &runtime, &chain, config, &connection, io).await;
+        }
+        (Terminal::Http(_) | Terminal::Close, _) => {}
+    }
+    Ok(())
+}
+
+fn choose(runtime: &Runtime, connection: &Connection, seen: &Seen) -> Option<Rc<Chain>> {
+    let listener = &runtime.active.listener;
+    let shown = Shown {
+        local: connection.local,
+        remote: connection.remote,
+        direct_remote: connection.direct_remote,
+        server_name: seen.server_name.as_deref(),
+        transport: seen.transport,
+        protocols: &seen.protocols,
+    };
+    let config = find(&listener.chains, &shown).or(listener.default_chain.as_ref())?;
+    runtime.chain(config)
+}
+
+fn admits(rbac: &Rbac, connection: &Connection) -> bool {
+    let Some(rules) = &rbac.rules else { return true };
+    let subject = Subject {
+        destination: connection.local,
+        direct_remote: connection.direct_remote,
+        remote: connection.remote,
+        peer: connection.peer.as_ref(),
+        server_name: connection.server_name.as_deref(),
+        request: None,
+        metadata: None,
+    };
+    matches!(authz::allow(rules, &subject), Verdict::Allow(_))
+}

@@ -1,0 +1,105 @@
+//! What is known of a client's connection, for as long as it lives.
+
+use std::cell::{Cell, RefCell};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Instant;
+
+use http::HeaderValue;
+
+use crate::metrics::standard::{Numbered, Principals, Standard, Workload};
+use crate::ratelimit::Bucket;
+use crate::tls::Peer;
+use crate::xds::filter::LocalRateLimit;
+
+/// A client's connection.
+#[derive(Debug)]
+pub struct Connection {
+    /// Its number on this worker.
+    pub id: u64,
+    /// The address it was made to: the original one, where it was redirected.
+    pub local: SocketAddr,
+    /// The client: the other end, or whom the PROXY protocol names.
+    pub remote: SocketAddr,
+    /// The other end.
+    pub direct_remote: SocketAddr,
+    /// The TLS session's peer; `None` on plain text.
+    pub peer: Option<Peer>,
+    /// Server name of the TLS hello, also when somebody else terminates it.
+    pub server_name: Option<String>,
+    /// URI names of our own certificate.
+    pub own_uris: Vec<String>,
+    /// Requests so far.
+    pub requests: Cell<u32>,
+    draining: Cell<bool>,
+    bucket: RefCell<Option<Bucket>>,
+    told: RefCell<Option<(HeaderValue, Rc<Numbered<Workload>>)>>,
+    principals: RefCell<Option<Rc<Numbered<Principals>>>>,
+}
+
+impl Connection {
+    /// A connection that was just made.
+    #[must_use]
+    pub fn new(id: u64, local: SocketAddr, remote: SocketAddr, direct_remote: SocketAddr) -> Self {
+        Self {
+            id,
+            local,
+            remote,
+            direct_remote,
+            peer: None,
+            server_name: None,
+            own_uris: Vec::new(),
+            requests: Cell::new(0),
+            draining: Cell::new(false),
+            bucket: RefCell::new(None),
+            told: RefCell::new(None),
+            principals: RefCell::new(None),
+        }
+    }
+
+    /// Lets the connection end with the response to its next request.
+    pub fn drain(&self) {
+        self.draining.set(true);
+    }
+
+    /// Whether the connection ends soon.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.draining.get()
+    }
+
+    /// Takes a token of this connection's own bucket.
+    pub fn take_token(&self, limit: &LocalRateLimit, now: Instant) -> bool {
+        self.bucket.borrow_mut().get_or_insert_with(|| Bucket::new(limit, now)).take(limit, now)
+    }
+
+    /// Whether the client showed a verified certificate.
+    #[must_use]
+    pub fn is_mutual_tls(&self) -> bool {
+        self.peer.as_ref().is_some_and(|p| p.has_certificate)
+    }
+
+    /// The workload that a peer's header names; read once for as long as the header stays the same.
+    pub fn peer_workload(&self, header: &HeaderValue, standard: &Standard) -> Option<Rc<Numbered<Workload>>> {
+        if let Some((known, workload)) = &*self.told.borrow()
+            && known == header
+        {
+            return Some(Rc::clone(workload));
+        }
+        let workload = standard.number(Workload::from_header(header)?);
+        *self.told.borrow_mut() = Some((header.clone(), Rc::clone(&workload)));
+        Some(workload)
+    }
+
+    /// The identities of both ends of an inbound exchange.
+    pub fn principals(&self, standard: &Standard) -> Rc<Numbered<Principals>> {
+        let mut principals = self.principals.borrow_mut();
+        let known = principals.get_or_insert_with(|| {
+            standard.number(Principals {
+                source: self.peer.as_ref().and_then(Peer::spiffe_id).map(str::to_owned),
+                destination: self.own_uris.first().filter(|_| self.is_mutual_tls()).cloned(),
+            })
+        });
+        Rc::clone(known)
+    }
+}

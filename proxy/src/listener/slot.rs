@@ -1,0 +1,259 @@
+//! A listener on one worker: its sockets stay while its configuration is replaced under them.
+
+use std::cell::{Cell, RefCell};
+use std::net::SocketAddr;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
+use super::connection::Connection;
+use super::{accept, bind};
+use crate::access_log::Logs;
+use crate::http::Http;
+use crate::metrics::standard::Reporter;
+use crate::tables::ActiveListener;
+use crate::tls::Acceptor;
+use crate::worker::Worker;
+use crate::xds::decode::Address;
+use crate::xds::listener::chain::{FilterChain, Terminal};
+use crate::xds::listener::{Direction, Listener};
+
+/// A filter chain on one worker.
+#[derive(Debug)]
+pub struct Chain {
+    /// Its configuration.
+    pub config: Arc<FilterChain>,
+    /// Its TLS; a context that could not be prepared refuses connections.
+    pub tls: Option<Result<Acceptor, String>>,
+    /// Its connection manager, if it speaks HTTP.
+    pub http: Option<Rc<Http>>,
+    /// The access logs of its TCP proxy.
+    pub logs: Logs,
+}
+
+/// One configuration of a listener.
+#[derive(Debug)]
+pub struct Runtime {
+    /// The listener with its routes.
+    pub active: Arc<ActiveListener>,
+    chains: Vec<Rc<Chain>>,
+}
+
+impl Runtime {
+    /// The runtime form of a chain.
+    #[must_use]
+    pub fn chain(&self, config: &Arc<FilterChain>) -> Option<Rc<Chain>> {
+        self.chains.iter().find(|c| Arc::ptr_eq(&c.config, config)).map(Rc::clone)
+    }
+
+    /// From which side this listener reports standard metrics.
+    #[must_use]
+    pub fn reporter(&self) -> Option<Reporter> {
+        reporter(&self.active.listener)
+    }
+}
+
+fn reporter(listener: &Listener) -> Option<Reporter> {
+    match listener.direction {
+        Direction::Inbound => Some(Reporter::Destination),
+        Direction::Outbound => Some(Reporter::Source),
+        Direction::Unspecified => None,
+    }
+}
+
+/// A listener on one worker.
+#[derive(Debug)]
+pub struct Slot {
+    worker: Weak<Worker>,
+    current: RefCell<Rc<Runtime>>,
+    closed: CancellationToken,
+    unbound: RefCell<Vec<Address>>,
+    warned: Cell<bool>,
+}
+
+impl Slot {
+    /// Opens a listener: from now on it accepts, if it has sockets of its own.
+    #[must_use]
+    pub fn open(worker: &Rc<Worker>, active: &Arc<ActiveListener>) -> Rc<Self> {
+        let slot = Rc::new(Self {
+            worker: Rc::downgrade(worker),
+            current: RefCell::new(Rc::new(runtime(worker, active, None))),
+            closed: CancellationToken::new(),
+            unbound: RefCell::default(),
+            warned: Cell::new(false),
+        });
+        if active.listener.bind_to_port {
+            *slot.unbound.borrow_mut() = active.listener.addresses.to_vec();
+            slot.bind_again();
+        }
+        slot
+    }
+
+    /// Takes another configuration; open connections go on under it where they fit into it.
+    pub fn update(self: &Rc<Self>, active: &Arc<ActiveListener>) {
+        let old = self.runtime();
+        if Arc::ptr_eq(&old.active, active) {
+            return;
+        }
+        let Some(worker) = self.worker.upgrade() else { return };
+        let next = runtime(&worker, active, Some(&old));
+        *self.current.borrow_mut() = Rc::new(next);
+        let added = |a: &&Address| !old.active.listener.addresses.contains(a) || !old.active.listener.bind_to_port;
+        if active.listener.bind_to_port {
+            self.unbound.borrow_mut().extend(active.listener.addresses.iter().filter(added).cloned());
+            self.bind_again();
+        }
+    }
+
+    /// Binds what could not be bound before.
+    pub fn bind_again(self: &Rc<Self>) {
+        let Some(worker) = self.worker.upgrade() else { return };
+        let wanted = std::mem::take(&mut *self.unbound.borrow_mut());
+        let runtime = self.runtime();
+        for address in wanted {
+            if !runtime.active.listener.addresses.contains(&address) {
+                continue;
+            }
+            if let Err(error) = self.bind(&worker, &runtime.active.listener, &address) {
+                if !self.warned.replace(true) {
+                    let listener = &runtime.active.listener.name;
+                    tracing::warn!(%error, %listener, %address, "listener cannot be bound; trying again");
+                }
+                self.unbound.borrow_mut().push(address);
+            }
+        }
+    }
+
+    fn bind(self: &Rc<Self>, worker: &Rc<Worker>, listener: &Listener, address: &Address) -> std::io::Result<()> {
+        match address {
+            Address::Socket(at) => {
+                let socket = worker.bound.tcp(listener, *at)?;
+                let task = accept::tcp(Rc::clone(self), Rc::clone(worker), socket, address.clone());
+                worker.connections.spawn_local(task);
+            }
+            // a Unix socket cannot be shared between workers, so the first one has it
+            Address::Pipe(path) if worker.index == 0 => {
+                let socket = bind::unix(path)?;
+                let task = accept::unix(Rc::clone(self), Rc::clone(worker), socket, address.clone());
+                worker.connections.spawn_local(task);
+            }
+            Address::Pipe(_) | Address::Name(..) => {}
+        }
+        Ok(())
+    }
+
+    /// The configuration of this moment.
+    #[must_use]
+    pub fn runtime(&self) -> Rc<Runtime> {
+        Rc::clone(&self.current.borrow())
+    }
+
+    /// Whether one of its addresses is this.
+    #[must_use]
+    pub fn listens_at(&self, wanted: impl Fn(SocketAddr) -> bool) -> bool {
+        let runtime = self.runtime();
+        runtime.active.listener.addresses.iter().filter_map(Address::socket).any(wanted)
+    }
+
+    /// Whether a socket of this address should go on accepting.
+    #[must_use]
+    pub fn wants(&self, address: &Address) -> bool {
+        let runtime = self.runtime();
+        runtime.active.listener.bind_to_port && runtime.active.listener.addresses.contains(address)
+    }
+
+    /// Ends when the listener is gone.
+    pub async fn closed(&self) {
+        self.closed.cancelled().await;
+    }
+
+    /// Whether the listener is gone.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.closed.is_cancelled()
+    }
+
+    /// Accepts nothing more; open HTTP connections end with their next response.
+    pub fn close(&self) {
+        self.closed.cancel();
+        if let Some(worker) = self.worker.upgrade() {
+            worker.bound.remove(&self.runtime().active.listener.name);
+        }
+    }
+}
+
+fn runtime(worker: &Rc<Worker>, active: &Arc<ActiveListener>, old: Option<&Runtime>) -> Runtime {
+    let listener = &active.listener;
+    let all = listener.chains.iter().chain(&listener.default_chain);
+    let chains: Vec<Rc<Chain>> = all
+        .map(|config| match old.and_then(|o| o.chain(config)) {
+            Some(chain) => chain,
+            None => Rc::new(chain(worker, listener, config)),
+        })
+        .collect();
+    for chain in &chains {
+        if let (Some(http), Terminal::Http(config)) = (&chain.http, &chain.config.terminal)
+            && let Some(routes) = active.routes(&config.routes)
+        {
+            http.set_routes(routes);
+        }
+    }
+    Runtime { active: Arc::clone(active), chains }
+}
+
+fn chain(worker: &Rc<Worker>, listener: &Listener, config: &Arc<FilterChain>) -> Chain {
+    let tls = config.tls.as_ref().map(|tls| worker.shared.secrets.acceptor(tls).map_err(|e| e.to_string()));
+    if let Some(Err(error)) = &tls {
+        tracing::warn!(%error, listener = %listener.name, chain = %config.name, "tls of a filter chain cannot be prepared");
+    }
+    let (http, logs) = match &config.terminal {
+        Terminal::Http(hcm) => (Some(Http::new(Arc::clone(hcm), worker, reporter(listener))), Logs::default()),
+        Terminal::Tcp(tcp) => (None, Logs::new(&tcp.access_logs, worker)),
+        Terminal::Close => (None, Logs::default()),
+    };
+    Chain { config: Arc::clone(config), tls, http, logs }
+}
+
+/// Where a connection is served: its listener and chain, kept up to date.
+#[derive(Debug)]
+pub struct Place {
+    slot: Rc<Slot>,
+    runtime: RefCell<Rc<Runtime>>,
+    http: RefCell<Rc<Http>>,
+    chain: RefCell<Rc<Chain>>,
+}
+
+impl Place {
+    /// A connection on this chain.
+    #[must_use]
+    pub fn new(slot: Rc<Slot>, runtime: Rc<Runtime>, chain: Rc<Chain>, http: Rc<Http>) -> Self {
+        Self { slot, runtime: RefCell::new(runtime), http: RefCell::new(http), chain: RefCell::new(chain) }
+    }
+
+    /// The connection manager for the next request. When the listener was replaced, the connection goes on under
+    /// the new one's chain for the same connections; where there is none, it ends with this request.
+    pub fn http(&self, connection: &Connection) -> Rc<Http> {
+        let current = self.slot.runtime();
+        if self.slot.is_closed() {
+            connection.drain();
+        } else if !Rc::ptr_eq(&current, &self.runtime.borrow()) {
+            let successor = {
+                let old = self.chain.borrow();
+                current.chains.iter().find(|c| {
+                    c.config.matches == old.config.matches && c.config.tls.is_some() == old.config.tls.is_some()
+                })
+            }
+            .and_then(|c| c.http.as_ref().map(|h| (Rc::clone(c), Rc::clone(h))));
+            match successor {
+                Some((chain, http)) => {
+                    *self.chain.borrow_mut() = chain;
+                    *self.http.borrow_mut() = http;
+                }
+                None => connection.drain(),
+            }
+            *self.runtime.borrow_mut() = current;
+        }
+        Rc::clone(&self.http.borrow())
+    }
+}

@@ -1,0 +1,254 @@
+//! One HTTP/2 connection to an endpoint, shared by many requests.
+
+use std::cell::Cell;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+
+use ::h2::client::{self, SendRequest};
+use ::h2::{Reason, RecvStream, SendStream};
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::{Body as _, Frame};
+use tokio_util::task::TaskTracker;
+
+use crate::http::body::{BodyError, RequestBody};
+use super::send::Opened;
+use crate::tcp::io::Io;
+use crate::xds::listener::hcm::Http2;
+
+/// Largest window of one stream, in bytes: memory that a fast server and a slow client may bind.
+const STREAM_WINDOW: u32 = 1 << 20;
+/// Largest window of one connection, in bytes.
+const CONNECTION_WINDOW: u32 = 8 << 20;
+/// Largest header block of a response, in bytes.
+const MAX_HEADERS: u32 = 60 * 1024;
+
+/// A handle to an HTTP/2 connection; the connection itself is a task of the worker.
+#[derive(Clone, Debug)]
+pub struct H2 {
+    send: SendRequest<Bytes>,
+    open: Rc<Cell<usize>>,
+}
+
+/// One stream, counted until it is dropped.
+#[derive(Debug)]
+struct Open(Rc<Cell<usize>>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.set(self.0.get().saturating_sub(1));
+    }
+}
+
+/// A response under way.
+#[derive(Debug)]
+pub struct Streams {
+    body: RecvStream,
+    upload: Option<Upload>,
+    ended: bool,
+    _open: Open,
+}
+
+/// A request body under way.
+#[derive(Debug)]
+struct Upload {
+    body: RequestBody,
+    stream: SendStream<Bytes>,
+}
+
+/// Why an HTTP/2 request got no response.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct StreamError {
+    /// The error of the codec.
+    #[source]
+    pub error: BodyError,
+    /// The server has not looked at the request (REFUSED_STREAM, or a GOAWAY before it).
+    pub refused: bool,
+    /// The stream was reset by the server, the connection goes on.
+    pub reset: bool,
+    /// The server broke the protocol.
+    pub protocol: bool,
+}
+
+impl From<::h2::Error> for StreamError {
+    fn from(error: ::h2::Error) -> Self {
+        let refused = error.reason() == Some(Reason::REFUSED_STREAM)
+            || (error.is_go_away() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR));
+        let protocol = error.is_library() && error.reason().is_some();
+        Self { refused, reset: error.is_reset() && error.is_remote(), protocol, error: error.into() }
+    }
+}
+
+impl H2 {
+    /// Starts HTTP/2 on a connected stream; the connection runs on `tasks` until it ends.
+    ///
+    /// # Errors
+    ///
+    /// When the handshake cannot be written.
+    pub async fn start(
+        io: Io,
+        opened: Opened,
+        settings: &Http2,
+        tasks: &TaskTracker,
+    ) -> Result<Self, ::h2::Error> {
+        let (send, connection) = client::Builder::new()
+            .enable_push(false)
+            .initial_window_size(settings.initial_stream_window.min(STREAM_WINDOW))
+            .initial_connection_window_size(settings.initial_connection_window.min(CONNECTION_WINDOW))
+            .initial_max_send_streams(100)
+            .max_header_list_size(MAX_HEADERS)
+            .max_send_buffer_size(1 << 20)
+            .handshake(io)
+            .await?;
+        tasks.spawn_local(async move {
+            let _opened = opened;
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "upstream http/2 connection ended");
+            }
+        });
+        Ok(Self { send, open: Rc::default() })
+    }
+
+    /// How many more requests the server takes on this connection just now; `None` when it is over.
+    #[must_use]
+    pub fn room(&mut self) -> Option<usize> {
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        match self.send.poll_ready(&mut cx) {
+            Poll::Ready(Err(_)) => None,
+            Poll::Ready(Ok(())) | Poll::Pending => {
+                Some(self.send.current_max_send_streams().saturating_sub(self.open.get()))
+            }
+        }
+    }
+
+    /// Whether requests are under way.
+    #[must_use]
+    pub fn is_used(&self) -> bool {
+        self.open.get() > 0
+    }
+
+    /// Sends a request and waits for the head of the response.
+    ///
+    /// # Errors
+    ///
+    /// When the stream or the connection ends first.
+    pub async fn send(
+        &mut self,
+        request: Request<RequestBody>,
+    ) -> Result<(Response<()>, Streams), StreamError> {
+        let (parts, body) = request.into_parts();
+        self.open.set(self.open.get() + 1);
+        let open = Open(Rc::clone(&self.open));
+        std::future::poll_fn(|cx| self.send.poll_ready(cx)).await?;
+        let end = body.is_end_stream();
+        let (mut response, stream) = self.send.send_request(Request::from_parts(parts, ()), end)?;
+        let mut upload = (!end).then_some(Upload { body, stream });
+        let response = std::future::poll_fn(|cx| {
+            if let Some(running) = &mut upload
+                && let Poll::Ready(outcome) = running.poll(cx)
+            {
+                upload = None;
+                if let Err(error) = outcome {
+                    return Poll::Ready(Err(error));
+                }
+            }
+            Pin::new(&mut response).poll(cx).map_err(StreamError::from)
+        })
+        .await?;
+        let (parts, body) = response.into_parts();
+        Ok((Response::from_parts(parts, ()), Streams { body, upload, ended: false, _open: open }))
+    }
+}
+
+impl Upload {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), StreamError>> {
+        loop {
+            self.stream.reserve_capacity(1);
+            while self.stream.capacity() == 0 {
+                match ready!(self.stream.poll_capacity(cx)) {
+                    Some(Ok(_)) => {}
+                    Some(Err(e)) => return Poll::Ready(Err(e.into())),
+                    None => return Poll::Ready(Ok(())), // the server wants no more of it
+                }
+            }
+            if let Poll::Ready(reason) = self.stream.poll_reset(cx)? {
+                // a server may answer early and say it needs no more
+                let done = reason == Reason::NO_ERROR;
+                return Poll::Ready(if done { Ok(()) } else { Err(::h2::Error::from(reason).into()) });
+            }
+            match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+                None => return Poll::Ready(Ok(self.stream.send_data(Bytes::new(), true)?)),
+                Some(Err(error)) => {
+                    self.stream.send_reset(Reason::CANCEL);
+                    return Poll::Ready(Err(StreamError {
+                        error,
+                        refused: false,
+                        reset: false,
+                        protocol: false,
+                    }));
+                }
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => {
+                        let end = self.body.is_end_stream();
+                        self.stream.send_data(data, end)?;
+                        if end {
+                            return Poll::Ready(Ok(()));
+                        }
+                    }
+                    Err(frame) => {
+                        let trailers = frame.into_trailers().unwrap_or_default();
+                        return Poll::Ready(Ok(self.stream.send_trailers(trailers)?));
+                    }
+                },
+            }
+        }
+    }
+}
+
+impl Streams {
+    /// Whether nothing more will come.
+    #[must_use]
+    pub fn is_end(&self) -> bool {
+        self.ended || self.body.is_end_stream()
+    }
+
+    /// The next piece of the response's body.
+    pub fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if let Some(upload) = &mut self.upload
+            && let Poll::Ready(outcome) = upload.poll(cx)
+        {
+            self.upload = None;
+            if let Err(e) = outcome {
+                return Poll::Ready(Some(Err(e.into())));
+            }
+        }
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        match ready!(self.body.poll_data(cx)) {
+            Some(Ok(data)) => {
+                // the window opens as soon as the piece is handed on: the client's window holds it from there
+                if let Err(e) = self.body.flow_control().release_capacity(data.len()) {
+                    return Poll::Ready(Some(Err(e.into())));
+                }
+                Poll::Ready(Some(Ok(Frame::data(data))))
+            }
+            Some(Err(e)) if e.reason() == Some(Reason::NO_ERROR) => {
+                self.ended = true;
+                Poll::Ready(None)
+            }
+            Some(Err(e)) => Poll::Ready(Some(Err(e.into()))),
+            None => {
+                let trailers = ready!(self.body.poll_trailers(cx));
+                self.ended = true;
+                match trailers {
+                    Ok(Some(trailers)) => Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
+                    Ok(None) => Poll::Ready(None),
+                    Err(e) => Poll::Ready(Some(Err(e.into()))),
+                }
+            }
+        }
+    }
+}

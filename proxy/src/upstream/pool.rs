@@ -1,0 +1,198 @@
+//! Connections to one endpoint: idle HTTP/1 ones, the last used first, and shared HTTP/2 ones.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body::{Body as _, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::h1::H1;
+use super::h2::{H2, Streams};
+use super::{Active, Host};
+use crate::http::body::BodyError;
+
+/// The connections of one endpoint on one worker.
+#[derive(Debug, Default)]
+pub struct Pool {
+    idle: RefCell<Vec<(Box<H1>, Instant)>>,
+    shared: RefCell<Vec<Shared>>,
+    dialing: RefCell<Option<Rc<Dial>>>,
+    closed: Cell<bool>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    connection: H2,
+    last_used: Instant,
+    uses: u32,
+}
+
+/// An HTTP/2 connection that is being made, for all who wait for it.
+#[derive(Debug, Default)]
+pub(super) struct Dial {
+    pub(super) over: Notify,
+    pub(super) failure: RefCell<Option<Rc<super::Failure>>>,
+    pub(super) done: Cell<bool>,
+}
+
+impl Pool {
+    /// The most recently used idle HTTP/1 connection that is still alive.
+    pub(super) fn take_h1(&self) -> Option<Box<H1>> {
+        loop {
+            let (mut connection, _) = self.idle.borrow_mut().pop()?;
+            if connection.is_alive() {
+                return Some(connection);
+            }
+        }
+    }
+
+    /// Takes back an HTTP/1 connection whose exchange is over.
+    pub(super) fn put_h1(&self, connection: Box<H1>, now: Instant) {
+        if !self.closed.get() {
+            self.idle.borrow_mut().push((connection, now));
+        }
+    }
+
+    /// A shared HTTP/2 connection with room for one more request.
+    pub(super) fn get_h2(&self, most_uses: Option<u32>, now: Instant) -> Option<H2> {
+        let mut shared = self.shared.borrow_mut();
+        shared.retain_mut(|s| s.connection.room().is_some());
+        let most = most_uses.unwrap_or(u32::MAX);
+        let mut free = shared.iter_mut().filter(|s| s.uses < most);
+        let found = free.find_map(|s| s.connection.room().is_some_and(|r| r > 0).then_some(s))?;
+        found.last_used = now;
+        found.uses += 1;
+        Some(found.connection.clone())
+    }
+
+    pub(super) fn put_h2(&self, connection: H2, now: Instant) {
+        if !self.closed.get() {
+            self.shared.borrow_mut().push(Shared { connection, last_used: now, uses: 0 });
+        }
+    }
+
+    /// The dial under way, or a new one that the caller must carry out (`true`).
+    pub(super) fn dial(&self) -> (Rc<Dial>, bool) {
+        let mut dialing = self.dialing.borrow_mut();
+        match &*dialing {
+            Some(dial) if !dial.done.get() => (Rc::clone(dial), false),
+            _ => {
+                let dial = Rc::new(Dial::default());
+                *dialing = Some(Rc::clone(&dial));
+                (dial, true)
+            }
+        }
+    }
+
+    /// Drops connections that were idle too long or that the server has closed.
+    pub fn sweep(&self, idle_timeout: Option<Duration>, now: Instant) {
+        let fresh = |since: Instant| idle_timeout.is_none_or(|t| now.duration_since(since) < t);
+        let mut idle = std::mem::take(&mut *self.idle.borrow_mut());
+        idle.retain_mut(|(c, since)| fresh(*since) && c.is_alive());
+        // the pool may have been used by a destructor meanwhile: what came back stays on top
+        let mut current = self.idle.borrow_mut();
+        idle.append(&mut current);
+        *current = idle;
+        drop(current);
+        self.shared.borrow_mut().retain_mut(|s| {
+            let used = s.connection.is_used();
+            s.connection.room().is_some() && (used || fresh(s.last_used))
+        });
+    }
+
+    /// Drops idle connections and takes none back: the endpoint is gone. Requests under way finish.
+    pub fn close(&self) {
+        self.closed.set(true);
+        self.idle.borrow_mut().clear();
+        self.shared.borrow_mut().clear();
+    }
+
+    /// How many connections are kept just now.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.idle.borrow().len() + self.shared.borrow().len()
+    }
+
+    /// Whether none is kept.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The body of an upstream's response, with what must be given back when it ends.
+#[derive(Debug)]
+pub struct Reply {
+    source: Source,
+    host: Rc<Host>,
+    active: Option<Active>,
+}
+
+#[derive(Debug)]
+enum Source {
+    H1(Option<Box<H1>>, Incoming),
+    H2(Box<Streams>),
+}
+
+impl Reply {
+    pub(super) fn h1(connection: Box<H1>, body: Incoming, host: Rc<Host>, active: Active) -> Self {
+        Self { source: Source::H1(Some(connection), body), host, active: Some(active) }
+    }
+
+    pub(super) fn h2(streams: Streams, host: Rc<Host>, active: Active) -> Self {
+        Self { source: Source::H2(Box::new(streams)), host, active: Some(active) }
+    }
+
+    /// Whether nothing more will come.
+    #[must_use]
+    pub fn is_end(&self) -> bool {
+        match &self.source {
+            Source::H1(_, body) => body.is_end_stream(),
+            Source::H2(streams) => streams.is_end(),
+        }
+    }
+
+    /// Gives the connection back to its pool once the exchange is over.
+    pub fn release(&mut self) {
+        self.active = None;
+        if let Source::H1(connection, _) = &mut self.source
+            && let Some(mut connection) = connection.take()
+            && connection.is_alive()
+            && self.host.max_uses.is_none_or(|most| connection.uses < most)
+        {
+            self.host.pool.put_h1(connection, Instant::now());
+        }
+    }
+
+    /// The connection, after a `101 Switching Protocols`.
+    #[must_use]
+    pub fn into_h1(self) -> Option<Box<H1>> {
+        match self.source {
+            Source::H1(connection, _) => connection,
+            Source::H2(_) => None,
+        }
+    }
+
+    /// The next piece.
+    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match &mut self.source {
+            Source::H1(Some(connection), body) => connection.poll_body(body, cx),
+            Source::H1(None, _) => Poll::Ready(None),
+            Source::H2(streams) => streams.poll_body(cx),
+        }
+    }
+
+    /// How much is to come, when it is known.
+    #[must_use]
+    pub fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            Source::H1(_, body) => body.size_hint(),
+            Source::H2(_) => SizeHint::default(),
+        }
+    }
+}

@@ -1,0 +1,425 @@
+//! Carries a request to an endpoint: a pooled or a new connection, HTTP/1 or HTTP/2, plain or TLS.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::header::HOST;
+use http::uri::{Authority, PathAndQuery, Scheme};
+use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version};
+use tokio::net::{TcpSocket, TcpStream, UnixStream};
+use tokio::time::Instant;
+
+use super::h1::H1;
+use super::h2::H2;
+use super::pool::Reply;
+use super::{Active, Host, Upstream};
+use crate::http::body::RequestBody;
+use crate::tcp::io::{Io, Socket};
+use crate::tls::{Connector, Peer};
+use crate::xds::cluster::TcpKeepalive;
+use crate::xds::cluster::http::HttpVersion;
+use crate::xds::decode::Address;
+use crate::xds::tls::UpstreamTls;
+
+/// A request on its way out, in no version's form yet.
+#[derive(Debug)]
+pub struct Outgoing {
+    /// Method.
+    pub method: Method,
+    /// Path and query.
+    pub path: PathAndQuery,
+    /// Host, with port if there is one.
+    pub authority: HeaderValue,
+    /// Whether the client came over https.
+    pub https: bool,
+    /// Headers, without `host`.
+    pub headers: HeaderMap,
+    /// Body.
+    pub body: RequestBody,
+    /// The client speaks HTTP/2.
+    pub client_h2: bool,
+}
+
+/// Why there was no response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureKind {
+    /// No connection came about.
+    Connect,
+    /// None came about in time.
+    ConnectTimeout,
+    /// The connection broke before a response; `sent`: after the request was written.
+    Termination {
+        /// Whether the request was written.
+        sent: bool,
+    },
+    /// The server reset the stream.
+    Reset,
+    /// The server refused the stream unseen.
+    Refused,
+    /// The server broke the protocol.
+    Protocol,
+    /// A circuit breaker is open.
+    Overflow,
+    /// The client broke off while its body was sent.
+    Client,
+}
+
+/// A request that got no response.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{kind:?} {reason}")]
+pub struct Failure {
+    /// What happened.
+    pub kind: FailureKind,
+    /// The transport's own words, empty if it had none.
+    pub reason: String,
+}
+
+impl Failure {
+    fn new(kind: FailureKind, reason: impl std::fmt::Display) -> Self {
+        Self { kind, reason: reason.to_string() }
+    }
+
+    /// Envoy's name for it.
+    #[must_use]
+    pub fn reset_reason(&self) -> &'static str {
+        match self.kind {
+            FailureKind::Connect => "remote connection failure",
+            FailureKind::ConnectTimeout => "connection timeout",
+            FailureKind::Termination { .. } => "connection termination",
+            FailureKind::Reset => "remote reset",
+            FailureKind::Refused => "remote refused stream reset",
+            FailureKind::Protocol => "protocol error",
+            FailureKind::Overflow => "overflow",
+            FailureKind::Client => "local reset",
+        }
+    }
+}
+
+/// The head of a response and what brings its body.
+pub type Answer = (http::response::Parts, Box<Reply>);
+
+impl Upstream {
+    /// Sends a request to an endpoint and waits for the head of the response.
+    ///
+    /// # Errors
+    ///
+    /// When no response came; the failure says how far it got.
+    pub async fn send(self: &Rc<Self>, host: &Rc<Host>, outgoing: Outgoing) -> Result<Answer, Failure> {
+        if self.requests.get() >= self.config.limits.max_requests {
+            self.stats.rq_pending_overflow.inc();
+            return Err(Failure::new(FailureKind::Overflow, ""));
+        }
+        let active = Active::start(self, host);
+        if self.config.http.version == HttpVersion::Alpn && host.alpn_h2.get().is_none() {
+            self.learn_version(host, &outgoing.authority).await?;
+        }
+        if self.wants_h2(host, outgoing.client_h2) {
+            self.send_h2(host, outgoing, active).await
+        } else {
+            self.send_h1(host, outgoing, active).await
+        }
+    }
+
+    fn wants_h2(&self, host: &Host, client_h2: bool) -> bool {
+        match self.config.http.version {
+            HttpVersion::Http1 => false,
+            HttpVersion::Http2 => true,
+            HttpVersion::Downstream => client_h2,
+            // until a handshake has told: whoever does not agree on h2 speaks HTTP/1
+            HttpVersion::Alpn => host.alpn_h2.get().unwrap_or(false),
+        }
+    }
+
+    async fn send_h1(
+        self: &Rc<Self>,
+        host: &Rc<Host>,
+        outgoing: Outgoing,
+        active: Active,
+    ) -> Result<Answer, Failure> {
+        let name = outgoing.authority.clone();
+        let mut request = h1_request(outgoing);
+        loop {
+            let (mut connection, reused) = match host.pool.take_h1() {
+                Some(connection) => (connection, true),
+                None => (self.dial_h1(host, &name).await?, false),
+            };
+            match connection.send(request).await {
+                Ok(response) => {
+                    let (parts, body) = response.into_parts();
+                    return Ok((parts, Box::new(Reply::h1(connection, body, Rc::clone(host), active))));
+                }
+                Err(error) => match error.unsent {
+                    // the server closed the idle connection just now; nothing was sent, so another one takes it
+                    Some(unsent) if reused => request = *unsent,
+                    unsent => return Err(h1_failure(&error.error, unsent.is_none())),
+                },
+            }
+        }
+    }
+
+    /// Makes the first connection to an endpoint whose version of HTTP only the handshake tells.
+    async fn learn_version(self: &Rc<Self>, host: &Rc<Host>, name: &HeaderValue) -> Result<(), Failure> {
+        let open = self.admit().await?;
+        let (io, peer) = self.connect(host, Some(name)).await?;
+        let refused = |e: &dyn std::error::Error| Failure::new(FailureKind::Connect, e);
+        let is_h2 = peer.is_some_and(|p| p.alpn.as_deref() == Some(b"h2"));
+        if is_h2 {
+            let connection = H2::start(io, open, &self.config.http.http2, &self.shared.tasks).await;
+            host.pool.put_h2(connection.map_err(|e| refused(&e))?, Instant::now());
+        } else {
+            let connection = H1::start(io, open, self.config.http.http1.proper_case).await;
+            host.pool.put_h1(Box::new(connection.map_err(|e| refused(&e))?), Instant::now());
+        }
+        host.alpn_h2.set(Some(is_h2));
+        Ok(())
+    }
+
+    async fn dial_h1(self: &Rc<Self>, host: &Rc<Host>, name: &HeaderValue) -> Result<Box<H1>, Failure> {
+        let open = self.admit().await?;
+        let (io, _) = self.connect(host, Some(name)).await?;
+        let connection = H1::start(io, open, self.config.http.http1.proper_case).await;
+        connection.map(Box::new).map_err(|e| Failure::new(FailureKind::Connect, e))
+    }
+
+    async fn send_h2(
+        self: &Rc<Self>,
+        host: &Rc<Host>,
+        outgoing: Outgoing,
+        active: Active,
+    ) -> Result<Answer, Failure> {
+        let name = outgoing.authority.clone();
+        let request = h2_request(outgoing)?;
+        let mut connection = match host.pool.get_h2(host.max_uses, Instant::now()) {
+            Some(connection) => connection,
+            None => self.dial_h2(host, &name).await?,
+        };
+        match connection.send(request).await {
+            Ok((response, streams)) => {
+                let (parts, ()) = response.into_parts();
+                Ok((parts, Box::new(Reply::h2(streams, Rc::clone(host), active))))
+            }
+            Err(e) if e.refused => Err(Failure::new(FailureKind::Refused, e)),
+            Err(e) if e.reset => Err(Failure::new(FailureKind::Reset, e)),
+            Err(e) if e.protocol => Err(Failure::new(FailureKind::Protocol, e)),
+            Err(e) => Err(Failure::new(FailureKind::Termination { sent: true }, e)),
+        }
+    }
+
+    /// One connection is made for all requests that wait for it; it is made to the end even if they give up.
+    async fn dial_h2(self: &Rc<Self>, host: &Rc<Host>, name: &HeaderValue) -> Result<H2, Failure> {
+        loop {
+            let (dial, mine) = host.pool.dial();
+            if mine {
+                let (this, host, name, dial) = (Rc::clone(self), Rc::clone(host), name.clone(), Rc::clone(&dial));
+                self.shared.tasks.spawn_local(async move {
+                    match this.start_h2(&host, &name).await {
+                        Ok(connection) => host.pool.put_h2(connection, Instant::now()),
+                        Err(failure) => *dial.failure.borrow_mut() = Some(Rc::new(failure)),
+                    }
+                    dial.done.set(true);
+                    dial.over.notify_waiters();
+                });
+            }
+            let over = dial.over.notified();
+            if !dial.done.get() {
+                over.await;
+            }
+            if let Some(failure) = &*dial.failure.borrow() {
+                return Err(Failure::clone(failure));
+            }
+            if let Some(connection) = host.pool.get_h2(host.max_uses, Instant::now()) {
+                return Ok(connection);
+            }
+        }
+    }
+
+    async fn start_h2(self: &Rc<Self>, host: &Rc<Host>, name: &HeaderValue) -> Result<H2, Failure> {
+        let open = self.admit().await?;
+        let (io, _) = self.connect(host, Some(name)).await?;
+        H2::start(io, open, &self.config.http.http2, &self.shared.tasks)
+            .await
+            .map_err(|e| Failure::new(FailureKind::Connect, e))
+    }
+
+    /// Room for one more connection: waits while the circuit breaker lets requests wait.
+    pub(crate) async fn admit(self: &Rc<Self>) -> Result<Opened, Failure> {
+        let limits = &self.config.limits;
+        while self.connections.get() >= limits.max_connections {
+            if self.pending.get() >= limits.max_pending {
+                self.stats.rq_pending_overflow.inc();
+                return Err(Failure::new(FailureKind::Overflow, ""));
+            }
+            self.pending.set(self.pending.get() + 1);
+            let _waiting = Waiting(self);
+            self.freed.notified().await;
+        }
+        self.connections.set(self.connections.get() + 1);
+        self.stats.cx_total.inc();
+        self.stats.cx_active.inc();
+        Ok(Opened(Rc::clone(self)))
+    }
+
+    /// A new connection to an endpoint, with TLS where it takes it.
+    ///
+    /// # Errors
+    ///
+    /// When none comes about within the cluster's connect timeout.
+    pub async fn connect(
+        &self,
+        host: &Host,
+        authority: Option<&HeaderValue>,
+    ) -> Result<(Io, Option<Peer>), Failure> {
+        let attempt = Box::pin(self.connect_now(host, authority));
+        let outcome = match tokio::time::timeout(self.config.connect_timeout, attempt).await {
+            Ok(Ok(connected)) => return Ok(connected),
+            Ok(Err(error)) => Failure::new(FailureKind::Connect, describe(&error)),
+            Err(_) => Failure::new(FailureKind::ConnectTimeout, ""),
+        };
+        self.stats.cx_connect_fail.inc();
+        Err(outcome)
+    }
+
+    async fn connect_now(
+        &self,
+        host: &Host,
+        authority: Option<&HeaderValue>,
+    ) -> std::io::Result<(Io, Option<Peer>)> {
+        let (socket, ip) = match &host.address {
+            Address::Socket(address) => {
+                let stream = self.connect_tcp(*address).await?;
+                (Socket::tcp(stream), address.ip())
+            }
+            Address::Pipe(path) => {
+                (Socket::unix(UnixStream::connect(path).await?), IpAddr::V4(Ipv4Addr::LOCALHOST))
+            }
+            Address::Name(name, port) => {
+                let stream = TcpStream::connect((&**name, *port)).await?;
+                let ip = stream.peer_addr()?.ip();
+                (Socket::tcp(stream), ip)
+            }
+        };
+        let Some(tls) = &host.tls else { return Ok((Io::Plain(socket), None)) };
+        let connector = self.connector(tls, authority).map_err(std::io::Error::other)?;
+        let (io, peer) = connector.connect(socket, ip).await?;
+        Ok((io, Some(peer)))
+    }
+
+    async fn connect_tcp(&self, address: std::net::SocketAddr) -> std::io::Result<TcpStream> {
+        let stream = match self.config.source_address {
+            None => TcpStream::connect(address).await?,
+            Some(source) => {
+                let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+                socket.bind((source, 0).into())?;
+                socket.connect(address).await?
+            }
+        };
+        stream.set_nodelay(true)?;
+        if let Some(keepalive) = &self.config.keepalive {
+            socket2::SockRef::from(&stream).set_tcp_keepalive(&keepalive_of(keepalive))?;
+        }
+        Ok(stream)
+    }
+
+    /// The prepared TLS of an endpoint; made once, unless the server name is the request's.
+    fn connector(
+        &self,
+        tls: &Arc<UpstreamTls>,
+        authority: Option<&HeaderValue>,
+    ) -> Result<Connector, crate::tls::TlsError> {
+        let http = &self.config.http;
+        if tls.auto_host_sni || http.auto_sni {
+            let name = authority.and_then(|a| a.to_str().ok()).map(crate::router::without_port);
+            let check = tls.auto_sni_san || http.auto_san_validation;
+            return self.shared.secrets.connector(tls, name, check);
+        }
+        let mut known = self.connectors.borrow_mut();
+        if let Some((_, connector)) = known.iter().find(|(t, _)| Arc::ptr_eq(t, tls)) {
+            return Ok(connector.clone());
+        }
+        let connector = self.shared.secrets.connector(tls, None, tls.auto_sni_san)?;
+        known.push((Arc::clone(tls), connector.clone()));
+        Ok(connector)
+    }
+}
+
+/// An open connection, counted until it is dropped.
+#[derive(Debug)]
+pub struct Opened(Rc<Upstream>);
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        self.0.connections.set(self.0.connections.get().saturating_sub(1));
+        self.0.stats.cx_active.sub(1);
+        self.0.freed.notify_one();
+    }
+}
+
+struct Waiting<'a>(&'a Upstream);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.pending.set(self.0.pending.get().saturating_sub(1));
+    }
+}
+
+fn keepalive_of(config: &TcpKeepalive) -> socket2::TcpKeepalive {
+    let mut keepalive = socket2::TcpKeepalive::new();
+    keepalive = keepalive.with_time(config.time.unwrap_or(Duration::from_secs(7200)));
+    if let Some(interval) = config.interval {
+        keepalive = keepalive.with_interval(interval);
+    }
+    if let Some(probes) = config.probes {
+        keepalive = keepalive.with_retries(probes);
+    }
+    keepalive
+}
+
+/// Envoy's words for the usual reasons.
+fn describe(error: &std::io::Error) -> String {
+    if let Some(tls) = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()) {
+        return format!("TLS_error: {tls}");
+    }
+    match error.kind() {
+        std::io::ErrorKind::ConnectionRefused => "delayed connect error: Connection refused".to_owned(),
+        std::io::ErrorKind::HostUnreachable => "delayed connect error: No route to host".to_owned(),
+        std::io::ErrorKind::NetworkUnreachable => "immediate connect error: Network is unreachable".to_owned(),
+        _ => error.to_string(),
+    }
+}
+
+fn h1_request(outgoing: Outgoing) -> Request<RequestBody> {
+    let mut request = Request::new(outgoing.body);
+    *request.method_mut() = outgoing.method;
+    *request.uri_mut() = Uri::from(outgoing.path);
+    *request.version_mut() = Version::HTTP_11;
+    *request.headers_mut() = outgoing.headers;
+    request.headers_mut().insert(HOST, outgoing.authority);
+    request
+}
+
+fn h2_request(outgoing: Outgoing) -> Result<Request<RequestBody>, Failure> {
+    let mut parts = http::uri::Parts::default();
+    let authority = Authority::try_from(outgoing.authority.as_bytes());
+    parts.authority = Some(authority.map_err(|e| Failure::new(FailureKind::Protocol, e))?);
+    parts.scheme = Some(if outgoing.https { Scheme::HTTPS } else { Scheme::HTTP });
+    parts.path_and_query = Some(outgoing.path);
+    let uri = Uri::from_parts(parts).map_err(|e| Failure::new(FailureKind::Protocol, e))?;
+    let mut request = Request::new(outgoing.body);
+    *request.method_mut() = outgoing.method;
+    *request.uri_mut() = uri;
+    *request.version_mut() = Version::HTTP_2;
+    *request.headers_mut() = outgoing.headers;
+    Ok(request)
+}
+
+fn h1_failure(error: &crate::http::body::BodyError, sent: bool) -> Failure {
+    let codec = error.downcast_ref::<hyper::Error>();
+    let kind = match codec {
+        Some(e) if e.is_parse() || e.is_parse_status() || e.is_parse_too_large() => FailureKind::Protocol,
+        Some(e) if e.is_user() || e.is_body_write_aborted() => FailureKind::Client,
+        _ => FailureKind::Termination { sent },
+    };
+    Failure::new(kind, if kind == FailureKind::Protocol { error.to_string() } else { String::new() })
+}
