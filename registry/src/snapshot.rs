@@ -486,7 +486,7 @@ fn mesh_config(state: &State) -> Arc<MeshConfig> {
     let Some(Spec::MeshConfig(mesh)) = object.as_ref().map(|object| &*object.spec) else {
         return Arc::default();
     };
-    Arc::new(mesh.clone())
+    Arc::new(MeshConfig::clone(mesh))
 }
 
 fn settings(mesh: &MeshConfig) -> Settings {

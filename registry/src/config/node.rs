@@ -103,7 +103,9 @@ impl Node {
     pub fn entry(&self, key: &str) -> Option<&Entry> {
         match &self.content {
             Content::Map(entries) => entries.iter().find(|e| e.key == key),
-            Content::Null | Content::Bool(_) | Content::Number(_) | Content::String(_) | Content::List(_) => None,
+            Content::Null | Content::Bool(_) | Content::Number(_) | Content::String(_) | Content::List(_) => {
+                None
+            }
         }
     }
 
@@ -124,7 +126,9 @@ impl Node {
     pub fn as_str(&self) -> Option<&str> {
         match &self.content {
             Content::String(s) => Some(s),
-            Content::Null | Content::Bool(_) | Content::Number(_) | Content::List(_) | Content::Map(_) => None,
+            Content::Null | Content::Bool(_) | Content::Number(_) | Content::List(_) | Content::Map(_) => {
+                None
+            }
         }
     }
 

@@ -15,13 +15,22 @@ use crate::model::telemetry::Telemetry;
 use crate::model::traffic::{DestinationRule, Gateway, ServiceEntry, Sidecar, VirtualService};
 use crate::model::workload::{WorkloadEntry, WorkloadGroup};
 
+/// The specification type of one kind.
+pub trait Typed {
+    /// The kind whose specification it is.
+    const KIND: Kind;
+
+    /// The typed specification, if `spec` is of this kind.
+    fn of(spec: &Spec) -> Option<&Self>;
+}
+
 /// The group of the kinds about traffic.
 const NETWORKING: &str = "networking.istio.io";
 /// The group of the kinds about security.
 const SECURITY: &str = "security.istio.io";
 
 macro_rules! kinds {
-    ($( $(#[$meta:meta])* $kind:ident($spec:ty) $plural:literal [$($short:literal),*] $group:expr, [$($version:literal),*]; )*) => {
+    ($( $(#[$meta:meta])* $kind:ident($spec:ty, $held:ty) $plural:literal [$($short:literal),*] $group:expr, [$($version:literal),*]; )*) => {
         /// What an object is.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum Kind {
@@ -31,8 +40,22 @@ macro_rules! kinds {
         /// The specification of an object, typed.
         #[derive(Debug, Clone, PartialEq)]
         pub enum Spec {
-            $( $(#[$meta])* $kind($spec), )*
+            $( $(#[$meta])* $kind($held), )*
         }
+
+        $(
+            impl Typed for $spec {
+                const KIND: Kind = Kind::$kind;
+
+                #[expect(clippy::wildcard_enum_match_arm, reason = "every other variant is another kind")]
+                fn of(spec: &Spec) -> Option<&Self> {
+                    match spec {
+                        Spec::$kind(spec) => Some(spec),
+                        _ => None,
+                    }
+                }
+            }
+        )*
 
         impl Kind {
             /// Every kind.
@@ -70,13 +93,13 @@ macro_rules! kinds {
 
             /// Reads a specification; every mistake is recorded in `cx`.
             pub(crate) fn decode(self, node: &Node, cx: &mut Decoder) -> Option<Spec> {
-                match self { $( Self::$kind => <$spec>::decode(node, cx).map(Spec::$kind), )* }
+                match self { $( Self::$kind => <$held>::decode(node, cx).map(Spec::$kind), )* }
             }
 
             /// A specification in which nothing is written.
             #[must_use]
             pub fn empty(self) -> Spec {
-                match self { $( Self::$kind => Spec::$kind(<$spec>::default()), )* }
+                match self { $( Self::$kind => Spec::$kind(<$held>::default()), )* }
             }
         }
 
@@ -92,37 +115,37 @@ macro_rules! kinds {
 
 kinds! {
     /// Routes for hosts.
-    VirtualService(VirtualService) "virtualservices" ["vs"] NETWORKING, ["v1", "v1beta1", "v1alpha3"];
+    VirtualService(VirtualService, VirtualService) "virtualservices" ["vs"] NETWORKING, ["v1", "v1beta1", "v1alpha3"];
     /// Policies for the clients of a host.
-    DestinationRule(DestinationRule) "destinationrules" ["dr"] NETWORKING, ["v1", "v1beta1", "v1alpha3"];
+    DestinationRule(DestinationRule, DestinationRule) "destinationrules" ["dr"] NETWORKING, ["v1", "v1beta1", "v1alpha3"];
     /// Load balancers at the edge.
-    Gateway(Gateway) "gateways" ["gw"] NETWORKING, ["v1", "v1beta1", "v1alpha3"];
+    Gateway(Gateway, Gateway) "gateways" ["gw"] NETWORKING, ["v1", "v1beta1", "v1alpha3"];
     /// Services that no platform announces.
-    ServiceEntry(ServiceEntry) "serviceentries" ["se"] NETWORKING, ["v1", "v1beta1", "v1alpha3"];
+    ServiceEntry(ServiceEntry, ServiceEntry) "serviceentries" ["se"] NETWORKING, ["v1", "v1beta1", "v1alpha3"];
     /// What a workload's proxy sees.
-    Sidecar(Sidecar) "sidecars" ["sc"] NETWORKING, ["v1", "v1beta1", "v1alpha3"];
+    Sidecar(Sidecar, Sidecar) "sidecars" ["sc"] NETWORKING, ["v1", "v1beta1", "v1alpha3"];
     /// One workload that no platform announces.
-    WorkloadEntry(WorkloadEntry) "workloadentries" ["we"] NETWORKING, ["v1", "v1beta1", "v1alpha3"];
+    WorkloadEntry(WorkloadEntry, WorkloadEntry) "workloadentries" ["we"] NETWORKING, ["v1", "v1beta1", "v1alpha3"];
     /// What registered workloads have in common.
-    WorkloadGroup(WorkloadGroup) "workloadgroups" ["wg"] NETWORKING, ["v1", "v1beta1", "v1alpha3"];
+    WorkloadGroup(WorkloadGroup, WorkloadGroup) "workloadgroups" ["wg"] NETWORKING, ["v1", "v1beta1", "v1alpha3"];
     /// Patches of Envoy's configuration.
-    EnvoyFilter(EnvoyFilter) "envoyfilters" ["ef"] NETWORKING, ["v1alpha3"];
+    EnvoyFilter(EnvoyFilter, EnvoyFilter) "envoyfilters" ["ef"] NETWORKING, ["v1alpha3"];
     /// Settings of proxies.
-    ProxyConfig(ProxyConfigResource) "proxyconfigs" ["pc"] NETWORKING, ["v1beta1"];
+    ProxyConfig(ProxyConfigResource, ProxyConfigResource) "proxyconfigs" ["pc"] NETWORKING, ["v1beta1"];
     /// WebAssembly in the proxies.
-    WasmPlugin(WasmPlugin) "wasmplugins" ["wp"] "extensions.istio.io", ["v1alpha1"];
+    WasmPlugin(WasmPlugin, WasmPlugin) "wasmplugins" ["wp"] "extensions.istio.io", ["v1alpha1"];
     /// WebAssembly or Lua in the proxies.
-    TrafficExtension(TrafficExtension) "trafficextensions" ["te"] "extensions.istio.io", ["v1alpha1"];
+    TrafficExtension(TrafficExtension, TrafficExtension) "trafficextensions" ["te"] "extensions.istio.io", ["v1alpha1"];
     /// Which requests are allowed.
-    AuthorizationPolicy(AuthorizationPolicy) "authorizationpolicies" ["ap"] SECURITY, ["v1", "v1beta1"];
+    AuthorizationPolicy(AuthorizationPolicy, AuthorizationPolicy) "authorizationpolicies" ["ap"] SECURITY, ["v1", "v1beta1"];
     /// Which connections are accepted.
-    PeerAuthentication(PeerAuthentication) "peerauthentications" ["pa"] SECURITY, ["v1", "v1beta1"];
+    PeerAuthentication(PeerAuthentication, PeerAuthentication) "peerauthentications" ["pa"] SECURITY, ["v1", "v1beta1"];
     /// Which tokens are valid.
-    RequestAuthentication(RequestAuthentication) "requestauthentications" ["ra"] SECURITY, ["v1", "v1beta1"];
+    RequestAuthentication(RequestAuthentication, RequestAuthentication) "requestauthentications" ["ra"] SECURITY, ["v1", "v1beta1"];
     /// Traces, metrics and access logs.
-    Telemetry(Telemetry) "telemetries" ["telemetry"] "telemetry.istio.io", ["v1", "v1alpha1"];
+    Telemetry(Telemetry, Telemetry) "telemetries" ["telemetry"] "telemetry.istio.io", ["v1", "v1alpha1"];
     /// Settings of the whole mesh; our own form of Istio's configuration map.
-    MeshConfig(MeshConfig) "meshconfigs" ["mesh"] "mesh.istio.io", ["v1alpha1"];
+    MeshConfig(MeshConfig, Box<MeshConfig>) "meshconfigs" ["mesh"] "mesh.istio.io", ["v1alpha1"];
 }
 
 impl Kind {
@@ -260,6 +283,12 @@ impl Object {
             "metadata": metadata,
             "spec": self.raw,
         })
+    }
+
+    /// The specification, if the object is of that kind: `object.get::<VirtualService>()`.
+    #[must_use]
+    pub fn get<T: Typed>(&self) -> Option<&T> {
+        T::of(&self.spec)
     }
 
     /// `Kind/namespace/name`, for messages.

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use super::decode::{Decode, Decoder, Finding, nearest};
 use super::node::{Content, Entry, Location, Node, Path, Segment, quoted};
-use super::object::{Kind, Object, seconds};
-use super::validate::{Remark, grammar, validate_spec};
+use super::object::{Kind, Object, Spec, seconds};
+use super::validate::{Checker, Remark, grammar, validate_spec};
 use super::yaml;
 use crate::model::mesh::MeshConfig;
 
@@ -83,7 +83,7 @@ pub fn parse_in(
     let (documents, syntax) = yaml::read(text);
     let mut reader = Reader { namespace, objects: Vec::new(), told: Told::default() };
     for document in documents.iter().filter(|document| !document.is_null()) {
-        reader.document(document, document, Path::default(), 0);
+        reader.document(document, Path::default(), 0);
     }
     let twice = duplicates(&reader.objects);
     let Reader { objects, mut told, .. } = reader;
@@ -99,18 +99,26 @@ pub fn parse_in(
 /// # Errors
 ///
 /// Every mistake of the text, in the order of its lines.
-pub fn parse_mesh(file_name: &str, text: &str) -> Result<(MeshConfig, Value, Vec<Warning>), Vec<ConfigError>> {
+pub fn parse_mesh(
+    file_name: &str,
+    text: &str,
+) -> Result<(MeshConfig, Value, Vec<Warning>), Vec<ConfigError>> {
     let (documents, syntax) = yaml::read(text);
     let mut told = Told::default();
-    told.errors
-        .extend(syntax.into_iter().map(|e| Finding { at: e.at, path: Path::default(), message: e.message }));
+    told.errors.extend(syntax.into_iter().map(|e| Finding {
+        at: e.at,
+        path: Path::default(),
+        message: e.message,
+    }));
     let mut out = (MeshConfig::default(), json!({}));
     for document in documents.iter().filter(|document| !document.is_null()) {
         let mut cx = Decoder::default().with_original_names();
         let mesh = MeshConfig::decode(document, &mut cx).unwrap_or_default();
-        let spec = super::Spec::MeshConfig(mesh.clone());
-        told.checked(document, document, &Path::default(), cx, "istio-system", &spec);
-        out = (mesh, document.to_json());
+        let spec = Spec::MeshConfig(Box::new(mesh));
+        told.checked(document, &Path::default(), cx, validate_spec("istio-system", &spec));
+        if let Spec::MeshConfig(mesh) = spec {
+            out = (*mesh, document.to_json());
+        }
     }
     let warnings = told.finish(file_name)?;
     Ok((out.0, out.1, warnings))
@@ -128,8 +136,7 @@ impl Told {
     }
 
     /// Adds what decoding and the rules say about a specification.
-    fn checked(&mut self, root: &Node, spec: &Node, prefix: &Path, cx: Decoder, namespace: &str, typed: &super::Spec) {
-        let checker = validate_spec(namespace, typed);
+    fn checked(&mut self, spec: &Node, prefix: &Path, cx: Decoder, checker: Checker) {
         let place = |remark: &Remark| {
             // The rules speak of `spec...`; the specification may stand elsewhere.
             let inner = Path(remark.path.0.iter().skip(1).cloned().collect());
@@ -137,17 +144,12 @@ impl Told {
             path.0.extend(inner.0.iter().cloned());
             Finding { at: spec.locate(&inner), path, message: remark.message.clone() }
         };
-        let found: Vec<Finding> = checker.errors.iter().map(place).filter(|f| !follows(f, &cx.errors)).collect();
+        let found: Vec<Finding> =
+            checker.errors.iter().map(place).filter(|f| !follows(f, &cx.errors)).collect();
         self.warnings.extend(checker.warnings.iter().map(place));
         self.errors.extend(cx.errors);
         self.errors.extend(found);
         self.warnings.extend(cx.warnings);
-        // A missing specification has no place of its own.
-        for finding in self.errors.iter_mut().chain(&mut self.warnings) {
-            if finding.at == Location::default() {
-                finding.at = root.at;
-            }
-        }
     }
 
     fn finish(self, file: &str) -> Result<Vec<Warning>, Vec<ConfigError>> {
@@ -214,9 +216,13 @@ const TOP: &[&str] = &["apiVersion", "kind", "metadata", "spec", "status"];
 const MAX_LISTS: usize = 4;
 
 impl Reader<'_> {
-    fn document(&mut self, root: &Node, node: &Node, path: Path, depth: usize) {
+    fn document(&mut self, node: &Node, path: Path, depth: usize) {
         let Content::Map(entries) = &node.content else {
-            self.told.error(node.at, path, format!("must be an object with apiVersion and kind, found {}", node.describe()));
+            self.told.error(
+                node.at,
+                path,
+                format!("must be an object with apiVersion and kind, found {}", node.describe()),
+            );
             return;
         };
         let kind = node.get("kind").and_then(Node::as_str).unwrap_or_default();
@@ -231,7 +237,7 @@ impl Reader<'_> {
                 return;
             }
             for (index, item) in items.iter().enumerate() {
-                self.document(root, item, path.clone().key("items").index(index), depth + 1);
+                self.document(item, path.clone().key("items").index(index), depth + 1);
             }
             return;
         }
@@ -297,7 +303,7 @@ impl Reader<'_> {
     fn object(&mut self, node: &Node, entries: &[Entry], kind: Kind, path: &Path) {
         self.unknown_top(entries, path);
         let metadata = self.metadata(node, path);
-        let nothing = Node { at: Location::default(), content: Content::Map(Vec::new()) };
+        let nothing = Node { at: node.at, content: Content::Map(Vec::new()) };
         let spec = node.get("spec").unwrap_or(&nothing);
         let prefix = path.clone().key("spec");
         let mut cx = Decoder::at(prefix.clone());
@@ -308,7 +314,7 @@ impl Reader<'_> {
             self.told.errors.extend(cx.errors);
             return;
         };
-        self.told.checked(node, spec, &prefix, cx, &metadata.namespace, &typed);
+        self.told.checked(spec, &prefix, cx, validate_spec(&metadata.namespace, &typed));
         let api_version = node.get("apiVersion").and_then(Node::as_str).unwrap_or_default().to_owned();
         let object = Object {
             kind,
@@ -343,11 +349,21 @@ impl Reader<'_> {
             match entry.key.as_str() {
                 "name" => {
                     cx.field(entry, &mut out.name);
-                    check_name(&mut cx, entry, grammar::is_subdomain(&out.name), "1 to 253 lower-case letters, digits, - and .");
+                    check_name(
+                        &mut cx,
+                        entry,
+                        grammar::is_subdomain(&out.name),
+                        "1 to 253 lower-case letters, digits, - and .",
+                    );
                 }
                 "namespace" => {
                     cx.field(entry, &mut out.namespace);
-                    check_name(&mut cx, entry, grammar::is_label(&out.namespace), "1 to 63 lower-case letters, digits and -");
+                    check_name(
+                        &mut cx,
+                        entry,
+                        grammar::is_label(&out.namespace),
+                        "1 to 63 lower-case letters, digits and -",
+                    );
                 }
                 "labels" => {
                     cx.field(entry, &mut out.labels);
@@ -382,7 +398,7 @@ impl Reader<'_> {
         match parse_mesh("mesh", inner) {
             Ok((mesh, raw, warnings)) => {
                 let object = Object {
-                    spec: Arc::new(super::Spec::MeshConfig(mesh)),
+                    spec: Arc::new(Spec::MeshConfig(Box::new(mesh))),
                     ..Object::new(Kind::MeshConfig, &metadata.namespace, &metadata.name, raw)
                 };
                 self.objects.push((object, node.at));
@@ -412,7 +428,8 @@ struct Metadata {
 
 fn check_name(cx: &mut Decoder, entry: &Entry, fits: bool, wanted: &str) {
     if let Some(text) = entry.value.as_str().filter(|_| !fits) {
-        let message = format!("must have {wanted}, with a letter or digit at both ends, found {}", quoted(text));
+        let message =
+            format!("must have {wanted}, with a letter or digit at both ends, found {}", quoted(text));
         cx.within(Segment::Key(entry.key.clone()), |cx| cx.error(entry.value.at, message));
     }
 }

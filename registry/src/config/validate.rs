@@ -206,7 +206,9 @@ impl Checker {
             if namespaces.iter().any(|namespace| namespace == "~") {
                 self.error_at("exportTo", "~ means no namespace and must stand alone");
             } else if namespaces.iter().any(|namespace| namespace == "*") {
-                self.at("exportTo", |cx| cx.warn("* means every namespace; the other entries have no effect"));
+                self.at("exportTo", |cx| {
+                    cx.warn("* means every namespace; the other entries have no effect")
+                });
             }
         }
     }
@@ -248,7 +250,9 @@ fn check_target(cx: &mut Checker, namespace: &str, target: &PolicyTargetReferenc
     }
     let known = matches!(
         (target.group.as_str(), target.kind.as_str()),
-        ("gateway.networking.k8s.io", "Gateway" | "GatewayClass") | ("" | "core", "Service") | ("networking.istio.io", "ServiceEntry")
+        ("gateway.networking.k8s.io", "Gateway" | "GatewayClass")
+            | ("" | "core", "Service")
+            | ("networking.istio.io", "ServiceEntry")
     );
     if !known {
         cx.error_at(
@@ -257,7 +261,11 @@ fn check_target(cx: &mut Checker, namespace: &str, target: &PolicyTargetReferenc
         );
     }
     let foreign = !target.namespace.is_empty() && target.namespace != namespace;
-    cx.refuse(foreign, "namespace", "must be the namespace of the policy; other namespaces cannot be attached to");
+    cx.refuse(
+        foreign,
+        "namespace",
+        "must be the namespace of the policy; other namespaces cannot be attached to",
+    );
 }
 
 /// The grammar of a label.

@@ -4,10 +4,12 @@
 //! booleans, quoted text stays text, and what the two would read differently (`0755`, `yes`) stays text as well,
 //! so that the message about the field says what to write.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use granit_parser::{Event, Marker, Parser, ScalarStyle, Span, Tag};
-use serde_json::{Number, Value};
+use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_json::Number;
 
 use super::node::{Content, Entry, Location, Node, quoted};
 
@@ -38,29 +40,94 @@ pub fn read(text: &str) -> (Vec<Node>, Vec<SyntaxError>) {
     let mut loader = Loader::default();
     let options = granit_parser::options! { emit_comments: false };
     for next in Parser::new_from_str_with_options(text, options) {
-        let step = match next {
-            Ok((event, span)) => loader.event(event, &span),
-            Err(error) => Err(SyntaxError { at: place(error.marker()), message: error.info() }),
+        let error = match next {
+            Ok((event, span)) => match loader.event(event, &span) {
+                Ok(()) => continue,
+                Err(error) => error,
+            },
+            Err(error) => match json(text) {
+                Some(documents) => return (documents, Vec::new()),
+                None => SyntaxError { at: place(error.marker()), message: error.info() },
+            },
         };
-        if let Err(error) = step {
-            if let Some(documents) = json(text) {
-                return (documents, Vec::new());
-            }
-            loader.errors.push(error);
-            break;
-        }
+        loader.errors.push(error);
+        break;
     }
     (loader.documents, loader.errors)
 }
 
-/// JSON that YAML does not take, for example with tabs: the tree is the same, without places.
+/// JSON that the YAML parser does not take: the tree is the same, without places.
 fn json(text: &str) -> Option<Vec<Node>> {
     if !text.trim_start().starts_with(['{', '[']) {
         return None;
     }
-    let values: Result<Vec<Value>, _> = serde_json::Deserializer::from_str(text).into_iter::<Value>().collect();
-    // serde_json keeps the last of two equal keys, so only the parser above may judge those.
-    values.ok().map(|values| values.iter().map(Node::from_json).collect())
+    let documents: Result<Vec<JsonNode>, _> = serde_json::Deserializer::from_str(text).into_iter().collect();
+    let documents: Vec<Node> = documents.ok()?.into_iter().map(|JsonNode(node)| node).collect();
+    documents.iter().all(|document| measure(document).1 <= MAX_DEPTH).then_some(documents)
+}
+
+/// A tree read by serde, which refuses keys that are there twice.
+struct JsonNode(Node);
+
+impl<'de> Deserialize<'de> for JsonNode {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let content = deserializer.deserialize_any(JsonVisitor)?;
+        Ok(Self(Node { at: Location::default(), content }))
+    }
+}
+
+struct JsonVisitor;
+
+impl<'de> Visitor<'de> for JsonVisitor {
+    type Value = Content;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Content, E> {
+        Ok(Content::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Content, E> {
+        Ok(Content::Bool(value))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Content, E> {
+        Ok(Content::Number(value.into()))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Content, E> {
+        Ok(Content::Number(value.into()))
+    }
+
+    fn visit_f64<E: de::Error>(self, value: f64) -> Result<Content, E> {
+        Number::from_f64(value).map(Content::Number).ok_or_else(|| E::custom("a number without value"))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Content, E> {
+        Ok(Content::String(value.to_owned()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Content, A::Error> {
+        let mut out = Vec::new();
+        while let Some(JsonNode(node)) = items.next_element()? {
+            out.push(node);
+        }
+        Ok(Content::List(out))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Content, A::Error> {
+        let mut seen = BTreeSet::new();
+        let mut out = Vec::new();
+        while let Some((key, JsonNode(value))) = map.next_entry::<String, JsonNode>()? {
+            if !seen.insert(key.clone()) {
+                return Err(de::Error::custom("a key is there twice"));
+            }
+            out.push(Entry { key, at: Location::default(), value });
+        }
+        Ok(Content::Map(out))
+    }
 }
 
 fn place(marker: &Marker) -> Location {
@@ -133,7 +200,10 @@ impl Loader {
                 self.anchors.clear();
                 Ok(())
             }
-            // Starts, ends and comments carry no value; the enum may grow such events.
+            #[expect(
+                clippy::wildcard_enum_match_arm,
+                reason = "starts, ends and comments; the enum may grow more"
+            )]
             _ => Ok(()),
         }
     }
@@ -165,13 +235,11 @@ impl Loader {
         let OpenMap { mut entries, mut seen, merges, .. } = map;
         for node in merges {
             let at = node.at;
-            let sources = match node.content {
-                Content::List(items) => items,
-                content => vec![Node { at, content }],
-            };
+            let sources = if let Content::List(items) = node.content { items } else { vec![node] };
             for source in sources {
                 let Content::Map(more) = source.content else {
-                    let message = "<< must be followed by an alias of a map or a list of such aliases".to_owned();
+                    let message =
+                        "<< must be followed by an alias of a map or a list of such aliases".to_owned();
                     self.errors.push(SyntaxError { at, message });
                     continue;
                 };
@@ -208,7 +276,10 @@ impl Loader {
             self.anchors.insert(anchor, node.clone());
             self.aliased = self.aliased.saturating_add(measure(&node).0);
             if self.aliased > MAX_ALIASED {
-                return fail(node.at, format!("the anchors of this text stand for more than {MAX_ALIASED} values"));
+                return fail(
+                    node.at,
+                    format!("the anchors of this text stand for more than {MAX_ALIASED} values"),
+                );
             }
         }
         let Some(frame) = self.stack.last_mut() else {
@@ -353,7 +424,7 @@ fn is_fraction(whole: usize, rest: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     #[track_caller]
     fn check(text: &str, expected: Value) {
@@ -375,7 +446,7 @@ mod tests {
     fn scalars_are_read_as_kubernetes_and_the_core_schema_agree() {
         check("[true, false, yes, on, no]", json!([[true, false, "yes", "on", "no"]]));
         check("[1, -7, +3, 0, 0755, 08, 0x1F, 0o17]", json!([[1, -7, 3, 0, "0755", "08", 31, 15]]));
-        check("[1.5, .5, 1., 1e3, 1.2.3, 1_000, -, .]", json!([[1.5, 0.5, 1.0, 1000.0, "1.2.3", "1_000", "-", "."]]));
+        check("[1.5, .5, 1., 1e3, 1.2.3, 1_000, .]", json!([[1.5, 0.5, 1.0, 1000.0, "1.2.3", "1_000", "."]]));
         check("[\"1\", '2', ~, null, '', .inf, 10s]", json!([["1", "2", null, null, "", ".inf", "10s"]]));
         check("18446744073709551615", json!([18_446_744_073_709_551_615_u64]));
         check("!!str 5", json!(["5"]));
@@ -411,7 +482,7 @@ mod tests {
         check_error("a: [1, 2\nb: 3\n", 2, 2, "");
         check_error("a: !foo 1\n", 1, 9, "tag !foo");
         check_error("? [a]\n: 1\n", 1, 3, "a key must be text");
-        let deep = "[".repeat(100);
+        let deep = "[".repeat(100) + &"]".repeat(100);
         check_error(&deep, 1, 65, "nested");
     }
 
@@ -424,6 +495,6 @@ mod tests {
             text.push_str(&format!("a{i}: &a{i} [{items}]\n"));
         }
         let (_, errors) = read(&text);
-        assert!(errors[0].message.contains("aliases"), "{errors:?}");
+        assert!(errors[0].message.contains("stand for more than"), "{errors:?}");
     }
 }

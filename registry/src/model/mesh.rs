@@ -408,7 +408,9 @@ impl MeshConfig {
     /// What happens to traffic for unknown destinations.
     #[must_use]
     pub fn outbound_traffic_mode(&self) -> OutboundTrafficPolicyMode {
-        self.outbound_traffic_policy.as_ref().map_or(OutboundTrafficPolicyMode::AllowAny, |policy| policy.mode)
+        self.outbound_traffic_policy
+            .as_ref()
+            .map_or(OutboundTrafficPolicyMode::AllowAny, |policy| policy.mode)
     }
 
     /// Where traffic to applications goes.
@@ -426,10 +428,8 @@ impl MeshConfig {
     /// How paths are normalized.
     #[must_use]
     pub fn normalization(&self) -> NormalizationType {
-        match self.path_normalization.as_ref().map(|path| path.normalization).unwrap_or_default() {
-            NormalizationType::Default => NormalizationType::Base,
-            chosen => chosen,
-        }
+        let chosen = self.path_normalization.as_ref().map(|path| path.normalization).unwrap_or_default();
+        if chosen == NormalizationType::Default { NormalizationType::Base } else { chosen }
     }
 
     /// The retries of a route that has none: two, on errors that are safe to repeat.
@@ -437,7 +437,8 @@ impl MeshConfig {
     pub fn http_retry_policy(&self) -> HttpRetry {
         self.default_http_retry_policy.clone().unwrap_or_else(|| HttpRetry {
             attempts: 2,
-            retry_on: "connect-failure,refused-stream,unavailable,cancelled,retriable-status-codes,503".to_owned(),
+            retry_on: "connect-failure,refused-stream,unavailable,cancelled,retriable-status-codes,503"
+                .to_owned(),
             ..HttpRetry::default()
         })
     }

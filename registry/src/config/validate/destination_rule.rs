@@ -8,7 +8,8 @@ use crate::config::node::Segment;
 use crate::model::traffic::{
     ClientTlsMode, ClientTlsSettings, ConnectionPoolSettings, ConsistentHashLb, DestinationRule, Failover,
     H2UpgradePolicy, HashAlgorithm, HashKey, HttpSettings, LbPolicy, LoadBalancerSettings, LocalityLbSetting,
-    OutlierDetection, PortTrafficPolicy, Subset, TcpSettings, TrafficPolicy, TunnelSettings, WarmupConfiguration,
+    OutlierDetection, PortTrafficPolicy, Subset, TcpSettings, TrafficPolicy, TunnelSettings,
+    WarmupConfiguration,
 };
 
 /// Largest table of Maglev (Envoy).
@@ -41,7 +42,9 @@ fn credentials_of_sidecars(cx: &mut Checker, rule: &DestinationRule) {
         cx.at("trafficPolicy", |cx| {
             cx.at("tls", |cx| {
                 cx.at("credentialName", |cx| {
-                    cx.warn("has an effect on sidecars only with workloadSelector; without, on gateways only");
+                    cx.warn(
+                        "has an effect on sidecars only with workloadSelector; without, on gateways only",
+                    );
                 });
             });
         });
@@ -73,7 +76,9 @@ fn check_traffic_policy(cx: &mut Checker, policy: &TrafficPolicy) {
         for (index, port) in policy.port_level_settings.iter().enumerate() {
             let number = port.port.as_ref().map_or(0, |port| port.number);
             if number != 0 && !ports.insert(number) {
-                cx.step(Segment::Index(index), |cx| cx.error(format!("the port {number} is there twice; it must be unique")));
+                cx.step(Segment::Index(index), |cx| {
+                    cx.error(format!("the port {number} is there twice; it must be unique"))
+                });
             }
         }
     });
@@ -210,7 +215,9 @@ fn check_warmup(cx: &mut Checker, warmup: &WarmupConfiguration) {
 
 fn check_consistent_hash(cx: &mut Checker, hash: &ConsistentHashLb) {
     match &hash.hash_key {
-        None => cx.error("must have one of httpHeaderName, httpCookie, useSourceIp and httpQueryParameterName"),
+        None => {
+            cx.error("must have one of httpHeaderName, httpCookie, useSourceIp and httpQueryParameterName")
+        }
         Some(HashKey::HttpHeaderName(name)) => {
             cx.refuse(!grammar::is_header_name(name), "httpHeaderName", "must be the name of a header");
         }
@@ -246,12 +253,15 @@ fn check_consistent_hash(cx: &mut Checker, hash: &ConsistentHashLb) {
 }
 
 fn is_prime(n: u64) -> bool {
-    n >= 2 && (2..).take_while(|d| d * d <= n).all(|d| n % d != 0)
+    n >= 2 && (2..).take_while(|d| d * d <= n).all(|d| !n.is_multiple_of(d))
 }
 
 pub(super) fn check_locality(cx: &mut Checker, locality: &LocalityLbSetting) {
-    let set =
-        [!locality.distribute.is_empty(), !locality.failover.is_empty(), !locality.failover_priority.is_empty()];
+    let set = [
+        !locality.distribute.is_empty(),
+        !locality.failover.is_empty(),
+        !locality.failover_priority.is_empty(),
+    ];
     // Istio takes failover with failoverPriority; distribute excludes both.
     if set.iter().filter(|set| **set).count() > 1 && set.first() == Some(&true) {
         cx.error_at("distribute", "only one of distribute, failover and failoverPriority may be set");
@@ -283,7 +293,11 @@ fn check_failover(cx: &mut Checker, failover: &[Failover]) {
                 cx.error_at(field, "must be a region, without zone and without *");
             }
         }
-        cx.refuse(failover.from == failover.to && !failover.to.is_empty(), "to", "must be another region than from");
+        cx.refuse(
+            failover.from == failover.to && !failover.to.is_empty(),
+            "to",
+            "must be another region than from",
+        );
     });
 }
 
@@ -306,9 +320,17 @@ pub(super) fn check_client_tls(cx: &mut Checker, tls: &ClientTlsSettings) {
         }
         ClientTlsMode::IstioMutual => {
             for (field, file) in files {
-                cx.refuse(!file.is_empty(), field, "must be empty with mode ISTIO_MUTUAL, which uses the workload's own");
+                cx.refuse(
+                    !file.is_empty(),
+                    field,
+                    "must be empty with mode ISTIO_MUTUAL, which uses the workload's own",
+                );
             }
-            cx.refuse(!tls.credential_name.is_empty(), "credentialName", "must be empty with mode ISTIO_MUTUAL");
+            cx.refuse(
+                !tls.credential_name.is_empty(),
+                "credentialName",
+                "must be empty with mode ISTIO_MUTUAL",
+            );
         }
         ClientTlsMode::Disable | ClientTlsMode::Simple | ClientTlsMode::Mutual => {}
     }

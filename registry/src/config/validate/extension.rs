@@ -27,7 +27,9 @@ pub(super) fn check_envoy_filter(cx: &mut Checker, namespace: &str, filter: &Env
 /// The objects of `match` that fit what is patched.
 fn fitting(apply_to: ApplyTo) -> &'static [&'static str] {
     match apply_to {
-        ApplyTo::Listener | ApplyTo::FilterChain | ApplyTo::NetworkFilter | ApplyTo::ListenerFilter => &["listener"],
+        ApplyTo::Listener | ApplyTo::FilterChain | ApplyTo::NetworkFilter | ApplyTo::ListenerFilter => {
+            &["listener"]
+        }
         ApplyTo::HttpFilter => &["listener", "waypoint"],
         ApplyTo::RouteConfiguration | ApplyTo::VirtualHost => &["routeConfiguration"],
         ApplyTo::HttpRoute => &["routeConfiguration", "waypoint"],
@@ -38,14 +40,22 @@ fn fitting(apply_to: ApplyTo) -> &'static [&'static str] {
 
 fn check_patch(cx: &mut Checker, patch: &EnvoyConfigObjectPatch) {
     let apply_to = patch.apply_to;
-    cx.refuse(apply_to == ApplyTo::Invalid, "applyTo", "is required: what is patched, for example HTTP_FILTER");
+    cx.refuse(
+        apply_to == ApplyTo::Invalid,
+        "applyTo",
+        "is required: what is patched, for example HTTP_FILTER",
+    );
     cx.opt("match", patch.r#match.as_ref(), |cx, conditions| {
         if let Some(chosen) = conditions.object_types.as_ref().map(crate::config::decode::OneOf::name)
             && apply_to != ApplyTo::Invalid
             && !fitting(apply_to).contains(&chosen)
         {
             let fits = fitting(apply_to);
-            let right = if fits.is_empty() { "it takes no object".to_owned() } else { format!("use {}", fits.join(" or ")) };
+            let right = if fits.is_empty() {
+                "it takes no object".to_owned()
+            } else {
+                format!("use {}", fits.join(" or "))
+            };
             cx.error_at(chosen, format!("does not fit applyTo {}; {right}", apply_to.as_str()));
         }
         cx.opt("proxy", conditions.proxy.as_ref(), |cx, proxy| {
@@ -81,7 +91,11 @@ fn check_operation(cx: &mut Checker, apply_to: ApplyTo, whole: &EnvoyConfigObjec
         }
     }
     let filters = matches!(apply_to, ApplyTo::NetworkFilter | ApplyTo::HttpFilter | ApplyTo::ListenerFilter);
-    if operation == PatchOperation::Replace && !filters && apply_to != ApplyTo::Cluster && apply_to != ApplyTo::Invalid {
+    if operation == PatchOperation::Replace
+        && !filters
+        && apply_to != ApplyTo::Cluster
+        && apply_to != ApplyTo::Invalid
+    {
         cx.error_at("operation", "REPLACE is for filters and clusters only; use MERGE");
     }
     cx.refuse(
@@ -96,17 +110,30 @@ fn check_operation(cx: &mut Checker, apply_to: ApplyTo, whole: &EnvoyConfigObjec
         "operation",
         "is for filters, filter chains and routes only, which have an order",
     );
-    if apply_to == ApplyTo::Bootstrap && operation != PatchOperation::Merge && operation != PatchOperation::Invalid {
+    if apply_to == ApplyTo::Bootstrap
+        && operation != PatchOperation::Merge
+        && operation != PatchOperation::Invalid
+    {
         cx.error_at("operation", "must be MERGE with applyTo BOOTSTRAP");
     }
-    if relative && whole.r#match.as_ref().and_then(|m| m.proxy.as_ref()).is_none_or(|p| p.proxy_version.is_empty()) {
-        cx.at("operation", |cx| cx.warn("depends on the order of Istio's own filters, which may change between versions"));
+    if relative
+        && whole.r#match.as_ref().and_then(|m| m.proxy.as_ref()).is_none_or(|p| p.proxy_version.is_empty())
+    {
+        cx.at("operation", |cx| {
+            cx.warn("depends on the order of Istio's own filters, which may change between versions")
+        });
     }
 }
 
 pub(super) fn check_proxy_config(cx: &mut Checker, config: &ProxyConfigResource) {
-    cx.opt("selector", config.selector.as_ref(), |cx, selector| cx.selector("matchLabels", &selector.match_labels));
-    cx.refuse(config.concurrency.is_some_and(|threads| threads < 0), "concurrency", "must not be negative; 0 is one thread for each core");
+    cx.opt("selector", config.selector.as_ref(), |cx, selector| {
+        cx.selector("matchLabels", &selector.match_labels)
+    });
+    cx.refuse(
+        config.concurrency.is_some_and(|threads| threads < 0),
+        "concurrency",
+        "must not be negative; 0 is one thread for each core",
+    );
     cx.entries("environmentVariables", &config.environment_variables, |cx, name, _| {
         if name.is_empty() || name.contains(['=', '\0']) {
             cx.error("must be the name of a variable");

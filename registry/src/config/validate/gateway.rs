@@ -9,7 +9,8 @@ pub(super) fn check(cx: &mut Checker, gateway: &Gateway) {
     cx.refuse(gateway.servers.is_empty(), "servers", "is required: at least one server");
     cx.each("servers", &gateway.servers, check_server);
     cx.unique("servers", gateway.servers.iter().map(|server| server.name.as_str()), "name");
-    let names = gateway.servers.iter().map(|server| server.port.as_ref().map_or("", |port| port.name.as_str()));
+    let names =
+        gateway.servers.iter().map(|server| server.port.as_ref().map_or("", |port| port.name.as_str()));
     cx.unique("servers", names, "port name");
     if gateway.selector.is_empty() {
         cx.at("selector", |cx| cx.warn("is empty: the gateway is for every proxy"));
@@ -60,11 +61,14 @@ pub(super) fn check_protocol(cx: &mut Checker, protocol: &str) {
 }
 
 fn check_host(cx: &mut Checker, host: &str) {
-    let (namespace, name) = host.split_once('/').map_or((None, host), |(namespace, name)| (Some(namespace), name));
+    let (namespace, name) =
+        host.split_once('/').map_or((None, host), |(namespace, name)| (Some(namespace), name));
     if namespace.is_some_and(|namespace| !matches!(namespace, "*" | ".") && !grammar::is_label(namespace)) {
         cx.error("the part before the slash must be *, . or the name of a namespace");
     } else if !grammar::is_wildcard_host(name) && !grammar::is_ip(name) {
-        cx.error("must be a host name, or a host name with a leading *., after an optional namespace and slash");
+        cx.error(
+            "must be a host name, or a host name with a leading *., after an optional namespace and slash",
+        );
     } else if !name.contains(['.', ':', '*']) {
         cx.error("must be a full host name: short names mean nothing to clients outside the mesh");
     }
@@ -76,7 +80,9 @@ fn check_server_tls(cx: &mut Checker, port: &Port, tls: Option<&ServerTlsSetting
         None => cx.refuse(secure, "tls", "is required for the protocols HTTPS and TLS"),
         Some(tls) => cx.at("tls", |cx| {
             let redirect_only = ServerTlsSettings { https_redirect: true, ..ServerTlsSettings::default() };
-            let plain = grammar::is_protocol(&port.protocol) && !secure && !port.protocol.eq_ignore_ascii_case("HBONE");
+            let plain = grammar::is_protocol(&port.protocol)
+                && !secure
+                && !port.protocol.eq_ignore_ascii_case("HBONE");
             if plain && tls.https_redirect && *tls == redirect_only {
                 return;
             }
@@ -85,7 +91,11 @@ fn check_server_tls(cx: &mut Checker, port: &Port, tls: Option<&ServerTlsSetting
                 cx.error("only httpsRedirect may be set for plain HTTP; use the protocol HTTPS");
                 return;
             }
-            cx.refuse(tls.https_redirect && secure, "httpsRedirect", "is for plain HTTP ports; this port has TLS");
+            cx.refuse(
+                tls.https_redirect && secure,
+                "httpsRedirect",
+                "is for plain HTTP ports; this port has TLS",
+            );
             check_tls(cx, tls);
         }),
     }
@@ -105,7 +115,8 @@ pub(super) fn check_tls(cx: &mut Checker, tls: &ServerTlsSettings) {
                 cx.refuse(tls.server_certificate.is_empty(), "serverCertificate", message);
                 cx.refuse(tls.private_key.is_empty(), "privateKey", message);
             }
-            let authorities = own || !tls.ca_certificates.is_empty() || !tls.ca_cert_credential_name.is_empty();
+            let authorities =
+                own || !tls.ca_certificates.is_empty() || !tls.ca_cert_credential_name.is_empty();
             cx.refuse(
                 tls.mode == ServerTlsMode::Mutual && !authorities,
                 "caCertificates",
@@ -148,7 +159,11 @@ fn check_credentials(cx: &mut Checker, tls: &ServerTlsSettings) {
         "credentialNames",
         "only one of credentialName and credentialNames may be set",
     );
-    cx.refuse(tls.credential_names.len() > 2, "credentialNames", "must have at most 2 entries, one for each kind of key");
+    cx.refuse(
+        tls.credential_names.len() > 2,
+        "credentialNames",
+        "must have at most 2 entries, one for each kind of key",
+    );
     let files = !tls.server_certificate.is_empty() || !tls.private_key.is_empty();
     cx.refuse(
         files && !tls.tls_certificates.is_empty(),
@@ -167,5 +182,6 @@ pub(super) fn is_endpoint(text: &str) -> bool {
         return path.starts_with(['/', '@']) && path.len() > 1;
     }
     let Some((host, port)) = text.rsplit_once(':') else { return false };
-    matches!(host, "127.0.0.1" | "0.0.0.0" | "[::1]" | "[::]") && port.parse::<u16>().is_ok_and(|port| port != 0)
+    matches!(host, "127.0.0.1" | "0.0.0.0" | "[::1]" | "[::]")
+        && port.parse::<u16>().is_ok_and(|port| port != 0)
 }

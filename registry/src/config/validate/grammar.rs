@@ -30,7 +30,9 @@ pub(crate) fn label_key(key: &str) -> Result<(), &'static str> {
         return Err("the prefix of a key must be a DNS name in lower case");
     }
     if !(1..=63).contains(&name.len()) || !is_qualified(name) {
-        return Err("a key must have 1 to 63 letters, digits, -, _ and ., with a letter or digit at both ends");
+        return Err(
+            "a key must have 1 to 63 letters, digits, -, _ and ., with a letter or digit at both ends",
+        );
     }
     Ok(())
 }
@@ -40,7 +42,9 @@ pub(crate) fn label_value(value: &str) -> Result<(), &'static str> {
     if value.is_empty() || value.len() <= 63 && is_qualified(value) {
         Ok(())
     } else {
-        Err("the value of a label must have at most 63 letters, digits, -, _ and ., with a letter or digit at both ends")
+        Err(
+            "the value of a label must have at most 63 letters, digits, -, _ and ., with a letter or digit at both ends",
+        )
     }
 }
 
@@ -104,8 +108,7 @@ pub(crate) fn is_subnet(text: &str) -> bool {
 /// The name of a header.
 pub(crate) fn is_header_name(text: &str) -> bool {
     let bare = text.strip_prefix(':').unwrap_or(text);
-    !bare.is_empty()
-        && bare.bytes().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b))
+    !bare.is_empty() && bare.bytes().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b))
 }
 
 /// A locality: `region`, `region/zone` or `region/zone/subzone`.
@@ -134,7 +137,8 @@ pub(crate) fn regex(pattern: &str) -> Result<(), String> {
     match RegexBuilder::new(pattern).size_limit(MAX_REGEX_PROGRAM).build() {
         Ok(_) => Ok(()),
         Err(regex::Error::CompiledTooBig(_)) => {
-            Err("must be a smaller regular expression: its repetitions multiply to too large a program".to_owned())
+            Err("must be a smaller regular expression: its repetitions multiply to too large a program"
+                .to_owned())
         }
         Err(error) => {
             let text = error.to_string();
@@ -159,7 +163,18 @@ pub(crate) fn is_http_url(text: &str) -> bool {
 
 /// The protocols that a port may name.
 pub(crate) const PROTOCOLS: &[&str] = &[
-    "HTTP", "HTTPS", "GRPC", "GRPC-WEB", "HTTP2", "HTTP_PROXY", "MONGO", "MYSQL", "REDIS", "TCP", "TLS", "UDP",
+    "HTTP",
+    "HTTPS",
+    "GRPC",
+    "GRPC-WEB",
+    "HTTP2",
+    "HTTP_PROXY",
+    "MONGO",
+    "MYSQL",
+    "REDIS",
+    "TCP",
+    "TLS",
+    "UDP",
     "HBONE",
 ];
 
@@ -174,7 +189,15 @@ mod tests {
 
     #[test]
     fn hosts_have_a_wildcard_in_front_only() {
-        for good in ["*", "*.example.com", "*-a.example.com", "a", "reviews.default.svc.cluster.local", "a_b.c", "A.b."] {
+        for good in [
+            "*",
+            "*.example.com",
+            "*-a.example.com",
+            "a",
+            "reviews.default.svc.cluster.local",
+            "a_b.c",
+            "A.b.",
+        ] {
             assert!(is_wildcard_host(good), "{good}");
         }
         for bad in ["", "a.*.b", "*a.b", "a..b", "-a.b", "a-.b", "a b", "*.", "a/b", "a:80"] {
@@ -186,7 +209,9 @@ mod tests {
     fn names_and_labels_follow_rfc_1123() {
         assert!(is_label("a-1") && !is_label("A") && !is_label("-a") && !is_label(&"a".repeat(64)));
         assert!(is_subdomain("a.b") && !is_subdomain("a..b"));
-        assert!(label_key("app.kubernetes.io/name").is_ok() && label_key("a/").is_err() && label_key("").is_err());
+        assert!(
+            label_key("app.kubernetes.io/name").is_ok() && label_key("a/").is_err() && label_key("").is_err()
+        );
         assert!(label_value("").is_ok() && label_value("v1.2_x").is_ok() && label_value("a b").is_err());
     }
 
@@ -204,7 +229,11 @@ mod tests {
     fn localities_and_urls() {
         assert!(is_locality_pattern("us/*") && is_locality_pattern("*") && is_locality_pattern("us/a/b"));
         assert!(!is_locality_pattern("us/*/b") && !is_locality_pattern("") && !is_locality_pattern("us*"));
-        assert!(is_http_url("https://a.b/keys") && is_http_url("http://127.0.0.1:80") && is_http_url("http://[::1]:80/"));
+        assert!(
+            is_http_url("https://a.b/keys")
+                && is_http_url("http://127.0.0.1:80")
+                && is_http_url("http://[::1]:80/")
+        );
         assert!(!is_http_url("ftp://a") && !is_http_url("https://") && !is_http_url("https://a b/"));
     }
 }

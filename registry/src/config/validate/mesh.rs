@@ -1,6 +1,8 @@
 //! Rules of `MeshConfig`.
 
-use super::destination_rule::{check_client_tls, check_connection_pool, check_locality, check_outlier_detection};
+use super::destination_rule::{
+    check_client_tls, check_connection_pool, check_locality, check_outlier_detection,
+};
 use super::service_entry::check_probe;
 use super::virtual_service::check_retries;
 use super::{Checker, grammar};
@@ -60,7 +62,9 @@ fn check_names(cx: &mut Checker, mesh: &MeshConfig) {
     let trust_domain = |domain: &str| {
         !domain.is_empty()
             && domain.len() <= 255
-            && domain.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'-' | b'_'))
+            && domain
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'-' | b'_'))
     };
     if !mesh.trust_domain.is_empty() && !trust_domain(&mesh.trust_domain) {
         cx.error_at("trustDomain", "must have lower-case letters, digits, ., - and _ only (SPIFFE ID, 2.1)");
@@ -97,10 +101,13 @@ fn check_provider(cx: &mut Checker, provider: &ExtensionProvider) {
     cx.at(name, |cx| {
         if cx.required("service", service) {
             let host = service.split_once('/').map_or(service.as_str(), |(_, host)| host);
-            cx.refuse(!grammar::is_host(host), "service", "must be a host name, after an optional namespace and slash");
+            cx.refuse(
+                !grammar::is_host(host),
+                "service",
+                "must be a host name, after an optional namespace and slash",
+            );
         }
         cx.port("port", port);
-        let (Provider::EnvoyExtAuthzHttp(_) | Provider::EnvoyExtAuthzGrpc(_)) = kind else { return };
         check_ext_authz(cx, kind);
     });
 }
@@ -109,7 +116,19 @@ fn check_ext_authz(cx: &mut Checker, provider: &Provider) {
     let (timeout, status, prefix) = match provider {
         Provider::EnvoyExtAuthzHttp(p) => (p.timeout, &p.status_on_error, p.path_prefix.as_str()),
         Provider::EnvoyExtAuthzGrpc(p) => (p.timeout, &p.status_on_error, ""),
-        _ => return,
+        Provider::Zipkin(_)
+        | Provider::Lightstep(_)
+        | Provider::Datadog(_)
+        | Provider::Stackdriver(_)
+        | Provider::Opencensus(_)
+        | Provider::Skywalking(_)
+        | Provider::Opentelemetry(_)
+        | Provider::Prometheus(_)
+        | Provider::EnvoyFileAccessLog(_)
+        | Provider::EnvoyHttpAls(_)
+        | Provider::EnvoyTcpAls(_)
+        | Provider::EnvoyOtelAls(_)
+        | Provider::Sds(_) => return,
     };
     cx.duration("timeout", timeout);
     let code = status.parse::<u16>().is_ok_and(|code| (100..=599).contains(&code));
@@ -140,13 +159,25 @@ fn check_label_selector(cx: &mut Checker, selector: &LabelSelector) {
     cx.each("matchExpressions", &selector.match_expressions, |cx, condition| {
         cx.required("key", &condition.key);
         let needs = matches!(condition.operator, LabelSelectorOperator::In | LabelSelectorOperator::NotIn);
-        cx.refuse(needs && condition.values.is_empty(), "values", "is required with the operators In and NotIn");
-        cx.refuse(!needs && !condition.values.is_empty(), "values", "must be empty with Exists and DoesNotExist");
+        cx.refuse(
+            needs && condition.values.is_empty(),
+            "values",
+            "is required with the operators In and NotIn",
+        );
+        cx.refuse(
+            !needs && !condition.values.is_empty(),
+            "values",
+            "must be empty with Exists and DoesNotExist",
+        );
     });
 }
 
 fn check_proxy_config(cx: &mut Checker, config: &ProxyConfig) {
-    cx.refuse(config.concurrency.is_some_and(|threads| threads < 0), "concurrency", "must not be negative; 0 is one thread for each core");
+    cx.refuse(
+        config.concurrency.is_some_and(|threads| threads < 0),
+        "concurrency",
+        "must not be negative; 0 is one thread for each core",
+    );
     cx.duration("drainDuration", config.drain_duration);
     cx.duration_or_zero("terminationDrainDuration", config.termination_drain_duration);
     if let Some(port) = config.status_port {

@@ -19,7 +19,10 @@ pub(super) fn check_authorization(cx: &mut Checker, namespace: &str, policy: &Au
         }),
     }
     if policy.rules.is_empty() && policy.action != AuthorizationAction::Allow {
-        let message = format!("is required with action {}: without rules the policy has no effect", policy.action.as_str());
+        let message = format!(
+            "is required with action {}: without rules the policy has no effect",
+            policy.action.as_str()
+        );
         cx.error_at("rules", message);
     }
     cx.each("rules", &policy.rules, check_rule);
@@ -85,7 +88,11 @@ fn check_service_accounts(cx: &mut Checker, source: &Source) {
         if accounts.is_empty() {
             continue;
         }
-        cx.refuse(excluded, field, "cannot be set together with principals or namespaces, which it stands for");
+        cx.refuse(
+            excluded,
+            field,
+            "cannot be set together with principals or namespaces, which it stands for",
+        );
         cx.refuse(accounts.len() > MAX_SERVICE_ACCOUNTS, field, "must have at most 16 entries");
         cx.each(field, accounts, |cx, account| {
             let fits = match account.split_once('/') {
@@ -93,7 +100,9 @@ fn check_service_accounts(cx: &mut Checker, source: &Source) {
                 None => grammar::is_subdomain(account),
             };
             if !fits {
-                cx.error("must be the name of a service account, or namespace/name; wildcards are not possible");
+                cx.error(
+                    "must be the name of a service account, or namespace/name; wildcards are not possible",
+                );
             }
         });
     }
@@ -127,9 +136,12 @@ fn patterns(cx: &mut Checker, field: &str, values: &[String]) {
 fn check_pattern(cx: &mut Checker, value: &str) {
     if value.is_empty() {
         cx.error("must not be empty");
-    } else if value != "*" && value.strip_prefix('*').or_else(|| value.strip_suffix('*')).is_some_and(|rest| rest.contains('*'))
+    } else if value != "*"
+        && value.strip_prefix('*').or_else(|| value.strip_suffix('*')).is_some_and(|rest| rest.contains('*'))
     {
-        cx.warn("only one * at the beginning or the end is a wildcard; this value matches literally otherwise");
+        cx.warn(
+            "only one * at the beginning or the end is a wildcard; this value matches literally otherwise",
+        );
     }
 }
 
@@ -158,7 +170,9 @@ fn check_path(cx: &mut Checker, path: &str) {
             "{**}" => rest = true,
             "{*}" => {}
             part if part.contains(['{', '}']) => {
-                return cx.error("must be a path or a template: {*} and {**} stand for whole parts between slashes");
+                return cx.error(
+                    "must be a path or a template: {*} and {**} stand for whole parts between slashes",
+                );
             }
             part if part.contains('*') => {
                 return cx.error("must be a path or a template: * and {*} cannot be mixed");
@@ -173,9 +187,18 @@ fn check_path(cx: &mut Checker, path: &str) {
 
 /// Keys of conditions without an argument.
 const KEYS: &[&str] = &[
-    "source.ip", "remote.ip", "source.namespace", "source.principal", "source.serviceAccount", "source.trustDomain",
-    "request.auth.principal", "request.auth.audiences", "request.auth.presenter", "destination.ip",
-    "destination.port", "connection.sni",
+    "source.ip",
+    "remote.ip",
+    "source.namespace",
+    "source.principal",
+    "source.serviceAccount",
+    "source.trustDomain",
+    "request.auth.principal",
+    "request.auth.audiences",
+    "request.auth.presenter",
+    "destination.ip",
+    "destination.port",
+    "connection.sni",
 ];
 /// Keys of conditions with an argument in brackets.
 const KEYS_WITH_ARGUMENT: &[&str] = &["request.headers", "request.auth.claims"];
@@ -227,7 +250,9 @@ fn known_key(key: &str) -> Result<(), String> {
 }
 
 pub(super) fn check_peer_authentication(cx: &mut Checker, policy: &PeerAuthentication) {
-    cx.opt("selector", policy.selector.as_ref(), |cx, selector| cx.selector("matchLabels", &selector.match_labels));
+    cx.opt("selector", policy.selector.as_ref(), |cx, selector| {
+        cx.selector("matchLabels", &selector.match_labels)
+    });
     let selects = policy.selector.as_ref().is_some_and(|selector| !selector.match_labels.is_empty());
     cx.refuse(
         !policy.port_level_mtls.is_empty() && !selects,

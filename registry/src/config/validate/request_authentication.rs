@@ -13,9 +13,12 @@ pub(super) fn check(cx: &mut Checker, namespace: &str, policy: &RequestAuthentic
 
 fn check_rule(cx: &mut Checker, rule: &JwtRule) {
     cx.required("issuer", &rule.issuer);
-    for (field, texts) in
-        [("audiences", &rule.audiences), ("fromParams", &rule.from_params), ("fromCookies", &rule.from_cookies), ("spaceDelimitedClaims", &rule.space_delimited_claims)]
-    {
+    for (field, texts) in [
+        ("audiences", &rule.audiences),
+        ("fromParams", &rule.from_params),
+        ("fromCookies", &rule.from_cookies),
+        ("spaceDelimitedClaims", &rule.space_delimited_claims),
+    ] {
         cx.each(field, texts, |cx, text| {
             if text.is_empty() {
                 cx.error("must not be empty");

@@ -84,10 +84,18 @@ fn check_resolution(cx: &mut Checker, entry: &ServiceEntry) {
         }
         ServiceEntryResolution::Dns | ServiceEntryResolution::DnsRoundRobin => {
             if none && entry.workload_selector.is_none() {
-                wildcards(cx, entry, "cannot be resolved by DNS: without endpoints a host must be a full name");
+                wildcards(
+                    cx,
+                    entry,
+                    "cannot be resolved by DNS: without endpoints a host must be a full name",
+                );
             }
             let one = entry.resolution == ServiceEntryResolution::DnsRoundRobin;
-            cx.refuse(one && entry.endpoints.len() > 1, "endpoints", "must have one entry at most with resolution DNS_ROUND_ROBIN");
+            cx.refuse(
+                one && entry.endpoints.len() > 1,
+                "endpoints",
+                "must have one entry at most with resolution DNS_ROUND_ROBIN",
+            );
         }
         ServiceEntryResolution::DynamicDns => {
             cx.refuse(!none, "endpoints", "must be empty with resolution DYNAMIC_DNS");
@@ -117,13 +125,25 @@ fn wildcards(cx: &mut Checker, entry: &ServiceEntry, message: &str) {
 fn check_endpoint(cx: &mut Checker, entry: &ServiceEntry, endpoint: &WorkloadEntry) {
     let address = endpoint.address.as_str();
     let socket = address.starts_with("unix://");
-    let by_name = matches!(entry.resolution, ServiceEntryResolution::Dns | ServiceEntryResolution::DnsRoundRobin);
+    let by_name =
+        matches!(entry.resolution, ServiceEntryResolution::Dns | ServiceEntryResolution::DnsRoundRobin);
     if by_name && socket {
         cx.error_at("address", "must not be a Unix socket with resolution DNS; use STATIC");
-    } else if entry.resolution == ServiceEntryResolution::Static && !address.is_empty() && !socket && !grammar::is_ip(address) {
-        cx.error_at("address", "must be an IP address or unix:///path with resolution STATIC; use DNS for names");
+    } else if entry.resolution == ServiceEntryResolution::Static
+        && !address.is_empty()
+        && !socket
+        && !grammar::is_ip(address)
+    {
+        cx.error_at(
+            "address",
+            "must be an IP address or unix:///path with resolution STATIC; use DNS for names",
+        );
     }
-    cx.refuse(socket && entry.ports.len() > 1, "address", "a Unix socket can serve one port only, and this service has several");
+    cx.refuse(
+        socket && entry.ports.len() > 1,
+        "address",
+        "a Unix socket can serve one port only, and this service has several",
+    );
     cx.entries("ports", &endpoint.ports, |cx, name, _| {
         if !entry.ports.iter().any(|port| port.name == name) {
             let known: Vec<&str> = entry.ports.iter().map(|port| port.name.as_str()).collect();

@@ -7,7 +7,9 @@ use super::grammar;
 use crate::config::node::{Path, Segment};
 use crate::config::object::{Kind, Object, Spec};
 use crate::model::mesh::MeshConfig;
-use crate::model::traffic::{Destination, DestinationRule, Gateway, HttpRoute, VirtualService};
+use crate::model::security::{AuthorizationPolicy, PeerAuthentication};
+use crate::model::telemetry::Telemetry;
+use crate::model::traffic::{Destination, DestinationRule, Gateway, HttpRoute, Sidecar, VirtualService};
 
 /// How bad a problem is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -54,40 +56,22 @@ pub fn validate_set(objects: &[&Object]) -> Vec<Problem> {
     let mut problems = Vec::new();
     for object in objects {
         let mut cx = About { object, problems: &mut problems };
-        match &*object.spec {
-            Spec::VirtualService(spec) => virtual_service(&mut cx, &set, spec),
-            Spec::PeerAuthentication(spec) => {
-                let selects = spec.selector.as_ref().is_some_and(|s| !s.match_labels.is_empty());
-                if selects && object.namespace == set.root_namespace() {
-                    cx.warn(Path::spec().key("selector"), "has no effect in the root namespace");
-                }
-                if !selects {
-                    namespace_wide(&mut cx, &set);
-                }
+        if is_namespace_wide(object) {
+            namespace_wide(&mut cx, &set);
+        }
+        if let Some(spec) = object.get::<VirtualService>() {
+            virtual_service(&mut cx, &set, spec);
+        } else if let Some(spec) = object.get::<PeerAuthentication>() {
+            let selects = spec.selector.as_ref().is_some_and(|selector| !selector.match_labels.is_empty());
+            if selects && object.namespace == set.root_namespace() {
+                cx.warn(Path::spec().key("selector"), "has no effect in the root namespace");
             }
-            Spec::RequestAuthentication(_) | Spec::DestinationRule(_) => {}
-            Spec::Sidecar(spec) if spec.workload_selector.is_none() => namespace_wide(&mut cx, &set),
-            Spec::Telemetry(spec) => {
-                if spec.selector.is_none() && spec.target_ref.is_none() && spec.target_refs.is_empty() {
-                    namespace_wide(&mut cx, &set);
-                }
-                telemetry_providers(&mut cx, &set, spec);
-            }
-            Spec::AuthorizationPolicy(spec) => {
-                if let Some(provider) = &spec.provider {
-                    known_provider(&mut cx, &set, Path::spec().key("provider").key("name"), &provider.name);
-                }
-            }
-            Spec::ServiceEntry(_)
-            | Spec::Gateway(_)
-            | Spec::Sidecar(_)
-            | Spec::WorkloadEntry(_)
-            | Spec::WorkloadGroup(_)
-            | Spec::EnvoyFilter(_)
-            | Spec::ProxyConfig(_)
-            | Spec::WasmPlugin(_)
-            | Spec::TrafficExtension(_)
-            | Spec::MeshConfig(_) => {}
+        } else if let Some(spec) = object.get::<Telemetry>() {
+            telemetry_providers(&mut cx, &set, spec);
+        } else if let Some(provider) =
+            object.get::<AuthorizationPolicy>().and_then(|spec| spec.provider.as_ref())
+        {
+            known_provider(&mut cx, &set, Path::spec().key("provider").key("name"), &provider.name);
         }
     }
     shared_hosts(&set, &mut problems);
@@ -110,10 +94,7 @@ struct Set<'a> {
 
 impl<'a> Set<'a> {
     fn new(objects: &'a [&'a Object]) -> Self {
-        let mesh = objects.iter().find_map(|object| match &*object.spec {
-            Spec::MeshConfig(mesh) => Some(mesh),
-            _ => None,
-        });
+        let mesh = objects.iter().find_map(|object| object.get::<MeshConfig>());
         Self { objects, mesh }
     }
 
@@ -126,17 +107,11 @@ impl<'a> Set<'a> {
     }
 
     fn rules(&self) -> impl Iterator<Item = (&'a Object, &'a DestinationRule)> {
-        self.objects.iter().filter_map(|object| match &*object.spec {
-            Spec::DestinationRule(rule) => Some((*object, rule)),
-            _ => None,
-        })
+        self.objects.iter().filter_map(|object| Some((*object, object.get::<DestinationRule>()?)))
     }
 
     fn services(&self) -> impl Iterator<Item = (&'a Object, &'a VirtualService)> {
-        self.objects.iter().filter_map(|object| match &*object.spec {
-            Spec::VirtualService(service) => Some((*object, service)),
-            _ => None,
-        })
+        self.objects.iter().filter_map(|object| Some((*object, object.get::<VirtualService>()?)))
     }
 
     /// Objects of the same kind in the same namespace, the oldest first.
@@ -153,12 +128,13 @@ impl<'a> Set<'a> {
 }
 
 fn is_namespace_wide(object: &Object) -> bool {
-    match &*object.spec {
-        Spec::PeerAuthentication(spec) => spec.selector.as_ref().is_none_or(|s| s.match_labels.is_empty()),
-        Spec::Sidecar(spec) => spec.workload_selector.is_none(),
-        Spec::Telemetry(spec) => spec.selector.is_none() && spec.target_ref.is_none() && spec.target_refs.is_empty(),
-        _ => false,
+    if let Some(spec) = object.get::<PeerAuthentication>() {
+        return spec.selector.as_ref().is_none_or(|selector| selector.match_labels.is_empty());
     }
+    if let Some(spec) = object.get::<Telemetry>() {
+        return spec.selector.is_none() && spec.target_ref.is_none() && spec.target_refs.is_empty();
+    }
+    object.get::<Sidecar>().is_some_and(|spec| spec.workload_selector.is_none())
 }
 
 struct About<'a, 'p> {
@@ -180,7 +156,10 @@ impl About<'_, '_> {
 fn namespace_wide(cx: &mut About<'_, '_>, set: &Set<'_>) {
     let siblings = set.siblings(cx.object);
     if let Some(first) = siblings.first().filter(|first| first.name != cx.object.name) {
-        let message = format!("{} is for the whole namespace already and is older; this object has no effect", first.id());
+        let message = format!(
+            "{} is for the whole namespace already and is older; this object has no effect",
+            first.id()
+        );
         cx.warn(Path::spec(), message);
     }
 }
@@ -194,7 +173,7 @@ fn known_provider(cx: &mut About<'_, '_>, set: &Set<'_>, path: Path, name: &str)
     }
 }
 
-fn telemetry_providers(cx: &mut About<'_, '_>, set: &Set<'_>, spec: &crate::model::telemetry::Telemetry) {
+fn telemetry_providers(cx: &mut About<'_, '_>, set: &Set<'_>, spec: &Telemetry) {
     let lists = spec
         .tracing
         .iter()
@@ -202,7 +181,13 @@ fn telemetry_providers(cx: &mut About<'_, '_>, set: &Set<'_>, spec: &crate::mode
         .enumerate()
         .map(|(i, p)| ("tracing", i, p))
         .chain(spec.metrics.iter().map(|m| &m.providers).enumerate().map(|(i, p)| ("metrics", i, p)))
-        .chain(spec.access_logging.iter().map(|l| &l.providers).enumerate().map(|(i, p)| ("accessLogging", i, p)));
+        .chain(
+            spec.access_logging
+                .iter()
+                .map(|l| &l.providers)
+                .enumerate()
+                .map(|(i, p)| ("accessLogging", i, p)),
+        );
     for (field, index, providers) in lists {
         for (at, provider) in providers.iter().enumerate() {
             let path = Path::spec().key(field).index(index).key("providers").index(at).key("name");
@@ -229,11 +214,18 @@ fn destinations(service: &VirtualService) -> Vec<(Path, &Destination)> {
     for (i, route) in service.http.iter().enumerate() {
         let at = Path::spec().key("http").index(i);
         for (j, to) in route.route.iter().enumerate() {
-            out.extend(to.destination.as_ref().map(|d| (at.clone().key("route").index(j).key("destination"), d)));
+            out.extend(
+                to.destination.as_ref().map(|d| (at.clone().key("route").index(j).key("destination"), d)),
+            );
         }
         out.extend(route.mirror.as_ref().map(|d| (at.clone().key("mirror"), d)));
         for (j, mirror) in route.mirrors.iter().enumerate() {
-            out.extend(mirror.destination.as_ref().map(|d| (at.clone().key("mirrors").index(j).key("destination"), d)));
+            out.extend(
+                mirror
+                    .destination
+                    .as_ref()
+                    .map(|d| (at.clone().key("mirrors").index(j).key("destination"), d)),
+            );
         }
     }
     let tls = service.tls.iter().map(|route| &route.route).enumerate().map(|(i, r)| ("tls", i, r));
@@ -260,12 +252,19 @@ fn subset(cx: &mut About<'_, '_>, set: &Set<'_>, path: Path, destination: &Desti
         return;
     }
     let message = match rules.first() {
-        None => format!("no DestinationRule for {host}, so no subset {}; requests to it fail with 503", destination.subset),
+        None => format!(
+            "no DestinationRule for {host}, so no subset {}; requests to it fail with 503",
+            destination.subset
+        ),
         Some((object, _)) => {
             let known: Vec<&str> =
                 rules.iter().flat_map(|(_, rule)| &rule.subsets).map(|s| s.name.as_str()).collect();
             let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-            format!("no subset {} in {}; it has: {known}; requests to it fail with 503", destination.subset, object.id())
+            format!(
+                "no subset {} in {}; it has: {known}; requests to it fail with 503",
+                destination.subset,
+                object.id()
+            )
         }
     };
     cx.warn(path.key("subset"), message);
@@ -282,7 +281,10 @@ fn gateway_of(cx: &mut About<'_, '_>, set: &Set<'_>, path: Path, service: &Virtu
     for (index, host) in service.hosts.iter().enumerate() {
         if !serves(found, namespace, &cx.object.namespace, host) {
             let path = Path::spec().key("hosts").index(index);
-            cx.warn(path, format!("no server of {} has this host; the routes have no effect there", object.id()));
+            cx.warn(
+                path,
+                format!("no server of {} has this host; the routes have no effect there", object.id()),
+            );
         }
     }
 }
@@ -328,18 +330,20 @@ fn shared_hosts(set: &Set<'_>, problems: &mut Vec<Problem>) {
         for (object, index) in others.iter().filter(|(object, _)| visible_together(object, first)) {
             About { object, problems }.warn(
                 Path::spec().key("hosts").index(*index),
-                format!("{} has routes for {host} already and is older; these routes have no effect there", first.id()),
+                format!(
+                    "{} has routes for {host} already and is older; these routes have no effect there",
+                    first.id()
+                ),
             );
         }
     }
 }
 
 fn visible_together(a: &Object, b: &Object) -> bool {
-    let private = |object: &Object| match &*object.spec {
-        Spec::VirtualService(service) => {
+    let private = |object: &Object| {
+        object.get::<VirtualService>().is_some_and(|service| {
             !service.export_to.is_empty() && service.export_to.iter().all(|namespace| namespace == ".")
-        }
-        _ => false,
+        })
     };
     a.namespace == b.namespace || !private(a) && !private(b)
 }
@@ -372,11 +376,20 @@ fn conflicting_subsets(set: &Set<'_>, problems: &mut Vec<Problem>) {
     rules.sort_by_key(|(object, _)| (object.created, object.name.clone()));
     for (object, rule) in rules.into_iter().filter(|(_, rule)| rule.workload_selector.is_none()) {
         for (index, subset) in rule.subsets.iter().enumerate() {
-            let key = (object.namespace.clone(), full_host(&rule.host, &object.namespace), subset.name.clone());
+            let key =
+                (object.namespace.clone(), full_host(&rule.host, &object.namespace), subset.name.clone());
             let (first, labels) = seen.entry(key).or_insert((object, &subset.labels));
             if first.id() != object.id() && *labels != &subset.labels {
-                let path = Path(vec![Segment::Key("spec".into()), Segment::Key("subsets".into()), Segment::Index(index)]);
-                let message = format!("{} has a subset {} with other labels; this one has no effect", first.id(), subset.name);
+                let path = Path(vec![
+                    Segment::Key("spec".into()),
+                    Segment::Key("subsets".into()),
+                    Segment::Index(index),
+                ]);
+                let message = format!(
+                    "{} has a subset {} with other labels; this one has no effect",
+                    first.id(),
+                    subset.name
+                );
                 About { object, problems }.warn(path, message);
             }
         }

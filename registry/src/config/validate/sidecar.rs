@@ -13,13 +13,19 @@ use crate::model::traffic::{
 
 pub(super) fn check(cx: &mut Checker, sidecar: &Sidecar) {
     if *sidecar == Sidecar::default() {
-        cx.error("must have at least one of egress, ingress, outboundTrafficPolicy and inboundConnectionPool");
+        cx.error(
+            "must have at least one of egress, ingress, outboundTrafficPolicy and inboundConnectionPool",
+        );
     }
     cx.opt("workloadSelector", sidecar.workload_selector.as_ref(), |cx, selector| {
         cx.selector("labels", &selector.labels);
     });
     if !sidecar.ingress.is_empty() && sidecar.workload_selector.is_none() {
-        cx.at("ingress", |cx| cx.warn("replaces the listeners of every workload of the namespace; a workloadSelector is missing"));
+        cx.at("ingress", |cx| {
+            cx.warn(
+                "replaces the listeners of every workload of the namespace; a workloadSelector is missing",
+            )
+        });
     }
     cx.each("ingress", &sidecar.ingress, check_ingress);
     unique_ports(cx, sidecar);
@@ -84,7 +90,8 @@ fn check_ingress(cx: &mut Checker, listener: &IstioIngressListener) {
         "must be 127.0.0.1:PORT, 0.0.0.0:PORT, [::1]:PORT, [::]:PORT or unix:///path",
     );
     cx.opt("tls", listener.tls.as_ref(), |cx, tls| {
-        let fits = matches!(tls.mode, ServerTlsMode::Simple | ServerTlsMode::Mutual | ServerTlsMode::OptionalMutual);
+        let fits =
+            matches!(tls.mode, ServerTlsMode::Simple | ServerTlsMode::Mutual | ServerTlsMode::OptionalMutual);
         cx.refuse(!fits, "mode", "must be SIMPLE, MUTUAL or OPTIONAL_MUTUAL");
         cx.refuse(tls.https_redirect, "httpsRedirect", "is for gateways only");
         if fits {
@@ -113,7 +120,11 @@ fn check_egress(cx: &mut Checker, listener: &IstioEgressListener) {
             );
         }
         None => {
-            cx.refuse(!listener.bind.is_empty() && !grammar::is_ip(&listener.bind), "bind", "must be an IP address or unix:///path");
+            cx.refuse(
+                !listener.bind.is_empty() && !grammar::is_ip(&listener.bind),
+                "bind",
+                "must be an IP address or unix:///path",
+            );
         }
     }
     cx.refuse(!listener.bind.is_empty() && listener.port.is_none(), "port", "is required when bind is set");

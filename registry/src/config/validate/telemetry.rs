@@ -1,16 +1,18 @@
 //! Rules of `Telemetry`.
 
 use super::Checker;
-use crate::model::telemetry::{
-    AccessLogging, CustomTag, CustomTagType, MetricMatch, Metrics, MetricsOverrides, TagOverrideOperation, Telemetry,
-    Tracing,
-};
 use crate::model::security::ExtensionProviderName;
+use crate::model::telemetry::{
+    AccessLogging, CustomTag, CustomTagType, MetricMatch, Metrics, MetricsOverrides, TagOverrideOperation,
+    Telemetry, Tracing,
+};
 
 pub(super) fn check(cx: &mut Checker, namespace: &str, telemetry: &Telemetry) {
     cx.targets(namespace, telemetry.selector.as_ref(), telemetry.target_ref.as_ref(), &telemetry.target_refs);
     if telemetry.tracing.len() > 1 {
-        cx.at("tracing", |cx| cx.warn("several entries: of those with the same match only the first has an effect"));
+        cx.at("tracing", |cx| {
+            cx.warn("several entries: of those with the same match only the first has an effect")
+        });
     }
     cx.each("tracing", &telemetry.tracing, check_tracing);
     cx.each("metrics", &telemetry.metrics, check_metrics);
@@ -30,7 +32,7 @@ fn check_tracing(cx: &mut Checker, tracing: &Tracing) {
         cx.error_at("providers", "must have one entry at most: a proxy sends spans to one place");
     }
     cx.percent("randomSamplingPercentage", tracing.random_sampling_percentage);
-    cx.entries("customTags", &tracing.custom_tags, |cx, name, tag| check_tag(cx, name, tag));
+    cx.entries("customTags", &tracing.custom_tags, check_tag);
 }
 
 fn check_tag(cx: &mut Checker, name: &str, tag: &CustomTag) {

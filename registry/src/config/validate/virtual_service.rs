@@ -6,9 +6,9 @@ use super::{Checker, grammar};
 use crate::config::node::Segment;
 use crate::model::traffic::{
     CorsPolicy, Delegate, Destination, ErrorType, FaultAbort, FaultDelay, HeaderOperations, Headers,
-    HttpBodySpecifier, HttpDelayType, HttpDirectResponse, HttpFaultInjection, HttpMatchRequest, HttpRedirect, HttpRetry,
-    HttpRewrite, HttpRoute, HttpRouteDestination, L4MatchAttributes, Percent, RedirectPort, RouteDestination,
-    StringMatch, TcpRoute, TlsRoute, VirtualService,
+    HttpBodySpecifier, HttpDelayType, HttpDirectResponse, HttpFaultInjection, HttpMatchRequest, HttpRedirect,
+    HttpRetry, HttpRewrite, HttpRoute, HttpRouteDestination, L4MatchAttributes, Percent, RedirectPort,
+    RouteDestination, StringMatch, TcpRoute, TlsRoute, VirtualService,
 };
 
 /// Largest body of a direct response, in bytes.
@@ -39,7 +39,9 @@ fn check_hosts(cx: &mut Checker, service: &VirtualService, mesh: bool) {
         } else if mesh && host == "*" {
             cx.error("* is not allowed for sidecars; name the hosts, or name gateways without mesh");
         } else if !mesh && !host.contains(['.', ':']) && host != "*" {
-            cx.warn("a gateway gets requests for full names; this short name belongs to the object's namespace");
+            cx.warn(
+                "a gateway gets requests for full names; this short name belongs to the object's namespace",
+            );
         }
     });
     cx.unique("hosts", service.hosts.iter().map(String::as_str), "host");
@@ -111,7 +113,10 @@ fn check_http_action(cx: &mut Checker, route: &HttpRoute, delegate: bool) {
         [] => cx.error("must have one of route, redirect, directResponse and delegate"),
         [_] => {}
         several => {
-            cx.error(format!("must have only one of route, redirect, directResponse and delegate, not {}", several.join(" and ")));
+            cx.error(format!(
+                "must have only one of route, redirect, directResponse and delegate, not {}",
+                several.join(" and ")
+            ));
         }
     }
     cx.refuse(delegate && route.delegate.is_some(), "delegate", "a delegate may not delegate again");
@@ -295,14 +300,28 @@ fn check_rewrite(cx: &mut Checker, rewrite: &HttpRewrite) {
 
 /// What `retryOn` may name, besides status codes (Envoy, `x-envoy-retry-on` and `x-envoy-retry-grpc-on`).
 const RETRY_ON: &[&str] = &[
-    "5xx", "gateway-error", "reset", "reset-before-request", "connect-failure", "envoy-ratelimited", "retriable-4xx",
-    "refused-stream", "retriable-status-codes", "retriable-headers", "http3-post-connect-failure", "cancelled",
-    "deadline-exceeded", "internal", "resource-exhausted", "unavailable",
+    "5xx",
+    "gateway-error",
+    "reset",
+    "reset-before-request",
+    "connect-failure",
+    "envoy-ratelimited",
+    "retriable-4xx",
+    "refused-stream",
+    "retriable-status-codes",
+    "retriable-headers",
+    "http3-post-connect-failure",
+    "cancelled",
+    "deadline-exceeded",
+    "internal",
+    "resource-exhausted",
+    "unavailable",
 ];
 
 pub(super) fn check_retries(cx: &mut Checker, retries: &HttpRetry) {
     cx.refuse(retries.attempts < 0, "attempts", "must not be negative; 0 switches retries off");
-    let others = !retries.retry_on.is_empty() || retries.per_try_timeout.is_some() || retries.backoff.is_some();
+    let others =
+        !retries.retry_on.is_empty() || retries.per_try_timeout.is_some() || retries.backoff.is_some();
     if retries.attempts == 0 && others {
         cx.error_at("attempts", "must be at least 1 when other fields of retries are set");
     }
@@ -311,8 +330,10 @@ pub(super) fn check_retries(cx: &mut Checker, retries: &HttpRetry) {
     for condition in retries.retry_on.split(',').map(str::trim).filter(|c| !c.is_empty()) {
         let code = condition.parse::<u16>().is_ok_and(|code| (100..=599).contains(&code));
         if !code && !RETRY_ON.contains(&condition) {
-            let hint = super::super::decode::nearest(condition, RETRY_ON)
-                .map_or_else(|| format!("conditions are: {}", RETRY_ON.join(", ")), |near| format!("did you mean {near}?"));
+            let hint = super::super::decode::nearest(condition, RETRY_ON).map_or_else(
+                || format!("conditions are: {}", RETRY_ON.join(", ")),
+                |near| format!("did you mean {near}?"),
+            );
             cx.error_at("retryOn", format!("{condition} is no condition and no status code; {hint}"));
         }
     }
@@ -338,9 +359,23 @@ fn check_delay(cx: &mut Checker, delay: &FaultDelay) {
 
 /// Names of gRPC status codes.
 const GRPC_STATUS: &[&str] = &[
-    "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
-    "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
-    "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
 ];
 
 fn check_abort(cx: &mut Checker, abort: &FaultAbort) {
@@ -355,7 +390,9 @@ fn check_abort(cx: &mut Checker, abort: &FaultAbort) {
                 cx.error_at("grpcStatus", format!("must be a gRPC status: {}", GRPC_STATUS.join(", ")));
             }
         }
-        Some(ErrorType::Http2Error(_)) => cx.error_at("http2Error", "is not supported; use httpStatus or grpcStatus"),
+        Some(ErrorType::Http2Error(_)) => {
+            cx.error_at("http2Error", "is not supported; use httpStatus or grpcStatus")
+        }
     }
     check_percent(cx, "percentage", abort.percentage.as_ref());
 }
@@ -364,7 +401,8 @@ pub(super) fn check_percent(cx: &mut Checker, field: &str, percent: Option<&Perc
     cx.opt(field, percent, |cx, percent| cx.percent("value", Some(percent.value)));
 }
 
-const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "OPTIONS", "TRACE", "*"];
+const METHODS: &[&str] =
+    &["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "OPTIONS", "TRACE", "*"];
 
 fn check_cors(cx: &mut Checker, cors: &CorsPolicy) {
     cx.each("allowOrigins", &cors.allow_origins, |cx, origin| {

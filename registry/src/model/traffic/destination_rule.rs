@@ -308,7 +308,6 @@ message! {
     }
 }
 
-
 enumeration! {
     /// Version of the PROXY protocol.
     pub enum ProxyProtocolVersion {

@@ -1,8 +1,6 @@
 //! What a workload's proxy sees and listens for (`Sidecar`).
 
-use super::{
-    CaptureMode, ConnectionPoolSettings, Destination, LabelsSelector, Port, ServerTlsSettings,
-};
+use super::{CaptureMode, ConnectionPoolSettings, Destination, LabelsSelector, Port, ServerTlsSettings};
 use crate::config::decode::{enumeration, message};
 
 message! {
