@@ -5,7 +5,6 @@
 //! ([`filter_chain`]), and then HTTP or TCP.
 
 pub mod accept;
-pub mod bind;
 pub mod connection;
 pub mod detect;
 pub mod filter_chain;

@@ -21,7 +21,6 @@ use tokio_util::task::TaskTracker;
 use crate::access_log::Log;
 use crate::access_log::writer::Writers;
 use crate::drain::Drain;
-use crate::listener::bind::Bound;
 use crate::listener::connection::Connection;
 use crate::listener::slot::Slot;
 use crate::metrics::standard::{Numbered, Principals, Service, Standard, Workload, peer_header};
@@ -57,8 +56,6 @@ pub struct Options {
     pub drain: Drain,
     /// Where access logs go.
     pub writers: Writers,
-    /// Where listeners really listen.
-    pub bound: Arc<Bound>,
     /// Token buckets of rate limits.
     pub buckets: Arc<Buckets>,
 }
@@ -74,7 +71,6 @@ impl Options {
             metadata: Map::new(),
             drain,
             writers: Writers::default(),
-            bound: Arc::default(),
             buckets: Arc::default(),
         }
     }
@@ -250,8 +246,6 @@ pub struct Worker {
     pub no_principals: Rc<Numbered<Principals>>,
     /// How this proxy tells its peers who it is: metadata and id.
     pub peer_headers: Option<(HeaderValue, HeaderValue)>,
-    /// Where listeners really listen.
-    pub bound: Arc<Bound>,
     store: Arc<TableStore>,
     tables: RefCell<Arc<Tables>>,
     generation: Cell<u64>,
@@ -289,7 +283,6 @@ impl Worker {
             no_service,
             no_principals,
             peer_headers: peer_header(&options.metadata).zip(id),
-            bound: options.bound,
             tables: RefCell::new(Arc::default()),
             generation: Cell::new(u64::MAX),
             store: options.tables,
@@ -450,10 +443,6 @@ impl Worker {
         };
         for upstream in upstreams {
             upstream.sweep(now);
-        }
-        let slots: Vec<Rc<Slot>> = self.slots.borrow().values().cloned().collect();
-        for slot in slots {
-            slot.bind_again();
         }
     }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio_util::sync::CancellationToken;
 
 use super::connection::Connection;
 use super::detect::{self, ClientHello};
@@ -21,7 +22,6 @@ use crate::http::server;
 use crate::tcp;
 use crate::tcp::io::{Io, Socket};
 use crate::worker::Worker;
-use crate::xds::decode::Address;
 use crate::xds::listener::chain::Terminal;
 use crate::xds::listener::{Listener, ListenerFilterKind};
 use crate::xds::rbac::Rbac;
@@ -30,17 +30,14 @@ use crate::xds::rbac::Rbac;
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// Accepts TCP connections until the listener is gone or the proxy drains.
-pub async fn tcp(slot: Rc<Slot>, worker: Rc<Worker>, socket: TcpListener, address: Address) {
+pub async fn tcp(slot: Rc<Slot>, worker: Rc<Worker>, socket: TcpListener, stop: CancellationToken) {
     loop {
         let accepted = tokio::select! {
             biased;
-            () = slot.closed() => return,
+            () = stop.cancelled() => return,
             () = worker.drain.draining() => return,
             accepted = socket.accept() => accepted,
         };
-        if !slot.wants(&address) {
-            return; // the listener has moved elsewhere
-        }
         match accepted {
             Ok((stream, remote)) => {
                 let (slot, tracked) = (Rc::clone(&slot), Rc::clone(&worker));
@@ -51,7 +48,7 @@ pub async fn tcp(slot: Rc<Slot>, worker: Rc<Worker>, socket: TcpListener, addres
                 });
             }
             Err(error) => {
-                tracing::warn!(%error, %address, "connection not accepted");
+                tracing::warn!(%error, listener = %slot.runtime().active.listener.name, "connection not accepted");
                 tokio::time::sleep(PAUSE).await;
             }
         }
@@ -59,18 +56,15 @@ pub async fn tcp(slot: Rc<Slot>, worker: Rc<Worker>, socket: TcpListener, addres
 }
 
 /// Accepts connections on a Unix socket until the listener is gone or the proxy drains.
-pub async fn unix(slot: Rc<Slot>, worker: Rc<Worker>, socket: UnixListener, address: Address) {
+pub async fn unix(slot: Rc<Slot>, worker: Rc<Worker>, socket: UnixListener, stop: CancellationToken) {
     let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     loop {
         let accepted = tokio::select! {
             biased;
-            () = slot.closed() => return,
+            () = stop.cancelled() => return,
             () = worker.drain.draining() => return,
             accepted = socket.accept() => accepted,
         };
-        if !slot.wants(&address) {
-            return;
-        }
         match accepted {
             Ok((stream, _)) => {
                 let (slot, tracked) = (Rc::clone(&slot), Rc::clone(&worker));
@@ -84,7 +78,7 @@ pub async fn unix(slot: Rc<Slot>, worker: Rc<Worker>, socket: UnixListener, addr
                 });
             }
             Err(error) => {
-                tracing::warn!(%error, %address, "connection not accepted");
+                tracing::warn!(%error, listener = %slot.runtime().active.listener.name, "connection not accepted");
                 tokio::time::sleep(PAUSE).await;
             }
         }

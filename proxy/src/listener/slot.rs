@@ -1,17 +1,19 @@
 //! A listener on one worker: its sockets stay while its configuration is replaced under them.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
+use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
 
 use super::connection::Connection;
-use super::{accept, bind};
+use super::accept;
 use crate::access_log::Logs;
 use crate::http::Http;
 use crate::metrics::standard::Reporter;
+use crate::sockets::Listening;
 use crate::tables::ActiveListener;
 use crate::tls::Acceptor;
 use crate::worker::Worker;
@@ -68,8 +70,7 @@ pub struct Slot {
     worker: Weak<Worker>,
     current: RefCell<Rc<Runtime>>,
     closed: CancellationToken,
-    unbound: RefCell<Vec<Address>>,
-    warned: Cell<bool>,
+    accepting: RefCell<CancellationToken>,
 }
 
 impl Slot {
@@ -80,13 +81,9 @@ impl Slot {
             worker: Rc::downgrade(worker),
             current: RefCell::new(Rc::new(runtime(worker, active, None))),
             closed: CancellationToken::new(),
-            unbound: RefCell::default(),
-            warned: Cell::new(false),
+            accepting: RefCell::default(),
         });
-        if active.listener.bind_to_port {
-            *slot.unbound.borrow_mut() = active.listener.addresses.to_vec();
-            slot.bind_again();
-        }
+        slot.accept(worker, active);
         slot
     }
 
@@ -99,48 +96,34 @@ impl Slot {
         let Some(worker) = self.worker.upgrade() else { return };
         let next = runtime(&worker, active, Some(&old));
         *self.current.borrow_mut() = Rc::new(next);
-        let added = |a: &&Address| !old.active.listener.addresses.contains(a) || !old.active.listener.bind_to_port;
-        if active.listener.bind_to_port {
-            self.unbound.borrow_mut().extend(active.listener.addresses.iter().filter(added).cloned());
-            self.bind_again();
+        if !Arc::ptr_eq(&old.active.sockets, &active.sockets) {
+            self.accept(&worker, active);
         }
     }
 
-    /// Binds what could not be bound before.
-    pub fn bind_again(self: &Rc<Self>) {
-        let Some(worker) = self.worker.upgrade() else { return };
-        let wanted = std::mem::take(&mut *self.unbound.borrow_mut());
-        let runtime = self.runtime();
-        for address in wanted {
-            if !runtime.active.listener.addresses.contains(&address) {
-                continue;
+    /// Accepts on the sockets of this configuration, and no more on those of the one before.
+    fn accept(self: &Rc<Self>, worker: &Rc<Worker>, active: &Arc<ActiveListener>) {
+        let stop = self.closed.child_token();
+        self.accepting.replace(stop.clone()).cancel();
+        let sockets = match active.sockets.of(worker.index) {
+            Ok(sockets) => sockets,
+            Err(error) => {
+                tracing::error!(%error, listener = %active.listener.name, "sockets cannot be shared");
+                return;
             }
-            if let Err(error) = self.bind(&worker, &runtime.active.listener, &address) {
-                if !self.warned.replace(true) {
-                    let listener = &runtime.active.listener.name;
-                    tracing::warn!(%error, %listener, %address, "listener cannot be bound; trying again");
-                }
-                self.unbound.borrow_mut().push(address);
+        };
+        for socket in sockets {
+            let (slot, of, stop) = (Rc::clone(self), Rc::clone(worker), stop.clone());
+            let started = match socket {
+                Listening::Tcp(socket) => TcpListener::from_std(socket)
+                    .map(|s| worker.connections.spawn_local(accept::tcp(slot, of, s, stop))),
+                Listening::Unix(socket) => UnixListener::from_std(socket)
+                    .map(|s| worker.connections.spawn_local(accept::unix(slot, of, s, stop))),
+            };
+            if let Err(error) = started {
+                tracing::error!(%error, listener = %active.listener.name, "socket cannot be used");
             }
         }
-    }
-
-    fn bind(self: &Rc<Self>, worker: &Rc<Worker>, listener: &Listener, address: &Address) -> std::io::Result<()> {
-        match address {
-            Address::Socket(at) => {
-                let socket = worker.bound.tcp(listener, *at)?;
-                let task = accept::tcp(Rc::clone(self), Rc::clone(worker), socket, address.clone());
-                worker.connections.spawn_local(task);
-            }
-            // a Unix socket cannot be shared between workers, so the first one has it
-            Address::Pipe(path) if worker.index == 0 => {
-                let socket = bind::unix(path)?;
-                let task = accept::unix(Rc::clone(self), Rc::clone(worker), socket, address.clone());
-                worker.connections.spawn_local(task);
-            }
-            Address::Pipe(_) | Address::Name(..) => {}
-        }
-        Ok(())
     }
 
     /// The configuration of this moment.
@@ -156,18 +139,6 @@ impl Slot {
         runtime.active.listener.addresses.iter().filter_map(Address::socket).any(wanted)
     }
 
-    /// Whether a socket of this address should go on accepting.
-    #[must_use]
-    pub fn wants(&self, address: &Address) -> bool {
-        let runtime = self.runtime();
-        runtime.active.listener.bind_to_port && runtime.active.listener.addresses.contains(address)
-    }
-
-    /// Ends when the listener is gone.
-    pub async fn closed(&self) {
-        self.closed.cancelled().await;
-    }
-
     /// Whether the listener is gone.
     #[must_use]
     pub fn is_closed(&self) -> bool {
@@ -177,9 +148,6 @@ impl Slot {
     /// Accepts nothing more; open HTTP connections end with their next response.
     pub fn close(&self) {
         self.closed.cancel();
-        if let Some(worker) = self.worker.upgrade() {
-            worker.bound.remove(&self.runtime().active.listener.name);
-        }
     }
 }
 
