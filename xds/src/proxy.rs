@@ -172,8 +172,8 @@ impl<'a> Metadata<'a> {
         let sorted: BTreeMap<&String, _> = fields.fields.iter().collect();
         sorted
             .into_iter()
-            .filter_map(|(key, value)| match value.kind.as_ref()? {
-                value::Kind::StringValue(text) => Some((key.clone(), text.clone())),
+            .filter_map(|(key, value)| match &value.kind {
+                Some(value::Kind::StringValue(text)) => Some((key.clone(), text.clone())),
                 _ => None,
             })
             .collect()

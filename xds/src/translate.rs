@@ -3,6 +3,7 @@
 //! [`translate`] is the whole of it, [`endpoints`] the part that changes most often. `View` is what the proxy sees
 //! of the mesh; clusters, endpoints, routes and listeners are each made from it in a module of their own.
 
+mod access_log;
 mod authz;
 mod cluster;
 mod endpoint;

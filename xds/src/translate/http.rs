@@ -1,10 +1,8 @@
 //! HTTP connection managers: one function for both directions, so that they cannot drift apart.
 
 use envoy_types::pb::envoy::config::accesslog::v3 as accesslog;
-use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::envoy::config::listener::v3::Filter;
 use envoy_types::pb::envoy::config::route::v3 as route;
-use envoy_types::pb::envoy::extensions::access_loggers::file::v3 as file_log;
 use envoy_types::pb::envoy::extensions::filters::http::cors::v3::Cors;
 use envoy_types::pb::envoy::extensions::filters::http::fault::v3::HttpFault;
 use envoy_types::pb::envoy::extensions::filters::http::grpc_stats::v3 as grpc_stats;
@@ -131,74 +129,4 @@ fn common_filters() -> [hcm::HttpFilter; 4] {
         pb::http_filter(CORS, &Cors {}),
         pb::http_filter("envoy.filters.http.router", &Router::default()),
     ]
-}
-
-/// Istio's default access log line.
-pub(super) const DEFAULT_LOG_FORMAT: &str = "[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% \
-%PROTOCOL%\" %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %CONNECTION_TERMINATION_DETAILS% \
-\"%UPSTREAM_TRANSPORT_FAILURE_REASON%\" %BYTES_RECEIVED% %BYTES_SENT% %DURATION% \
-%RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)% \"%REQ(X-FORWARDED-FOR)%\" \"%REQ(USER-AGENT)%\" \"%REQ(X-REQUEST-ID)%\" \
-\"%REQ(:AUTHORITY)%\" \"%UPSTREAM_HOST%\" %UPSTREAM_CLUSTER_RAW% %UPSTREAM_LOCAL_ADDRESS% \
-%DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_REMOTE_ADDRESS% %REQUESTED_SERVER_NAME% %ROUTE_NAME%\n";
-
-/// The keys of Istio's default access log in JSON, with the command that fills each.
-const JSON_LOG_FIELDS: &[(&str, &str)] = &[
-    ("start_time", "%START_TIME%"),
-    ("route_name", "%ROUTE_NAME%"),
-    ("method", "%REQ(:METHOD)%"),
-    ("path", "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%"),
-    ("protocol", "%PROTOCOL%"),
-    ("response_code", "%RESPONSE_CODE%"),
-    ("response_flags", "%RESPONSE_FLAGS%"),
-    ("response_code_details", "%RESPONSE_CODE_DETAILS%"),
-    ("connection_termination_details", "%CONNECTION_TERMINATION_DETAILS%"),
-    ("bytes_received", "%BYTES_RECEIVED%"),
-    ("bytes_sent", "%BYTES_SENT%"),
-    ("duration", "%DURATION%"),
-    ("upstream_service_time", "%RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)%"),
-    ("x_forwarded_for", "%REQ(X-FORWARDED-FOR)%"),
-    ("user_agent", "%REQ(USER-AGENT)%"),
-    ("request_id", "%REQ(X-REQUEST-ID)%"),
-    ("authority", "%REQ(:AUTHORITY)%"),
-    ("upstream_host", "%UPSTREAM_HOST%"),
-    ("upstream_cluster", "%UPSTREAM_CLUSTER_RAW%"),
-    ("upstream_local_address", "%UPSTREAM_LOCAL_ADDRESS%"),
-    ("downstream_local_address", "%DOWNSTREAM_LOCAL_ADDRESS%"),
-    ("downstream_remote_address", "%DOWNSTREAM_REMOTE_ADDRESS%"),
-    ("requested_server_name", "%REQUESTED_SERVER_NAME%"),
-    ("upstream_transport_failure_reason", "%UPSTREAM_TRANSPORT_FAILURE_REASON%"),
-];
-
-/// A log file: in the given text format, or in JSON (with the given keys, when the format is a JSON object).
-pub(super) fn file_access_log(path: &str, format: &str, json: bool) -> accesslog::AccessLog {
-    use core::substitution_format_string::Format;
-    let format = if json {
-        Format::JsonFormat(json_format(format))
-    } else {
-        let text = if format.is_empty() { DEFAULT_LOG_FORMAT } else { format };
-        let line = if text.ends_with('\n') { text.to_owned() } else { format!("{text}\n") };
-        Format::TextFormatSource(pb::inline_string(line))
-    };
-    let config = file_log::FileAccessLog {
-        path: path.to_owned(),
-        access_log_format: Some(file_log::file_access_log::AccessLogFormat::LogFormat(
-            core::SubstitutionFormatString { format: Some(format), ..Default::default() },
-        )),
-    };
-    accesslog::AccessLog {
-        name: "envoy.access_loggers.file".to_owned(),
-        filter: None,
-        config_type: Some(accesslog::access_log::ConfigType::TypedConfig(pb::any(&config))),
-    }
-}
-
-fn json_format(format: &str) -> envoy_types::pb::google::protobuf::Struct {
-    let given: Option<serde_json::Map<String, serde_json::Value>> = serde_json::from_str(format).ok();
-    let fields = match given {
-        Some(given) => {
-            given.into_iter().map(|(k, v)| (k, pb::text(v.as_str().unwrap_or_default()))).collect()
-        }
-        None => JSON_LOG_FIELDS.iter().map(|(k, v)| ((*k).to_owned(), pb::text(*v))).collect(),
-    };
-    envoy_types::pb::google::protobuf::Struct { fields }
 }

@@ -5,8 +5,10 @@ use std::sync::Arc;
 use envoy_types::pb::envoy::config::core::v3::TrafficDirection;
 use envoy_types::pb::envoy::config::listener::v3 as pb_listener;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::HttpFilter;
+use registry::config::Object;
 use registry::model::security::MutualTlsMode;
-use registry::model::service::{Protocol, Service, ServicePort};
+use registry::model::service::{Location, Protocol, Resolution, Service, ServicePort, SourceId};
+use registry::model::traffic::{ConnectionPoolSettings, Sidecar};
 use registry::snapshot::PeerPolicy;
 
 use super::http::{self, Manager};
@@ -30,6 +32,86 @@ pub(super) struct InboundPort {
     pub(super) port: ServicePort,
     /// The application's port.
     pub(super) workload_port: u16,
+    /// Where the application listens, when a Sidecar says so.
+    pub(super) endpoint: Option<ApplicationEndpoint>,
+    /// The connection pool that a Sidecar gives to this port.
+    pub(super) pool: Option<ConnectionPoolSettings>,
+}
+
+/// Where an application listens (Istio `Sidecar`, `ingress.defaultEndpoint`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum ApplicationEndpoint {
+    /// On loopback.
+    Loopback(u16),
+    /// On the workload's own address.
+    Own(u16),
+    /// On a Unix socket.
+    Socket(String),
+}
+
+impl ApplicationEndpoint {
+    fn parse(text: &str) -> Option<Self> {
+        if let Some(path) = text.strip_prefix("unix://") {
+            return Some(Self::Socket(path.to_owned()));
+        }
+        let (host, port) = text.rsplit_once(':')?;
+        let port = port.parse().ok()?;
+        match host {
+            "0.0.0.0" | "[::]" => Some(Self::Own(port)),
+            _ => Some(Self::Loopback(port)),
+        }
+    }
+}
+
+/// The ports that a Sidecar's ingress listens for, under the name of the service in front, if there is one.
+pub(super) fn ingress_ports(
+    object: &Object,
+    sidecar: &Sidecar,
+    served: &[(Arc<Service>, ServicePort, u16)],
+) -> Vec<InboundPort> {
+    let of = |number: u16| served.iter().find(|(_, port, own)| port.number == number || *own == number);
+    sidecar
+        .ingress
+        .iter()
+        .filter_map(|listener| {
+            let port = listener.port.as_ref()?;
+            let service = match of(port.number).or(served.first()) {
+                Some((service, ..)) => Arc::clone(service),
+                None => Arc::new(nameless(object)),
+            };
+            Some(InboundPort {
+                service,
+                port: ServicePort {
+                    name: port.name.clone(),
+                    number: port.number,
+                    target_port: None,
+                    protocol: Protocol::parse(&port.name, Some(&port.protocol), port.number),
+                },
+                workload_port: port.number,
+                endpoint: ApplicationEndpoint::parse(&listener.default_endpoint),
+                pool: listener.connection_pool.clone(),
+            })
+        })
+        .collect()
+}
+
+/// What stands for the service of a workload that has none.
+fn nameless(object: &Object) -> Service {
+    Service {
+        hostname: format!("{}.{}", object.name, object.namespace),
+        name: object.name.clone(),
+        namespace: object.namespace.clone(),
+        ports: Vec::new(),
+        addresses: Vec::new(),
+        vip_index: 0,
+        resolution: Resolution::Static,
+        location: Location::Internal,
+        export_to: vec!["~".to_owned()],
+        subject_alt_names: Vec::new(),
+        labels: std::collections::BTreeMap::new(),
+        created: object.created,
+        source: SourceId::Config,
+    }
 }
 
 /// What a port carries.
@@ -268,10 +350,9 @@ fn filters(
     shape: Shape,
     guard: &Guard,
 ) -> Vec<pb_listener::Filter> {
-    let access_log = view.access_log();
     if !shape.http {
         let mut filters = guard.network.clone();
-        filters.push(listener::tcp_proxy(&destination.cluster, access_log));
+        filters.push(listener::tcp_proxy(&destination.cluster, view.server_log.clone()));
         return filters;
     }
     let port = destination.port.unwrap_or_default();
@@ -285,6 +366,6 @@ fn filters(
         routes: http::inline(routes),
         first,
         path_form: view.path_form(),
-        access_log: &access_log,
+        access_log: &view.server_log,
     })]
 }

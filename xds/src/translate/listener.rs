@@ -74,7 +74,7 @@ fn http_manager(view: &View<'_>, label: &str, table: &Table) -> pb_listener::Fil
         routes: http::rds(&table.name()),
         first: Vec::new(),
         path_form: view.path_form(),
-        access_log: &view.access_log(),
+        access_log: &view.client_log,
     })
 }
 
@@ -244,7 +244,7 @@ fn fallback(view: &View<'_>, name: &str) -> pb_listener::FilterChain {
     let cluster = if view.allow_any { names::PASSTHROUGH } else { names::BLACKHOLE };
     pb_listener::FilterChain {
         name: name.to_owned(),
-        filters: vec![tcp_proxy(cluster, view.access_log())],
+        filters: vec![tcp_proxy(cluster, view.client_log.clone())],
         ..Default::default()
     }
 }

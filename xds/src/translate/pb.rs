@@ -173,10 +173,6 @@ pub(super) fn transport_socket<M: Message + Name>(name: &str, config: &M) -> cor
     }
 }
 
-pub(super) fn extension<M: Message + Name>(name: &str, config: &M) -> core::TypedExtensionConfig {
-    core::TypedExtensionConfig { name: name.to_owned(), typed_config: Some(any(config)) }
-}
-
 pub(super) fn inline_string(value: impl Into<String>) -> core::DataSource {
     core::DataSource {
         specifier: Some(core::data_source::Specifier::InlineString(value.into())),

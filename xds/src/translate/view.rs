@@ -5,18 +5,19 @@ use std::sync::Arc;
 
 use envoy_types::pb::envoy::config::accesslog::v3::AccessLog;
 use registry::config::Kind;
-use registry::model::mesh::{AccessLogEncoding, MeshConfig, NormalizationType};
+use registry::model::mesh::{MeshConfig, NormalizationType};
 use registry::model::security::{AuthorizationPolicy, JwtRule, MutualTlsMode, RequestAuthentication};
-use registry::model::service::{Endpoint, Hostname, Service};
+use registry::model::service::{Endpoint, Hostname, Protocol, Service};
 use registry::model::traffic::{
     ConnectionPoolSettings, LocalityLbSetting, OutboundTrafficPolicyMode, Sidecar, TlsProtocol, VirtualService,
 };
 use registry::snapshot::{MergedDestinationRule, PeerPolicy, Snapshot, Typed};
 
+use super::access_log::{self, Side};
 use super::authz;
 use super::endpoint::{self, Spread};
-use super::http::{self, PathForm};
-use super::inbound::InboundPort;
+use super::http::PathForm;
+use super::inbound::{self, InboundPort};
 use super::policy::Policy;
 use super::route;
 use super::tls::Lowest;
@@ -45,7 +46,11 @@ pub(super) struct View<'a> {
     by_host: BTreeMap<Hostname, usize>,
     owners: BTreeMap<Hostname, usize>,
     rules: BTreeMap<Hostname, Arc<MergedDestinationRule>>,
-    sidecar: Option<Arc<Sidecar>>,
+    /// Access logs of calls from the application.
+    pub(super) client_log: Vec<AccessLog>,
+    /// Access logs of calls to the application.
+    pub(super) server_log: Vec<AccessLog>,
+    sidecar: Option<Typed<Sidecar>>,
     no_upgrade: MeshConfig,
     peer_policies: bool,
 }
@@ -65,6 +70,10 @@ impl<'a> View<'a> {
         let mut view = Self::over(snapshot, proxy, services);
         view.owners = route::owners(&view.services, &virtual_services);
         view.virtual_services = virtual_services;
+        let telemetries = snapshot.telemetries(&proxy.namespace, &proxy.labels);
+        let layers: Vec<_> = telemetries.iter().map(|(_, t)| t.access_logging.as_slice()).collect();
+        let logs = |side| access_log::access_logs(view.mesh, &layers, side, !proxy.native);
+        (view.client_log, view.server_log) = (logs(Side::Client), logs(Side::Server));
         view
     }
 
@@ -85,9 +94,9 @@ impl<'a> View<'a> {
             .collect();
         let by_host = services.iter().enumerate().map(|(index, s)| (s.hostname.clone(), index)).collect();
         let mesh: &MeshConfig = snapshot.mesh();
-        let sidecar =
-            snapshot.sidecar_for(&proxy.namespace, &proxy.labels).map(|(_, sidecar)| Arc::clone(sidecar));
-        let of_sidecar = sidecar.as_ref().and_then(|s| s.outbound_traffic_policy.as_ref()).map(|p| p.mode);
+        let sidecar = snapshot.sidecar_for(&proxy.namespace, &proxy.labels).cloned();
+        let of_sidecar =
+            sidecar.as_ref().and_then(|(_, s)| s.outbound_traffic_policy.as_ref()).map(|p| p.mode);
         let mode = of_sidecar.unwrap_or_else(|| mesh.outbound_traffic_mode());
         Self {
             snapshot,
@@ -99,6 +108,8 @@ impl<'a> View<'a> {
             by_host,
             owners: BTreeMap::new(),
             rules,
+            client_log: Vec::new(),
+            server_log: Vec::new(),
             sidecar,
             no_upgrade: MeshConfig::default(),
             peer_policies: snapshot.objects_of(Kind::PeerAuthentication).next().is_some(),
@@ -192,23 +203,44 @@ impl<'a> View<'a> {
         self.snapshot.peer_authentication(&self.proxy.namespace, &self.proxy.labels)
     }
 
-    /// What the application serves, one entry per workload port, in the order of ports.
+    /// What the application serves, one entry per workload port, in the order of ports: what a Sidecar's ingress
+    /// says, else every port of the services in front of it.
     pub(super) fn inbound_ports(&self) -> Vec<InboundPort> {
-        let served =
-            self.snapshot.inbound_services(&self.proxy.namespace, &self.proxy.addresses, &self.proxy.labels);
-        let mut by_port: BTreeMap<u16, InboundPort> = BTreeMap::new();
-        for (service, port, workload_port) in served {
-            if port.protocol != registry::model::service::Protocol::Udp {
-                by_port.entry(workload_port).or_insert(InboundPort { service, port, workload_port });
+        let served = self.snapshot.inbound_services(
+            &self.proxy.namespace,
+            &self.proxy.addresses,
+            &self.proxy.labels,
+        );
+        let ports = match &self.sidecar {
+            Some((object, sidecar)) if !sidecar.ingress.is_empty() => {
+                inbound::ingress_ports(object, sidecar, &served)
             }
+            Some(_) | None => served
+                .into_iter()
+                .map(|(service, port, workload_port)| InboundPort {
+                    service,
+                    port,
+                    workload_port,
+                    endpoint: None,
+                    pool: None,
+                })
+                .collect(),
+        };
+        let mut by_port: BTreeMap<u16, InboundPort> = BTreeMap::new();
+        for port in ports.into_iter().filter(|port| port.port.protocol != Protocol::Udp) {
+            by_port.entry(port.workload_port).or_insert(port);
         }
         by_port.into_values().collect()
     }
 
-    /// The connection pool of an inbound port: the Sidecar's, else that of the service's rule.
-    pub(super) fn inbound_connection_pool(&self, port: &InboundPort) -> Option<&ConnectionPoolSettings> {
-        let of_sidecar = self.sidecar.as_ref().and_then(|s| s.inbound_connection_pool.as_ref());
-        of_sidecar.or_else(|| self.policy(&port.service.hostname, port.port.number, "").connection_pool)
+    /// The connection pool of an inbound port: its own, the Sidecar's, else that of the service's rule.
+    pub(super) fn inbound_connection_pool<'s>(
+        &'s self,
+        port: &'s InboundPort,
+    ) -> Option<&'s ConnectionPoolSettings> {
+        let of_sidecar = self.sidecar.as_ref().and_then(|(_, s)| s.inbound_connection_pool.as_ref());
+        let of_rule = || self.policy(&port.service.hostname, port.port.number, "").connection_pool;
+        port.pool.as_ref().or(of_sidecar).or_else(of_rule)
     }
 
     pub(super) fn authorization_policies(&self) -> Vec<Typed<AuthorizationPolicy>> {
@@ -227,14 +259,6 @@ impl<'a> View<'a> {
                 Lowest::Tls12
             }
         }
-    }
-
-    pub(super) fn access_log(&self) -> Vec<AccessLog> {
-        if self.mesh.access_log_file.is_empty() {
-            return Vec::new();
-        }
-        let json = self.mesh.access_log_encoding == AccessLogEncoding::Json;
-        vec![http::file_access_log(&self.mesh.access_log_file, &self.mesh.access_log_format, json)]
     }
 
     pub(super) fn path_form(&self) -> PathForm {

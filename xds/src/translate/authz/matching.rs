@@ -83,7 +83,7 @@ pub(super) fn header_present(name: &str) -> HeaderMatcher {
 pub(super) fn header_pattern(name: &str, value: &str) -> HeaderMatcher {
     match Pattern::parse(value) {
         Pattern::Present => header_present(name),
-        other => header(name, other.matcher()),
+        pattern @ (Pattern::Exact(_) | Pattern::Prefix(_) | Pattern::Suffix(_)) => header(name, pattern.matcher()),
     }
 }
 

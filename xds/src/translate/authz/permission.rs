@@ -1,14 +1,11 @@
 //! The `to` part of a rule, and the conditions about what is called.
 
 use envoy_types::pb::envoy::config::rbac::v3::{Permission, permission};
-use envoy_types::pb::envoy::extensions::path::r#match::uri_template::v3::UriTemplateMatchConfig;
 use envoy_types::pb::envoy::r#type::matcher::v3 as matcher;
 use registry::model::security::{Condition, Operation, RuleTo};
 
 use super::matching::{self, Pattern};
 use super::{Field, Scope, Unreadable, conjunction, pb};
-
-const TEMPLATE: &str = "envoy.path.match.uri_template.uri_template_matcher";
 
 /// Whether a condition's key is about the destination; all others are about the source.
 pub(super) fn is_about(key: &str) -> bool {
@@ -73,15 +70,20 @@ fn method(value: &str) -> Permission {
 }
 
 fn path(value: &str) -> Permission {
-    if value.contains("{*}") || value.contains("{**}") {
-        let template = value.replace("{**}", "**").replace("{*}", "*");
-        let config = UriTemplateMatchConfig { path_template: template };
-        return rule(permission::Rule::UriTemplate(pb::extension(TEMPLATE, &config)));
-    }
-    let matcher = matcher::PathMatcher {
-        rule: Some(matcher::path_matcher::Rule::Path(Pattern::parse(value).matcher())),
+    let pattern = if value.contains("{*}") || value.contains("{**}") {
+        pb::regex(template(value))
+    } else {
+        Pattern::parse(value).matcher()
     };
+    let matcher =
+        matcher::PathMatcher { rule: Some(matcher::path_matcher::Rule::Path(pattern)) };
     rule(permission::Rule::UrlPath(matcher))
+}
+
+/// A path template as a regular expression: `{*}` is one segment, `{**}` any number of them.
+fn template(value: &str) -> String {
+    let one = |text: &str| text.split("{*}").map(matching::escape).collect::<Vec<_>>().join("[^/]+");
+    value.split("{**}").map(one).collect::<Vec<_>>().join(".*")
 }
 
 fn port(value: &str) -> Option<Permission> {

@@ -260,7 +260,7 @@ fn not_identity(field: Field<Principal>, scope: Scope<'_>) -> Field<Principal> {
         Field::Is(not) if scope.needs_identity => {
             Field::Is(all(vec![authenticated(pb::regex("spiffe://.+")), not]))
         }
-        other => other,
+        other @ (Field::Is(_) | Field::Unset | Field::Unreadable) => other,
     }
 }
 

@@ -8,7 +8,7 @@ use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::envoy::config::endpoint::v3 as pb_endpoint;
 use registry::model::mesh::InboundTrafficPolicyMode;
 
-use super::super::inbound::InboundPort;
+use super::super::inbound::{ApplicationEndpoint, InboundPort};
 use super::super::view::View;
 use super::super::{names, pb};
 use super::settings::{self, AutoSni, Upstream};
@@ -21,7 +21,7 @@ const LOOP_BREAKER_V6: &str = "::6";
 /// The cluster for one port of the application.
 pub(in crate::translate) fn application(view: &View<'_>, port: &InboundPort) -> pb_cluster::Cluster {
     let name = names::inbound_cluster(port.workload_port);
-    let mut cluster = match destination(view, port.workload_port) {
+    let mut cluster = match destination(view, port) {
         Some(address) => fixed(name, address),
         None => original(view, name),
     };
@@ -52,20 +52,33 @@ pub(in crate::translate) fn passthrough(view: &View<'_>) -> pb_cluster::Cluster 
 }
 
 /// Where the application listens, when that is not the connection's own destination.
-fn destination(view: &View<'_>, port: u16) -> Option<core::Address> {
-    if let Some(target) = view.proxy.inbound_forward.get(&port) {
-        return target.strip_prefix("unix://").map(pb::pipe).or_else(|| {
-            target.parse::<SocketAddr>().ok().map(|a| pb::socket_address(&a.ip().to_string(), a.port()))
-        });
+fn destination(view: &View<'_>, port: &InboundPort) -> Option<core::Address> {
+    if let Some(target) = view.proxy.inbound_forward.get(&port.workload_port) {
+        return forwarded(target);
     }
-    let local = || pb::socket_address("127.0.0.1", port);
-    match view.proxy.interception {
-        Interception::Explicit { .. } => Some(local()),
-        Interception::Captured => match view.mesh.inbound_traffic_mode() {
-            InboundTrafficPolicyMode::Localhost => Some(local()),
-            InboundTrafficPolicyMode::Passthrough => None,
-        },
+    let local = |port| pb::socket_address("127.0.0.1", port);
+    match &port.endpoint {
+        Some(ApplicationEndpoint::Loopback(port)) => return Some(local(*port)),
+        Some(ApplicationEndpoint::Own(port)) => {
+            return view.proxy.addresses.first().map(|own| pb::socket_address(&own.to_string(), *port));
+        }
+        Some(ApplicationEndpoint::Socket(path)) => return Some(pb::pipe(path)),
+        None => {}
     }
+    match (&view.proxy.interception, view.mesh.inbound_traffic_mode()) {
+        (Interception::Explicit { .. }, _) | (_, InboundTrafficPolicyMode::Localhost) => {
+            Some(local(port.workload_port))
+        }
+        (Interception::Captured, InboundTrafficPolicyMode::Passthrough) => None,
+    }
+}
+
+fn forwarded(target: &str) -> Option<core::Address> {
+    if let Some(path) = target.strip_prefix("unix://") {
+        return Some(pb::pipe(path));
+    }
+    let address: SocketAddr = target.parse().ok()?;
+    Some(pb::socket_address(&address.ip().to_string(), address.port()))
 }
 
 fn fixed(name: String, address: core::Address) -> pb_cluster::Cluster {

@@ -152,7 +152,7 @@ fn chain(
     let config = with_policy(
         tcp::TcpProxy {
             stat_prefix,
-            access_log: view.access_log(),
+            access_log: view.client_log.clone(),
             cluster_specifier: Some(specifier),
             ..Default::default()
         },
