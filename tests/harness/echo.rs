@@ -1,18 +1,27 @@
-//! The application behind a proxy: it answers with its name and what it was sent.
+//! The application behind a proxy: it answers with its name and what it was sent, and misbehaves when asked to.
+//!
+//! The query of a request says how: `status=503`, with `fail=2&key=K` only for the first two requests with that key;
+//! `delay_ms=200`; `reset=1` closes the connection instead of answering; `set=name:value` adds a header to the
+//! answer. A request with an `upgrade` header is answered with 101 and then every byte comes back; one of gRPC gets
+//! its message back and a status in the trailers.
 
 use std::collections::BTreeMap;
-use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use ::http::{Request, Response};
+use ::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
+use anyhow::bail;
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
-use hyper::body::Incoming;
+use futures::stream;
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Empty, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde::{Deserialize, Serialize};
-use tokio::net::TcpListener;
+use tokio::io::copy;
+use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
@@ -33,14 +42,33 @@ pub struct Seen {
     pub body: usize,
 }
 
+impl Seen {
+    /// A header of the request, empty when there was none.
+    #[must_use]
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", String::as_str)
+    }
+}
+
 /// A running echo; it stops when dropped.
 #[derive(Debug)]
 pub struct Echo {
     /// Where it listens.
     pub address: SocketAddr,
-    requests: Arc<AtomicU64>,
+    app: Arc<App>,
     _stop: DropGuard,
 }
+
+#[derive(Debug)]
+struct App {
+    name: String,
+    requests: AtomicU64,
+    failed: Mutex<BTreeMap<String, u32>>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+type Answered = Response<BoxBody<Bytes, std::convert::Infallible>>;
 
 impl Echo {
     /// Listens on a free loopback port and speaks HTTP/1.1 and HTTP/2 with prior knowledge.
@@ -49,52 +77,154 @@ impl Echo {
     ///
     /// When no port can be had.
     pub async fn start(name: &str) -> anyhow::Result<Self> {
+        Self::serve(name, |app, stream| async move {
+            let service = hyper::service::service_fn(move |request| app.clone().answer(request));
+            let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+            // A client that goes away ends its own connection and nothing else.
+            builder.serve_connection_with_upgrades(TokioIo::new(stream), service).await.unwrap_or_default();
+        })
+        .await
+    }
+
+    /// Listens on a free loopback port and sends every byte back.
+    ///
+    /// # Errors
+    ///
+    /// When no port can be had.
+    pub async fn tcp(name: &str) -> anyhow::Result<Self> {
+        Self::serve(name, |app, mut stream| async move {
+            app.requests.fetch_add(1, Ordering::Relaxed);
+            let (mut read, mut write) = stream.split();
+            copy(&mut read, &mut write).await.unwrap_or_default();
+        })
+        .await
+    }
+
+    async fn serve<F>(name: &str, each: impl Fn(Arc<App>, TcpStream) -> F + Send + 'static) -> anyhow::Result<Self>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
         let stop = CancellationToken::new();
-        let requests = Arc::new(AtomicU64::new(0));
-        let tasks = TaskTracker::new();
-        let (name, counter, stopped) = (name.to_owned(), requests.clone(), stop.clone());
-        tasks.clone().spawn(async move {
-            while let Some(Ok((stream, _))) = stopped.run_until_cancelled(listener.accept()).await {
-                let (name, counter, stopped) = (name.clone(), counter.clone(), stopped.clone());
-                tasks.spawn(async move {
-                    let service = hyper::service::service_fn(move |request| answer(name.clone(), counter.clone(), request));
-                    let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
-                    let connection = builder.serve_connection(TokioIo::new(stream), service);
-                    // A client that goes away ends its own connection and nothing else.
-                    stopped.run_until_cancelled(connection).await.map(|_| ()).unwrap_or_default();
-                });
+        let app = Arc::new(App {
+            name: name.to_owned(),
+            requests: AtomicU64::new(0),
+            failed: Mutex::default(),
+            stop: stop.clone(),
+            tasks: TaskTracker::new(),
+        });
+        let serving = app.clone();
+        app.tasks.spawn(async move {
+            while let Some(Ok((stream, _))) = serving.stop.run_until_cancelled(serving.accepted(&listener)).await {
+                let (connection, stop) = (each(serving.clone(), stream), serving.stop.clone());
+                serving.tasks.spawn(async move { stop.run_until_cancelled(connection).await });
             }
         });
-        Ok(Self { address, requests, _stop: stop.drop_guard() })
+        Ok(Self { address, app, _stop: stop.drop_guard() })
     }
 
-    /// Requests so far.
+    /// Requests so far, connections for TCP.
     #[must_use]
     pub fn requests(&self) -> u64 {
-        self.requests.load(Ordering::Relaxed)
+        self.app.requests.load(Ordering::Relaxed)
     }
 }
 
-async fn answer(name: String, counter: Arc<AtomicU64>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
-    counter.fetch_add(1, Ordering::Relaxed);
-    let mut headers = BTreeMap::<String, String>::new();
-    for (key, value) in request.headers() {
-        let value = String::from_utf8_lossy(value.as_bytes()).into_owned();
-        headers.entry(key.to_string()).and_modify(|all| *all = format!("{all}, {value}")).or_insert(value);
+impl App {
+    async fn accepted(&self, listener: &TcpListener) -> std::io::Result<(TcpStream, SocketAddr)> {
+        let (stream, peer) = listener.accept().await?;
+        stream.set_nodelay(true)?;
+        Ok((stream, peer))
     }
-    let mut seen = Seen {
-        name,
-        method: request.method().to_string(),
-        path: request.uri().path_and_query().map(ToString::to_string).unwrap_or_default(),
-        version: format!("{:?}", request.version()),
-        headers,
-        body: 0,
-    };
-    seen.body = request.into_body().collect().await.map(|b| b.to_bytes().len()).unwrap_or_default();
-    let body = serde_json::to_vec(&seen).unwrap_or_default();
-    let mut response = Response::new(Full::new(Bytes::from(body)));
-    response.headers_mut().insert("content-type", ::http::HeaderValue::from_static("application/json"));
-    Ok(response)
+
+    async fn answer(self: Arc<Self>, mut request: Request<Incoming>) -> anyhow::Result<Answered> {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        if request.headers().contains_key("upgrade") {
+            return self.upgrade(&mut request);
+        }
+        if request.headers().get("content-type").is_some_and(|t| t.as_bytes().starts_with(b"application/grpc")) {
+            return grpc(request).await;
+        }
+        let query: BTreeMap<String, String> = request.uri().query().map(pairs).unwrap_or_default();
+        let number = |name: &str| query.get(name).and_then(|v| v.parse().ok());
+        if let Some(delay) = number("delay_ms") {
+            // paced: an application that is slow because it was asked to be
+            tokio::time::sleep(Duration::from_millis(delay)).await;
+        }
+        if query.contains_key("reset") && self.fails(&query) {
+            bail!("asked to close the connection");
+        }
+        let status = number("status").filter(|_| self.fails(&query)).and_then(|s| u16::try_from(s).ok()).unwrap_or(200);
+        let seen = self.seen(request).await;
+        let mut response = Response::new(Full::new(Bytes::from(serde_json::to_vec(&seen)?)).boxed());
+        *response.status_mut() = StatusCode::from_u16(status)?;
+        response.headers_mut().insert("content-type", HeaderValue::from_static("application/json"));
+        if let Some((name, value)) = query.get("set").and_then(|s| s.split_once(':')) {
+            response.headers_mut().insert(name.parse::<HeaderName>()?, value.parse()?);
+        }
+        Ok(response)
+    }
+
+    /// Whether this request is among the first `fail` of its `key`; without `fail` every one is.
+    fn fails(&self, query: &BTreeMap<String, String>) -> bool {
+        let Some(limit) = query.get("fail").and_then(|n| n.parse::<u32>().ok()) else { return true };
+        let Ok(mut failed) = self.failed.lock() else { return false };
+        let count = failed.entry(query.get("key").cloned().unwrap_or_default()).or_default();
+        *count += 1;
+        *count <= limit
+    }
+
+    async fn seen(&self, request: Request<Incoming>) -> Seen {
+        let mut headers = BTreeMap::<String, String>::new();
+        for (key, value) in request.headers() {
+            let value = String::from_utf8_lossy(value.as_bytes()).into_owned();
+            let entry = headers.entry(key.to_string());
+            entry.and_modify(|all| *all = format!("{all}, {value}")).or_insert(value);
+        }
+        Seen {
+            name: self.name.clone(),
+            method: request.method().to_string(),
+            path: request.uri().path_and_query().map(ToString::to_string).unwrap_or_default(),
+            version: format!("{:?}", request.version()),
+            headers,
+            body: request.into_body().collect().await.map(|b| b.to_bytes().len()).unwrap_or_default(),
+        }
+    }
+
+    fn upgrade(&self, request: &mut Request<Incoming>) -> anyhow::Result<Answered> {
+        let upgraded = hyper::upgrade::on(&mut *request);
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
+            let echo = async {
+                if let Ok(io) = upgraded.await {
+                    let (mut read, mut write) = tokio::io::split(TokioIo::new(io));
+                    copy(&mut read, &mut write).await.unwrap_or_default();
+                }
+            };
+            stop.run_until_cancelled(echo).await
+        });
+        let response = Response::builder()
+            .status(StatusCode::SWITCHING_PROTOCOLS)
+            .header("connection", "upgrade")
+            .header("upgrade", request.headers().get("upgrade").cloned().unwrap_or(HeaderValue::from_static("websocket")))
+            .header("x-name", self.name.as_str());
+        Ok(response.body(Empty::new().boxed())?)
+    }
+}
+
+/// The message back, and the status in the trailers: 0, or the number that the path ends with.
+async fn grpc(request: Request<Incoming>) -> anyhow::Result<Answered> {
+    let status = request.uri().path().rsplit('/').next().and_then(|s| s.parse::<u32>().ok()).unwrap_or_default();
+    let message = request.into_body().collect().await?.to_bytes();
+    let mut trailers = HeaderMap::new();
+    trailers.insert("grpc-status", HeaderValue::from(status));
+    trailers.insert("grpc-message", HeaderValue::from_static("echoed"));
+    let frames = [Ok(Frame::data(message)), Ok(Frame::trailers(trailers))];
+    let response = Response::builder().header("content-type", "application/grpc");
+    Ok(response.body(BodyExt::boxed(StreamBody::new(stream::iter(frames))))?)
+}
+
+fn pairs(query: &str) -> BTreeMap<String, String> {
+    query.split('&').map(|p| p.split_once('=').unwrap_or((p, ""))).map(|(k, v)| (k.to_owned(), v.to_owned())).collect()
 }

@@ -4,15 +4,16 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use ::http::{HeaderMap, Request, StatusCode};
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// An answer is waited for this long.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// An answer, whole.
 #[derive(Debug, Clone)]
@@ -23,6 +24,8 @@ pub struct Answer {
     pub headers: HeaderMap,
     /// Body.
     pub body: Bytes,
+    /// Trailers.
+    pub trailers: HeaderMap,
 }
 
 impl Answer {
@@ -30,6 +33,12 @@ impl Answer {
     #[must_use]
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    /// A header, empty when there is none.
+    #[must_use]
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default()
     }
 
     /// The body as JSON.
@@ -42,31 +51,70 @@ impl Answer {
     }
 }
 
-/// Sends one request over a connection of its own.
+/// Sends one HTTP/1.1 request over a connection of its own.
 ///
 /// # Errors
 ///
 /// When there is no answer.
 pub async fn send(address: SocketAddr, request: Request<Full<Bytes>>) -> anyhow::Result<Answer> {
+    let exchange = async { over(connect(address).await?, request).await };
+    tokio::time::timeout(PATIENCE, exchange).await.with_context(|| format!("no answer from {address}"))?
+}
+
+/// Sends one HTTP/1.1 request over this connection.
+///
+/// # Errors
+///
+/// When there is no answer.
+pub async fn over(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    request: Request<Full<Bytes>>,
+) -> anyhow::Result<Answer> {
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    driven(connection, async { whole(sender.send_request(request).await?).await }).await
+}
+
+/// Sends one HTTP/2 request with prior knowledge over a connection of its own. The URI is the whole one.
+///
+/// # Errors
+///
+/// When there is no answer.
+pub async fn send_http2(address: SocketAddr, request: Request<Full<Bytes>>) -> anyhow::Result<Answer> {
     let exchange = async {
-        let stream = TcpStream::connect(address).await?;
-        stream.set_nodelay(true)?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        let exchange = async {
-            let response = sender.send_request(request).await?;
-            let (parts, body) = response.into_parts();
-            anyhow::Ok(Answer { status: parts.status, headers: parts.headers, body: body.collect().await?.to_bytes() })
-        };
-        let drive = async {
-            connection.await.unwrap_or_default();
-            std::future::pending().await
-        };
-        tokio::select! {
-            answer = exchange => answer,
-            never = drive => never,
-        }
+        let io = TokioIo::new(connect(address).await?);
+        let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await?;
+        driven(connection, async { whole(sender.send_request(request).await?).await }).await
     };
     tokio::time::timeout(PATIENCE, exchange).await.with_context(|| format!("no answer from {address}"))?
+}
+
+async fn connect(address: SocketAddr) -> anyhow::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await.with_context(|| format!("connect to {address}"))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+async fn driven<T, E>(
+    connection: impl Future<Output = Result<(), E>>,
+    exchange: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    let drive = async {
+        // What went wrong is told by the exchange.
+        connection.await.unwrap_or_default();
+        std::future::pending().await
+    };
+    tokio::select! {
+        biased;
+        answer = exchange => answer,
+        never = drive => never,
+    }
+}
+
+async fn whole(response: ::http::Response<hyper::body::Incoming>) -> anyhow::Result<Answer> {
+    let (parts, body) = response.into_parts();
+    let body = body.collect().await?;
+    let trailers = body.trailers().cloned().unwrap_or_default();
+    Ok(Answer { status: parts.status, headers: parts.headers, body: body.to_bytes(), trailers })
 }
 
 /// `GET` of a path with a host and further headers.
@@ -75,11 +123,20 @@ pub async fn send(address: SocketAddr, request: Request<Full<Bytes>>) -> anyhow:
 ///
 /// When there is no answer.
 pub async fn get(address: SocketAddr, host: &str, path: &str, headers: &[(&str, &str)]) -> anyhow::Result<Answer> {
-    let mut request = Request::get(path).header("host", host);
+    send(address, request("GET", host, path, headers)?).await
+}
+
+/// A request without a body.
+///
+/// # Errors
+///
+/// When it is none.
+pub fn request(method: &str, host: &str, path: &str, headers: &[(&str, &str)]) -> anyhow::Result<Request<Full<Bytes>>> {
+    let mut request = Request::builder().method(method).uri(path).header("host", host);
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
-    send(address, request.body(Full::default())?).await
+    Ok(request.body(Full::default())?)
 }
 
 /// `POST` of a JSON body.
@@ -90,4 +147,49 @@ pub async fn get(address: SocketAddr, host: &str, path: &str, headers: &[(&str, 
 pub async fn post(address: SocketAddr, path: &str, body: &serde_json::Value) -> anyhow::Result<Answer> {
     let request = Request::post(path).header("host", address.to_string()).header("content-type", "application/json");
     send(address, request.body(Full::new(Bytes::from(serde_json::to_vec(body)?)))?).await
+}
+
+/// Sends bytes as they are, and gives all that comes back until the peer closes or is silent for `quiet`.
+///
+/// # Errors
+///
+/// When there is no connection.
+pub async fn raw(address: SocketAddr, bytes: &[u8], quiet: Duration) -> anyhow::Result<Vec<u8>> {
+    let mut stream = connect(address).await?;
+    // The peer may close before it has read everything; what it said is what counts.
+    stream.write_all(bytes).await.unwrap_or_default();
+    let mut answer = Vec::new();
+    let mut buffer = [0; 4096];
+    while let Ok(Ok(read @ 1..)) = tokio::time::timeout(quiet, stream.read(&mut buffer)).await {
+        answer.extend_from_slice(buffer.get(..read).unwrap_or_default());
+    }
+    Ok(answer)
+}
+
+/// Asks for an upgrade to WebSocket, sends a message and gives what comes back: the 101 head's `x-name`, the message.
+///
+/// # Errors
+///
+/// When there is no upgrade.
+pub async fn websocket(address: SocketAddr, host: &str, message: &[u8]) -> anyhow::Result<(String, Vec<u8>)> {
+    let exchange = async {
+        let mut stream = connect(address).await?;
+        let head = format!(
+            "GET /chat HTTP/1.1\r\nhost: {host}\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
+             sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).await?;
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\n") {
+            answer.push(stream.read_u8().await.with_context(|| String::from_utf8_lossy(&answer).into_owned())?);
+        }
+        let answer = String::from_utf8_lossy(&answer).to_lowercase();
+        ensure!(answer.starts_with("http/1.1 101"), "{answer}");
+        stream.write_all(message).await?;
+        let mut back = vec![0; message.len()];
+        stream.read_exact(&mut back).await?;
+        let name = answer.lines().find_map(|l| l.strip_prefix("x-name: ")).unwrap_or_default().to_owned();
+        Ok((name, back))
+    };
+    tokio::time::timeout(PATIENCE, exchange).await.with_context(|| format!("no answer from {address}"))?
 }

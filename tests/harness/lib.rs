@@ -1,43 +1,54 @@
 //! The harness: real programs, real peers, and waiting with a deadline and a reason.
 //!
-//! [`program`] starts the programs that `cargo build --release --bins` made; [`mesh`] puts them together on loopback
-//! addresses; [`echo`] is the application behind a proxy; [`load`] sends requests at a rate and keeps every
-//! failure; [`peers`] finds what `tests/run` installed.
+//! [`program`] starts the programs that `cargo build --release --bins` made; [`istiod`] and [`workload`] are the two
+//! kinds of them, and [`mesh`] puts them together on loopback addresses; [`echo`] is the application behind a proxy;
+//! [`http`] and [`tls`] ask, rightly and wrongly; [`load`] sends requests at a rate and keeps every failure;
+//! [`peers`] finds what `tests/run` installed.
 
 pub mod echo;
 pub mod http;
+pub mod istiod;
 pub mod load;
 pub mod mesh;
 pub mod peers;
 pub mod program;
+pub mod tls;
+pub mod workload;
 
 use std::future::Future;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
+/// Everything that is waited for happens within this time.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
 /// How often something that is waited for is looked at.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// Waits until `probe` gives a value, and fails with `reason` and the last refusal at the deadline.
+/// Waits until `probe` gives a value.
 ///
-/// # Panics
+/// # Errors
 ///
-/// At the deadline: this is for tests.
-#[expect(clippy::panic, reason = "a test that waited in vain has failed")]
-pub async fn eventually<T, F>(within: Duration, reason: &str, mut probe: impl FnMut() -> F) -> T
+/// At the deadline, with `reason` and the last refusal.
+pub async fn eventually<T, F>(within: Duration, reason: &str, mut probe: impl FnMut() -> F) -> anyhow::Result<T>
 where
-    F: Future<Output = Result<T, String>>,
+    F: Future<Output = anyhow::Result<T>>,
 {
     let deadline = Instant::now() + within;
     loop {
-        let refusal = match probe().await {
-            Ok(value) => return value,
-            Err(refusal) => refusal,
-        };
-        if Instant::now() >= deadline {
-            panic!("not within {within:?}: {reason}: {refusal}");
+        match probe().await {
+            Ok(value) => return Ok(value),
+            Err(refusal) if Instant::now() >= deadline => {
+                return Err(refusal.context(format!("not within {within:?}: {reason}")));
+            }
+            Err(_) => tokio::time::sleep(LOOK).await, // eventually
         }
-        tokio::time::sleep(LOOK).await; // eventually
     }
+}
+
+/// The JSON value at `pointer`, as a string.
+#[must_use]
+pub fn text<'a>(value: &'a serde_json::Value, pointer: &str) -> &'a str {
+    value.pointer(pointer).and_then(serde_json::Value::as_str).unwrap_or_default()
 }

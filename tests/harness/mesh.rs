@@ -1,336 +1,251 @@
-//! A mesh on loopback addresses: istiod, and workloads with their proxies.
+//! A mesh on loopback addresses: istiod, echoes behind proxies, and clients' proxies.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::net::SocketAddr;
+use std::path::Path;
 
-use anyhow::{Context, bail, ensure};
-use serde_json::{Value, json};
+use anyhow::{Context, ensure};
+use tempfile::TempDir;
 
-use crate::program::{self, Program};
-use crate::{eventually, http};
+use crate::echo::Echo;
+use crate::http::{self, Answer};
+use crate::istiod::Istiod;
+use crate::workload::{Workload, WorkloadSpec};
+use crate::{PATIENCE, eventually};
 
-/// Everything a mesh is waited for happens within this time.
-pub const PATIENCE: Duration = Duration::from_secs(20);
-
-/// An istiod with its data folder.
+/// A mesh with all its processes; they end when it is dropped.
+///
+/// A test ends with [`Mesh::finish`], which looks at the logs; a mesh that is dropped before shows their last lines.
 #[derive(Debug)]
-pub struct Istiod {
-    /// Admin API.
-    pub admin: SocketAddr,
-    /// xDS and certificates.
-    pub xds: SocketAddr,
-    /// Metrics.
-    pub metrics: SocketAddr,
-    folder: PathBuf,
-    extra: Vec<String>,
-    program: Program,
+pub struct Mesh {
+    /// The control plane.
+    pub istiod: Istiod,
+    workloads: BTreeMap<String, Workload>,
+    echoes: BTreeMap<String, Echo>,
+    finished: bool,
+    folder: TempDir,
 }
 
-impl Istiod {
-    /// Starts `istiod dev` with its data and log in `folder`, and waits until it is ready.
+impl Mesh {
+    /// Starts istiod with further flags, a service on port 80 for each server (`app-version`; an [`Echo`] of that
+    /// name behind a proxy), and a proxy for each client; all are synced and the servers healthy when it returns.
     ///
     /// # Errors
     ///
-    /// When it does not start.
-    pub async fn start(folder: &Path, extra: &[&str]) -> anyhow::Result<Self> {
-        let (admin, xds, metrics) = (free_port()?, free_port()?, free_port()?);
-        let extra: Vec<String> = extra.iter().map(|a| (*a).to_owned()).collect();
-        let program = Self::launch(folder, admin, xds, metrics, &extra)?;
-        let mut istiod = Self { admin, xds, metrics, folder: folder.to_owned(), extra, program };
-        istiod.ready().await?;
-        Ok(istiod)
-    }
-
-    fn launch(folder: &Path, admin: SocketAddr, xds: SocketAddr, metrics: SocketAddr, extra: &[String]) -> anyhow::Result<Program> {
-        let data = folder.join("istiod-data").display().to_string();
-        let mut args: Vec<String> = ["dev", "--data-dir", &data].map(str::to_owned).to_vec();
-        args.extend(["--admin".to_owned(), admin.to_string(), "--xds".to_owned(), xds.to_string()]);
-        args.extend(["--metrics".to_owned(), metrics.to_string()]);
-        args.extend_from_slice(extra);
-        Program::start(&program::ours("istiod")?, folder, "istiod", &args)
-    }
-
-    async fn ready(&mut self) -> anyhow::Result<()> {
-        let deadline = tokio::time::Instant::now() + PATIENCE;
-        loop {
-            self.program.check()?;
-            match http::get(self.admin, "istiod", "/ready", &[]).await {
-                Ok(answer) if answer.status == 200 => return Ok(()),
-                other if tokio::time::Instant::now() > deadline => bail!("istiod is not ready: {other:?}"),
-                _ => tokio::time::sleep(Duration::from_millis(5)).await, // eventually
-            }
+    /// What did not start.
+    pub async fn start(flags: &[&str], servers: &[&str], clients: &[&str]) -> anyhow::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("mesh-").tempdir()?;
+        let istiod = Istiod::start(folder.path(), flags).await;
+        let istiod = istiod.inspect_err(|_| last_words(folder.path()))?;
+        let mut mesh = Self { istiod, workloads: BTreeMap::new(), echoes: BTreeMap::new(), finished: false, folder };
+        let apps: BTreeMap<&str, u64> = servers.iter().fold(BTreeMap::new(), |mut apps, server| {
+            *apps.entry(app_of(server)).or_default() += 1;
+            apps
+        });
+        if !apps.is_empty() {
+            mesh.istiod.apply(&apps.keys().map(|app| service(app)).collect::<String>()).await?;
         }
+        for server in servers {
+            mesh.server(server).await?;
+        }
+        for client in clients {
+            mesh.workload(&WorkloadSpec::client(client)).await?;
+        }
+        for workload in servers.iter().chain(clients) {
+            mesh.istiod.synced(&format!("{workload}.default")).await?;
+        }
+        for (app, endpoints) in apps {
+            mesh.istiod.healthy(app, endpoints).await?;
+        }
+        Ok(mesh)
     }
 
-    /// `kill -9`.
+    /// Starts an echo and its proxy.
     ///
     /// # Errors
     ///
-    /// When it cannot be signalled.
-    pub fn kill(&mut self) -> anyhow::Result<()> {
-        self.program.kill()
+    /// When one cannot be started.
+    pub async fn server(&mut self, name: &str) -> anyhow::Result<()> {
+        self.serve(name, Echo::start(name).await?).await
     }
 
-    /// Starts it again, with the same data and addresses.
-    ///
-    /// # Errors
-    ///
-    /// When it does not start.
-    pub async fn restart(&mut self) -> anyhow::Result<()> {
-        self.program = Self::launch(&self.folder, self.admin, self.xds, self.metrics, &self.extra)?;
-        self.ready().await
-    }
-
-    /// Process id.
-    #[must_use]
-    pub fn pid(&self) -> u32 {
-        self.program.pid()
-    }
-
-    /// What istiod wrote to its log.
-    #[must_use]
-    pub fn log(&self) -> String {
-        self.program.output()
-    }
-
-    /// URL of the admin API, for `ISTIOCTL_SERVER`.
-    #[must_use]
-    pub fn url(&self) -> String {
-        format!("http://{}", self.admin)
-    }
-
-    /// Runs `istioctl` against this istiod: exit code, standard output, standard error.
+    /// Starts a proxy in front of an application on port 80.
     ///
     /// # Errors
     ///
     /// When it cannot be started.
-    pub async fn istioctl(&self, args: &[&str]) -> anyhow::Result<(i32, String, String)> {
-        let url = self.url();
-        let args: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
-        tokio::task::spawn_blocking(move || {
-            let args: Vec<&str> = args.iter().map(String::as_str).collect();
-            program::run("istioctl", &[("ISTIOCTL_SERVER", &url)], &args)
-        })
-        .await?
+    pub async fn serve(&mut self, name: &str, echo: Echo) -> anyhow::Result<()> {
+        let version = name.rsplit_once('-').map_or("", |(_, version)| version);
+        let spec = WorkloadSpec::server(app_of(name), version, echo.address);
+        self.echoes.insert(name.to_owned(), echo);
+        self.workload(&spec).await
     }
 
-    /// Commits YAML; the revision.
-    ///
-    /// # Errors
-    ///
-    /// What was refused.
-    pub async fn apply(&self, yaml: &str) -> anyhow::Result<u64> {
-        let body = json!({ "files": [{ "name": "test.yaml", "text": yaml }], "namespace": "default" });
-        let answer = http::post(self.admin, "/api/v1/apply", &body).await?;
-        ensure!(answer.status == 200, "{}: {}", answer.status, answer.text());
-        answer.json::<Value>()?.get("revision").and_then(Value::as_u64).context("no revision")
-    }
-
-    /// Commits YAML and waits until every connected proxy runs it.
-    ///
-    /// # Errors
-    ///
-    /// What was refused, or which proxies do not run it.
-    pub async fn apply_and_wait(&self, yaml: &str) -> anyhow::Result<u64> {
-        let revision = self.apply(yaml).await?;
-        let path = format!("/wait/{revision}?timeoutMilliseconds={}", PATIENCE.as_millis());
-        let report: Value = self.api(&path).await?;
-        let pending = report.get("pending").and_then(Value::as_array).context("no report")?;
-        ensure!(pending.is_empty(), "revision {revision} does not run on {pending:?}");
-        Ok(revision)
-    }
-
-    /// `GET` below `/api/v1`.
-    ///
-    /// # Errors
-    ///
-    /// When the answer is not 200 and JSON.
-    pub async fn api<T: serde::de::DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
-        let answer = http::get(self.admin, "istiod", &format!("/api/v1{path}"), &[]).await?;
-        ensure!(answer.status == 200, "{path}: {}: {}", answer.status, answer.text());
-        answer.json()
-    }
-
-    /// A join token for one workload.
-    ///
-    /// # Errors
-    ///
-    /// What was refused.
-    pub async fn token(&self, namespace: &str, service_account: &str) -> anyhow::Result<String> {
-        let body = json!({ "namespace": namespace, "serviceAccount": service_account, "ttlSeconds": 600, "uses": 1 });
-        let answer = http::post(self.admin, "/api/v1/tokens", &body).await?;
-        ensure!(answer.status == 200 || answer.status == 201, "{}: {}", answer.status, answer.text());
-        Ok(answer.json::<Value>()?.get("token").and_then(Value::as_str).context("no token")?.to_owned())
-    }
-
-    /// Waits until the named proxies (`name.namespace`) are connected and hold everything.
-    pub async fn synced(&self, names: &[&str]) {
-        eventually(PATIENCE, "proxies are synced", || async {
-            let rows: Vec<Value> = self.api("/proxies").await.map_err(|e| e.to_string())?;
-            let synced = |name: &&str| {
-                let row = rows.iter().find(|r| r.get("name").and_then(Value::as_str) == Some(name));
-                let types = row.and_then(|r| r.get("types")).and_then(Value::as_object);
-                types.is_some_and(|t| !t.is_empty() && t.values().all(|s| s == "SYNCED"))
-            };
-            match names.iter().find(|name| !synced(name)) {
-                None => Ok(()),
-                Some(name) => Err(format!("{name} is not: {rows:?}")),
-            }
-        })
-        .await;
-    }
-
-    /// Address of a service (short name) for the application behind a proxy with this loopback block.
-    ///
-    /// # Errors
-    ///
-    /// When there is no such service.
-    pub async fn address(&self, block: Ipv4Addr, service: &str, port: u16) -> anyhow::Result<SocketAddr> {
-        let services: Vec<Value> = self.api("/services").await?;
-        let named = |s: &&Value| s.get("hostname").and_then(Value::as_str).is_some_and(|h| h == service || h.split('.').next() == Some(service));
-        let found = services.iter().find(named).with_context(|| format!("no service {service}"))?;
-        let index = found.get("vipIndex").and_then(Value::as_u64).context("no index")?;
-        let address = xds::translate::explicit_address(block, u32::try_from(index)?).context("the block is too small")?;
-        Ok(SocketAddr::from((address, port)))
-    }
-}
-
-/// A workload behind one of our proxies.
-#[derive(Debug)]
-pub struct Workload {
-    /// `name.namespace`
-    pub name: String,
-    /// Its loopback block.
-    pub block: Ipv4Addr,
-    /// The agent with the proxy inside.
-    pub agent: Program,
-}
-
-/// What to start a [`Workload`] with.
-#[derive(Debug, Clone, Default)]
-pub struct WorkloadSpec {
-    /// Workload name.
-    pub name: String,
-    /// Service account.
-    pub service_account: String,
-    /// Labels.
-    pub labels: BTreeMap<String, String>,
-    /// Workload port to the application behind it; empty for a client only.
-    pub forward: BTreeMap<u16, SocketAddr>,
-}
-
-impl WorkloadSpec {
-    /// A server with label `app`, one port 80 and an application behind it.
-    #[must_use]
-    pub fn server(app: &str, version: &str, behind: SocketAddr) -> Self {
-        let labels = [("app", app), ("version", version)].map(|(k, v)| (k.to_owned(), v.to_owned())).into();
-        Self { name: format!("{app}-{version}"), service_account: app.to_owned(), labels, forward: [(80, behind)].into() }
-    }
-
-    /// A client without an application.
-    #[must_use]
-    pub fn client(name: &str) -> Self {
-        Self { name: name.to_owned(), service_account: name.to_owned(), ..Self::default() }
-    }
-}
-
-impl Workload {
-    /// Starts an agent with its proxy.
+    /// Starts a workload.
     ///
     /// # Errors
     ///
     /// When it cannot be started.
-    pub async fn start(istiod: &Istiod, folder: &Path, spec: &WorkloadSpec) -> anyhow::Result<Self> {
-        let token = istiod.token("default", &spec.service_account).await?;
-        let block = free_block()?;
-        let own = own_address(block);
-        let data = folder.join(&spec.name).display().to_string();
-        let mut args: Vec<String> = ["run", "--name", &spec.name, "--data-dir", &data, "--token", &token].map(str::to_owned).to_vec();
-        for (flag, value) in [
-            ("--address", own.to_string()),
-            ("--loopback-block", format!("{block}/20")),
-            ("--admin", format!("{own}:15000")),
-            ("--stats", format!("{own}:15090")),
-            ("--readiness", format!("{own}:15021")),
-            ("--workers", "1".to_owned()),
-        ] {
-            args.extend([flag.to_owned(), value]);
-        }
-        if spec.forward.is_empty() {
-            args.push("--no-register".to_owned());
-        }
-        if !spec.labels.is_empty() {
-            let labels: Vec<String> = spec.labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
-            args.extend(["--labels".to_owned(), labels.join(",")]);
-        }
-        for (port, behind) in &spec.forward {
-            args.extend(["--forward".to_owned(), format!("{port}={behind}")]);
-        }
-        let agent = Program::start(&program::ours("istio-agent")?, folder, &spec.name, &args)?;
-        Ok(Self { name: format!("{}.default", spec.name), block, agent })
+    pub async fn workload(&mut self, spec: &WorkloadSpec) -> anyhow::Result<()> {
+        let workload = Workload::start(&self.istiod, self.folder.path(), spec).await?;
+        self.workloads.insert(spec.name.clone(), workload);
+        Ok(())
     }
 
-    /// Where other proxies reach this workload.
-    #[must_use]
-    pub fn inbound(&self, port: u16) -> SocketAddr {
-        SocketAddr::from((own_address(self.block), port))
+    /// A workload by its name.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn of(&self, name: &str) -> anyhow::Result<&Workload> {
+        self.workloads.get(name).with_context(|| format!("no workload {name}"))
     }
 
-    /// The proxy's admin port.
-    #[must_use]
-    pub fn admin(&self) -> SocketAddr {
-        SocketAddr::from((own_address(self.block), 15000))
+    /// A workload by its name, to end or to restart it.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn of_mut(&mut self, name: &str) -> anyhow::Result<&mut Workload> {
+        self.workloads.get_mut(name).with_context(|| format!("no workload {name}"))
     }
 
-    /// The proxy's metrics.
-    #[must_use]
-    pub fn stats(&self) -> SocketAddr {
-        SocketAddr::from((own_address(self.block), 15090))
+    /// The application behind the proxy of a workload.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn echo(&self, name: &str) -> anyhow::Result<&Echo> {
+        self.echoes.get(name).with_context(|| format!("no echo {name}"))
     }
+
+    /// Folder of all data and logs.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Address of a service, for the application behind the proxy of `from`.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such workload or service.
+    pub async fn address(&self, from: &str, service: &str, port: u16) -> anyhow::Result<SocketAddr> {
+        self.istiod.address(self.of(from)?.block, service, port).await
+    }
+
+    /// `GET` of a service on port 80, through the proxy of `from`.
+    ///
+    /// # Errors
+    ///
+    /// When there is no answer.
+    pub async fn get(&self, from: &str, service: &str, path: &str, headers: &[(&str, &str)]) -> anyhow::Result<Answer> {
+        http::get(self.address(from, service, 80).await?, service, path, headers).await
+    }
+
+    /// Waits until a service answers 200 through the proxy of `from`.
+    ///
+    /// # Errors
+    ///
+    /// When it does not.
+    pub async fn answers(&self, from: &str, service: &str) -> anyhow::Result<Answer> {
+        eventually(PATIENCE, "a service answers", || async {
+            let answer = self.get(from, service, "/", &[]).await?;
+            ensure!(answer.status == 200, "{}: {}", answer.status, answer.text());
+            Ok(answer)
+        })
+        .await
+    }
+
+    /// The end of a test: no program may have written a warning or an error, but for those that contain one of
+    /// `expected`.
+    ///
+    /// # Errors
+    ///
+    /// The first unexpected line.
+    pub fn finish(mut self, expected: &[&str]) -> anyhow::Result<()> {
+        for (name, log) in logs(self.folder.path())? {
+            let warned = |line: &&str| ["WARN", "ERROR"].iter().any(|level| line.contains(level));
+            let unexpected = log.lines().filter(warned).find(|line| !expected.iter().any(|e| line.contains(e)));
+            ensure!(unexpected.is_none(), "{name}: {}", unexpected.unwrap_or_default());
+        }
+        self.finished = true;
+        Ok(())
+    }
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        if !self.finished {
+            last_words(self.folder.path());
+        }
+    }
+}
+
+/// Name and content of every log below a folder.
+fn logs(folder: &Path) -> anyhow::Result<Vec<(String, String)>> {
+    let mut logs = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|e| e == "log") {
+            let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            logs.push((name, String::from_utf8_lossy(&std::fs::read(&path)?).into_owned()));
+        }
+    }
+    logs.sort();
+    Ok(logs)
+}
+
+/// Shows the end of every log, for a test that has failed.
+#[expect(clippy::print_stderr, reason = "a test that failed says why")]
+fn last_words(folder: &Path) {
+    for (name, log) in logs(folder).unwrap_or_default() {
+        let lines: Vec<&str> = log.lines().collect();
+        for line in lines.get(lines.len().saturating_sub(30)..).unwrap_or_default() {
+            eprintln!("{name}: {}", line.get(..600).unwrap_or(line));
+        }
+    }
+}
+
+fn app_of(server: &str) -> &str {
+    server.rsplit_once('-').map_or(server, |(app, _)| app)
 }
 
 /// YAML of a mesh-internal HTTP service on port 80 whose endpoints have label `app: NAME`.
 #[must_use]
 pub fn service(name: &str) -> String {
+    service_with(name, "{number: 80, name: http, protocol: HTTP}")
+}
+
+/// YAML of a mesh-internal service with these ports whose endpoints have label `app: NAME`.
+#[must_use]
+pub fn service_with(name: &str, ports: &str) -> String {
     format!(
-        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: {name}}}\nspec:\n  hosts: [{name}.default.svc.cluster.local]\n  \
-         location: MESH_INTERNAL\n  resolution: STATIC\n  ports: [{{number: 80, name: http, protocol: HTTP}}]\n  \
-         workloadSelector: {{labels: {{app: {name}}}}}\n---\n"
+        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: {name}}}\nspec:\n  \
+         hosts: [{name}.default.svc.cluster.local]\n  location: MESH_INTERNAL\n  resolution: STATIC\n  \
+         ports: [{ports}]\n  workloadSelector: {{labels: {{app: {name}}}}}\n---\n"
     )
 }
 
-/// The workload's own address: the first of its block.
+/// YAML of STRICT mTLS in the namespace.
 #[must_use]
-pub fn own_address(block: Ipv4Addr) -> Ipv4Addr {
-    Ipv4Addr::from_bits(block.to_bits() + 1)
+pub fn strict() -> &'static str {
+    "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: default}\nspec: {mtls: {mode: STRICT}}\n---\n"
 }
 
-/// A loopback block that nobody uses.
-///
-/// # Errors
-///
-/// When all are taken.
-pub fn free_block() -> anyhow::Result<Ipv4Addr> {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    static FIRST: std::sync::LazyLock<u32> = std::sync::LazyLock::new(|| fastrand::u32(..256));
-    for _ in 0..256 {
-        let index = (*FIRST + NEXT.fetch_add(1, Ordering::Relaxed)) % 256;
-        let block = Ipv4Addr::from_bits(Ipv4Addr::new(127, 240, 0, 0).to_bits() + index * 4096);
-        if TcpListener::bind((own_address(block), 15021)).is_ok() {
-            return Ok(block);
-        }
-    }
-    bail!("no free loopback block")
+/// YAML of a VirtualService with these `http` routes (YAML, flow or block style at indentation 2).
+#[must_use]
+pub fn routes(host: &str, http: &str) -> String {
+    format!("apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: {host}}}\nspec:\n  hosts: [{host}]\n  http:\n{http}\n---\n")
 }
 
-/// A loopback port that was free just now.
-///
-/// # Errors
-///
-/// When none can be had.
-pub fn free_port() -> anyhow::Result<SocketAddr> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
+/// YAML of a DestinationRule with a subset for each version, and further fields of its spec.
+#[must_use]
+pub fn subsets(host: &str, versions: &[&str]) -> String {
+    let subsets: Vec<String> = versions.iter().map(|v| format!("{{name: {v}, labels: {{version: {v}}}}}")).collect();
+    format!(
+        "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: {host}}}\nspec:\n  host: {host}\n  \
+         subsets: [{}]\n---\n",
+        subsets.join(", ")
+    )
 }

@@ -2,11 +2,13 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 use anyhow::{Context, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+use crate::PATIENCE;
 
 /// A running program; it is killed when dropped.
 #[derive(Debug)]
@@ -87,10 +89,26 @@ impl Program {
     ///
     /// # Errors
     ///
-    /// When it cannot be signalled.
-    pub fn stop(&mut self) -> anyhow::Result<std::process::ExitStatus> {
+    /// When it cannot be signalled, or does not end.
+    pub async fn stop(&mut self) -> anyhow::Result<ExitStatus> {
         kill(Pid::from_raw(i32::try_from(self.child.id())?), Signal::SIGTERM)?;
-        Ok(self.child.wait()?)
+        self.ended().await
+    }
+
+    /// Waits until it has ended.
+    ///
+    /// # Errors
+    ///
+    /// When it does not.
+    pub async fn ended(&mut self) -> anyhow::Result<ExitStatus> {
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            ensure!(tokio::time::Instant::now() < deadline, "{} has not ended: {}", self.name, tail(&self.output()));
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await; // eventually
+        }
     }
 }
 

@@ -1,0 +1,8 @@
+//! End to end: the real programs as processes, on loopback addresses.
+
+mod commands;
+mod demo;
+mod refusal;
+mod security;
+mod survival;
+mod traffic;
