@@ -129,7 +129,9 @@ mod tests {
     use super::*;
 
     fn change(host: &str) -> Changes {
-        Changes { hosts: [host.to_owned()].into(), ..Changes::default() }
+        let mut changes = Changes::default();
+        changes.hosts.insert(host.to_owned());
+        changes
     }
 
     #[tokio::test]

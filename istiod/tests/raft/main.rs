@@ -5,4 +5,5 @@ mod cluster;
 mod killed;
 mod log;
 mod member;
+mod mesh;
 mod toy;

@@ -1,0 +1,225 @@
+//! The mesh as the log drives it: what istiod sees of a member.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use ca::authn::{Hash, JoinToken, Secret};
+use ca::identity::TrustDomain;
+use ca::state::{CaCommand, CaOutcome, RedeemRefused, TokenRecord};
+use istiod::raft::metrics::Metrics;
+use istiod::raft::node::Settings;
+use istiod::raft::{Command, Outcome, Raft, StartError, Started};
+use prometheus_client::registry::Registry;
+use registry::state::{Batch, Command as Change, Registration, Revision};
+use tokio_util::sync::CancellationToken;
+
+use crate::toy::now;
+
+const ROUTE: &str = "
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: reviews, namespace: default}
+spec:
+  hosts: [reviews]
+  http: [{route: [{destination: {host: reviews, subset: v1}}]}]
+";
+
+fn start(dir: &Path, stop: &CancellationToken) -> Result<Started, StartError> {
+    let settings = Settings { snapshot_entries: 20, keep_entries: 5, ..Settings::new(1, 1) };
+    let mut metrics = Registry::default();
+    let metrics = Metrics::registered(&mut metrics);
+    Raft::start(dir, settings, metrics, &mut fastrand::Rng::new(), now(), stop.clone())
+}
+
+fn batch(text: &str, time_ms: i64) -> Batch {
+    let (objects, _) = registry::config::parse("test.yaml", text).expect("parses");
+    Batch::put_objects(time_ms, "admin", objects)
+}
+
+fn registration(name: &str) -> Batch {
+    let registration = Registration {
+        namespace: "shop".to_owned(),
+        name: name.to_owned(),
+        address: "10.0.0.9".to_owned(),
+        ports: [("http".to_owned(), 8080)].into(),
+        labels: [("app".to_owned(), "pay".to_owned())].into(),
+        annotations: [].into(),
+        network: String::new(),
+        locality: registry::model::service::Locality::default(),
+        weight: 1,
+        service_account: "pay".to_owned(),
+        cluster: "default".to_owned(),
+        group: String::new(),
+        instance: name.to_owned(),
+        session: "1".to_owned(),
+        lease_ms: 30_000,
+        healthy: false,
+    };
+    let commands = vec![Change::RegisterWorkload { registration: registration.into() }];
+    Batch { time_ms: 1_800_000_000_000, author: "agent".to_owned(), commands }
+}
+
+fn token() -> JoinToken {
+    JoinToken {
+        id: "t1".to_owned(),
+        secret: Secret::random().expect("draws"),
+        endpoints: Vec::new(),
+        root_sha256: Hash::of(b"root"),
+        namespace: "shop".to_owned(),
+        service_account: "pay".to_owned(),
+        trust_domain: TrustDomain::default(),
+    }
+}
+
+fn time() -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(1_800_000_000)
+}
+
+async fn end(started: Started, stop: CancellationToken) {
+    stop.cancel();
+    started.thread.join().await.expect("stops");
+}
+
+#[tokio::test]
+async fn objects_keep_their_revisions_over_a_restart_and_readers_see_them_first() {
+    let dir = tempfile::tempdir().expect("makes a folder");
+    let stop = CancellationToken::new();
+    let mut started = start(dir.path(), &stop).expect("starts");
+    let raft = started.raft.clone();
+    let command = Command::Registry(batch(ROUTE, 1_800_000_000_000));
+    let (revision, outcome) = raft.propose(&command).await.expect("commits");
+    assert_eq!(started.snapshots.borrow().revision(), revision, "published before it is answered");
+    let Outcome::Registry(outcome) = outcome else { panic!("{outcome:?}") };
+    assert!(outcome.conflict().is_none());
+    assert_eq!(raft.read_index().await.expect("reads"), revision);
+    let update = started.updates.next().await.expect("goes on");
+    assert!(update.changes.mesh, "the first update says that everything is new");
+    raft.applied(revision).await.expect("is applied");
+    // The same again makes a revision, but no change.
+    let (again, _) = raft.propose(&command).await.expect("commits");
+    assert_eq!(again, Revision(revision.0 + 1));
+    for number in 0..50 {
+        let text = ROUTE.replace("name: reviews", &format!("name: r{}", number % 9));
+        raft.propose(&Command::Registry(batch(&text, 1_800_000_000_000 + number))).await.expect("commits");
+    }
+    let before = raft.view().await.expect("views");
+    assert_eq!(before.registry.objects().count(), 10);
+    let first = before.registry.objects().find(|(key, _)| key.name == "reviews").expect("is there").1.revision;
+    assert_eq!(first, revision.0);
+    let busy = start(dir.path(), &stop);
+    assert!(matches!(busy, Err(StartError::InUse { .. })), "two members on one folder");
+    end(started, stop).await;
+
+    let stop = CancellationToken::new();
+    let started = start(dir.path(), &stop).expect("starts again");
+    let raft = started.raft.clone();
+    let covered = raft.read_index().await.expect("reads");
+    assert!(covered > before.revision, "the new term has an entry of its own");
+    let after = raft.view().await.expect("views");
+    assert_eq!(after.registry.encode(), before.registry.encode());
+    assert_eq!(after.ca, before.ca);
+    assert_eq!(started.snapshots.borrow().revision(), before.registry.revision());
+    end(started, stop).await;
+}
+
+#[tokio::test]
+async fn the_state_is_built_from_snapshot_and_log_when_the_store_is_lost_or_damaged() {
+    let dir = tempfile::tempdir().expect("makes a folder");
+    let stop = CancellationToken::new();
+    let started = start(dir.path(), &stop).expect("starts");
+    for number in 0..70 {
+        let text = ROUTE.replace("name: reviews", &format!("name: r{}", number % 9));
+        let command = Command::Registry(batch(&text, 1_800_000_000_000 + number));
+        started.raft.propose(&command).await.expect("commits");
+    }
+    let before = started.raft.view().await.expect("views");
+    end(started, stop).await;
+    let store = dir.path().join("raft/db");
+    for damage in ["lost", "damaged"] {
+        match damage {
+            "lost" => std::fs::remove_dir_all(&store).expect("removes"),
+            _ => std::fs::write(store.join("db"), vec![0x5A; 100_000]).expect("writes"),
+        }
+        let stop = CancellationToken::new();
+        let started = start(dir.path(), &stop).expect("starts again");
+        started.raft.read_index().await.expect("reads");
+        let after = started.raft.view().await.expect("views");
+        assert_eq!(after.registry.encode(), before.registry.encode(), "{damage}");
+        end(started, stop).await;
+    }
+}
+
+#[tokio::test]
+async fn a_join_redeems_and_registers_in_one_command_or_does_neither() {
+    let dir = tempfile::tempdir().expect("makes a folder");
+    let stop = CancellationToken::new();
+    let started = start(dir.path(), &stop).expect("starts");
+    let raft = &started.raft;
+    let token = token();
+    let record = TokenRecord::of(&token, time() + Duration::from_secs(60), 1, "admin");
+    raft.propose(&Command::Ca(CaCommand::AddJoinToken(record))).await.expect("commits");
+    let presented = token.presented();
+    let join = |key: u8, name: &str| Command::Join {
+        redeem: CaCommand::redeem(&presented, Hash::of(&[key]), time()),
+        register: registration(name),
+    };
+    let (revision, outcome) = raft.propose(&join(1, "vm-1")).await.expect("commits");
+    let Outcome::Join { redeemed: CaOutcome::Redeemed { .. }, registered: Some(_) } = outcome else {
+        panic!("{outcome:?}")
+    };
+    let (_, outcome) = raft.propose(&join(1, "vm-1")).await.expect("commits");
+    assert!(matches!(outcome, Outcome::Join { registered: Some(_), .. }), "the same key may ask again");
+    let (_, outcome) = raft.propose(&join(2, "vm-2")).await.expect("commits");
+    let refused = Outcome::Join { redeemed: CaOutcome::Refused(RedeemRefused::UsedUp), registered: None };
+    assert_eq!(outcome, refused);
+    let view = raft.view().await.expect("views");
+    assert_eq!(view.registry.workloads().count(), 1);
+    assert!(view.revision > revision);
+    end(started, stop).await;
+
+    let stop = CancellationToken::new();
+    let started = start(dir.path(), &stop).expect("starts again");
+    started.raft.read_index().await.expect("reads");
+    let after = started.raft.view().await.expect("views");
+    assert_eq!((after.ca, after.registry.workloads().count()), (view.ca, 1));
+    end(started, stop).await;
+}
+
+/// What the log of an older version holds must decode for ever: these bytes were recorded and are never changed.
+#[test]
+fn recorded_commands_decode() {
+    let recorded = [
+        (&RECORDED_REVOKE[..20], None),
+        (RECORDED_REVOKE, Some(Command::Ca(CaCommand::RevokeJoinToken { id: "abc".to_owned() }))),
+        (
+            RECORDED_EMPTY_BATCH,
+            Some(Command::Registry(Batch { time_ms: 5, author: "a".to_owned(), commands: Vec::new() })),
+        ),
+    ];
+    for (bytes, expect) in recorded {
+        let found = Command::decode(7, &unhex(bytes)).ok();
+        assert_eq!(found, expect, "{bytes}");
+        if let Some(command) = expect {
+            assert_eq!(command.encode().expect("encodes"), unhex(bytes), "what is written now is the same form");
+        }
+    }
+}
+
+const RECORDED_REVOKE: &str =
+    "08011a227b227265766f6b655f6a6f696e5f746f6b656e223a7b226964223a22616263227d7d";
+const RECORDED_EMPTY_BATCH: &str =
+    "080112347b2276657273696f6e223a312c2274696d655f6d73223a352c22617574686f72223a2261222c22636f6d6d616e6473223a5b5d7d";
+
+#[test]
+fn a_newer_command_halts_and_says_what_to_do() {
+    let newer = unhex("08021200");
+    let halt = Command::decode(9, &newer).expect_err("halts").to_string();
+    assert!(halt.contains("entry 9") && halt.contains("upgrade this member"), "{halt}");
+    let unknown_kind = unhex("0801");
+    assert!(Command::decode(9, &unknown_kind).expect_err("halts").to_string().contains("unknown kind"));
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    let byte = |at: usize| u8::from_str_radix(&text[at..at + 2], 16).expect("is hexadecimal");
+    (0..text.len()).step_by(2).map(byte).collect()
+}
