@@ -1,22 +1,32 @@
 //! The data plane: what a control plane says becomes tables, and tables decide what happens to traffic.
-pub mod admin;
+//!
+//! [`Proxy::start`] wires it in the order in which things flow. [`xds`] turns messages into checked values and keeps
+//! the stream; [`tables`] holds them, swapped whole, with the [`sockets`] of their listeners; each [`worker`] serves
+//! connections on one core: [`listener`] takes them, [`tls`] opens them, [`http`] and [`tcp`] carry what is in them,
+//! asking [`authz`] and [`router`] on the way and sending it [`upstream`]. [`admin`] shows all of it; [`drain`] ends
+//! it.
+
 pub mod bootstrap;
 pub mod config;
-pub mod drain;
-pub mod sockets;
-pub mod tables;
-pub mod telemetry;
 pub mod xds;
-pub mod access_log;
-pub mod authz;
-pub mod http;
-pub mod lb;
-pub mod listener;
-pub mod metrics;
-pub mod ratelimit;
-pub mod retry;
-pub mod router;
-pub mod tcp;
-pub mod tls;
-pub mod upstream;
+pub mod tables;
+pub mod sockets;
 pub mod worker;
+pub mod listener;
+pub mod tls;
+pub mod http;
+pub mod authz;
+pub mod ratelimit;
+pub mod router;
+pub mod retry;
+pub mod upstream;
+pub mod lb;
+pub mod tcp;
+pub mod access_log;
+pub mod metrics;
+pub mod admin;
+pub mod telemetry;
+pub mod drain;
+mod run;
+
+pub use run::{Bound, Proxy, StartError, run};

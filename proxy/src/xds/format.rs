@@ -376,7 +376,7 @@ mod tests {
              %UPSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_REMOTE_ADDRESS% \
              %REQUESTED_SERVER_NAME% %ROUTE_NAME%\n";
         let format = Format::parse(line).unwrap();
-        assert_eq!(format.0.iter().filter(|p| matches!(p, Part::Operator(..))).count(), 23);
+        assert_eq!(format.0.iter().filter(|p| matches!(p, Part::Operator(..))).count(), 24);
         assert_eq!(
             format.0[3],
             Part::Operator(Operator::Header(Side::Request, HeaderKey::Method, None), None)

@@ -504,9 +504,9 @@ mod tests {
         assert!(header(Some(PresentMatch(false)), false, false).matches(None));
         assert!(header(None, false, false).matches(Some(b"")));
         let range = RangeMatch(envoy_types::pb::envoy::r#type::v3::Int64Range { start: -10, end: 0 });
-        assert!(header(Some(range), false, false).matches(Some(b"-1")));
-        assert!(!header(Some(range), false, false).matches(Some(b"0")));
-        assert!(!header(Some(range), false, false).matches(Some(b"-1x")));
+        assert!(header(Some(range.clone()), false, false).matches(Some(b"-1")));
+        assert!(!header(Some(range.clone()), false, false).matches(Some(b"0")));
+        assert!(!header(Some(range.clone()), false, false).matches(Some(b"-1x")));
     }
 
     #[test]
