@@ -5,6 +5,7 @@
 
 pub mod queue;
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use futures::StreamExt;
@@ -71,12 +72,15 @@ impl Push {
         self.status.decide(snapshot.revision().0, &[]);
         let mut queue = Queue::new(snapshot);
         let mut debounce = Debounce::new(self.settings.debounce);
-        let mut running: FuturesUnordered<JoinHandle<Done>> = FuturesUnordered::new();
+        let mut running: FuturesUnordered<JoinHandle<Result<Done, u64>>> = FuturesUnordered::new();
         loop {
             if let Some(waited) = debounce.fire(now()) {
                 self.status.metrics().debounce_time.observe(waited.as_secs_f64());
                 let decision = queue.flush(now());
-                tracing::info!(revision = decision.revision, proxies = decision.concerned.len(), "pushing");
+                if !decision.concerned.is_empty() {
+                    let proxies = decision.concerned.len();
+                    tracing::info!(revision = decision.revision, proxies, "pushing");
+                }
                 self.status.decide(decision.revision, &decision.concerned);
             }
             while running.len() < self.settings.workers.max(1)
@@ -102,11 +106,13 @@ impl Push {
                     None => return,
                 },
                 Some(done) = running.next() => match done {
-                    Ok(done) => self.on_done(&mut queue, done),
-                    Err(error) => {
-                        tracing::error!(%error, "translation failed, its proxy keeps what it has");
-                        queue.failed();
+                    Ok(Ok(done)) => self.on_done(&mut queue, done),
+                    Ok(Err(key)) => {
+                        tracing::error!(connection = key, "translation failed, its proxy keeps what it has");
+                        queue.failed(key);
                     }
+                    // Only a runtime that shuts down cancels what it runs.
+                    Err(_) => return,
                 },
                 () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
             }
@@ -134,12 +140,15 @@ impl Push {
         metrics.virtual_services.set(i64::try_from(routes).unwrap_or(i64::MAX));
     }
 
-    fn start(&self, job: Job) -> JoinHandle<Done> {
+    fn start(&self, job: Job) -> JoinHandle<Result<Done, u64>> {
         let metrics = self.status.metrics();
         metrics.queue_time.observe(now().saturating_duration_since(job.queued_at()).as_secs_f64());
         metrics.triggers.get_or_create(&TypeLabel::new(job.kind())).inc();
         let interner = self.interner.clone();
-        self.tasks.spawn_blocking(move || job.run(&interner))
+        let key = job.key();
+        // A fault in the translation of one proxy must not end the pushes of all others.
+        let run = AssertUnwindSafe(move || job.run(&interner));
+        self.tasks.spawn_blocking(move || std::panic::catch_unwind(run).map_err(|_| key))
     }
 
     fn on_done(&self, queue: &mut Queue, done: Done) {

@@ -153,7 +153,14 @@ impl Status {
             table.next
         });
         self.shared.metrics.connected.inc();
-        Connection { key, status: self.clone(), seen: 0, refused: [false; Type::ALL.len()], dump_requests }
+        Connection {
+            key,
+            status: self.clone(),
+            seen: 0,
+            sent: 0,
+            refused: [false; Type::ALL.len()],
+            dump_requests,
+        }
     }
 
     /// The push side: whatever `revision` changes, it may concern this connection; until the stream has reported
@@ -245,6 +252,7 @@ pub struct Connection {
     key: u64,
     status: Status,
     seen: u64,
+    sent: u64,
     refused: [bool; Type::ALL.len()],
     dump_requests: mpsc::Receiver<oneshot::Sender<Resources>>,
 }
@@ -268,12 +276,12 @@ impl Connection {
         let committed = view.and_then(View::committed);
         let waited = committed.map(|at| now.saturating_duration_since(at).as_secs_f64());
         let sends = actions.iter().any(|action| matches!(action, Action::Send(_)));
-        if let Some(seconds) = waited.filter(|_| sends) {
-            metrics.convergence.observe(seconds);
+        if sends && report.view_revision > self.sent {
+            self.sent = report.view_revision;
+            waited.into_iter().for_each(|seconds| metrics.convergence.observe(seconds));
         }
         if report.synced_revision > self.seen {
             self.seen = report.synced_revision;
-            // A proxy's first revision was waited for by nobody.
             waited.into_iter().for_each(|seconds| metrics.push_convergence.observe(seconds));
         }
         for (slot, t) in self.refused.iter_mut().zip(Type::ALL) {

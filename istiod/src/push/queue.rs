@@ -18,6 +18,9 @@ use xds::server::Joined;
 
 use crate::publish::Update;
 
+/// Below this many targets nobody looks for those that are gone, until something changes.
+const PRUNE_FLOOR: usize = 64;
+
 /// A connected proxy.
 #[derive(Debug)]
 struct Target {
@@ -53,6 +56,8 @@ pub struct Queue {
     changes: Changes,
     committed: Option<Instant>,
     targets: BTreeMap<u64, Target>,
+    /// So many targets are worth a look for those that are gone.
+    prune_at: usize,
     waiting: VecDeque<u64>,
 }
 
@@ -75,6 +80,7 @@ impl Queue {
             changes: Changes::default(),
             committed: None,
             targets: BTreeMap::new(),
+            prune_at: PRUNE_FLOOR,
             waiting: VecDeque::new(),
         }
     }
@@ -97,6 +103,9 @@ impl Queue {
             queued_at: now,
             place: Place::Queued,
         };
+        if self.targets.len() >= self.prune_at {
+            self.prune();
+        }
         self.targets.insert(joined.key, target);
         self.waiting.push_back(joined.key);
     }
@@ -110,7 +119,7 @@ impl Queue {
 
     /// Decides whom the changes since the last flush concern, and queues them.
     pub fn flush(&mut self, now: Instant) -> Decision {
-        self.targets.retain(|_, target| !target.views.is_closed());
+        self.prune();
         let changes = std::mem::take(&mut self.changes);
         let impact = Impact::of(&changes, &self.flushed, &self.latest);
         let committed = self.committed.take();
@@ -169,13 +178,14 @@ impl Queue {
         self.rest(done.key);
     }
 
-    /// A translation ended without a result (which one is not known): those that run are done again when something
-    /// changes.
-    pub fn failed(&mut self) {
-        let running = self.targets.iter().filter(|(_, target)| matches!(target.place, Place::Running { .. }));
-        for key in running.map(|(key, _)| *key).collect::<Vec<_>>() {
-            self.rest(key);
-        }
+    /// A translation ended without a result: it is done again when something changes.
+    pub fn failed(&mut self, key: u64) {
+        self.rest(key);
+    }
+
+    fn prune(&mut self) {
+        self.targets.retain(|_, target| !target.views.is_closed());
+        self.prune_at = PRUNE_FLOOR.max(self.targets.len() * 2);
     }
 
     fn rest(&mut self, key: u64) {
@@ -213,6 +223,12 @@ pub struct Job {
 }
 
 impl Job {
+    /// The connection.
+    #[must_use]
+    pub fn key(&self) -> u64 {
+        self.key
+    }
+
     /// Since when the proxy has waited.
     #[must_use]
     pub fn queued_at(&self) -> Instant {
@@ -282,5 +298,167 @@ impl Done {
     #[must_use]
     pub fn changed(&self) -> Option<(u64, u64)> {
         self.changed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use registry::state::{Batch, Revision, State};
+    use serde_json::json;
+
+    use super::*;
+
+    struct Mesh {
+        state: State,
+        queue: Queue,
+        snapshot: Arc<Snapshot>,
+        now: Instant,
+        views: BTreeMap<u64, watch::Receiver<Option<Arc<View>>>>,
+        interner: Interner,
+    }
+
+    impl Mesh {
+        fn new() -> Self {
+            let state = State::default();
+            let snapshot = Arc::new(Snapshot::build(&state));
+            Self {
+                queue: Queue::new(snapshot.clone()),
+                state,
+                snapshot,
+                now: tokio::time::Instant::now().into_std(),
+                views: BTreeMap::new(),
+                interner: Interner::default(),
+            }
+        }
+
+        fn join(&mut self, key: u64, namespace: &str) {
+            let node =
+                json!({"id": format!("sidecar~10.0.0.{key}~app.{namespace}~{namespace}.svc.cluster.local")});
+            let proxy = Proxy::from_node(&wire::json::message_from_json(&node).unwrap(), None).unwrap();
+            let (views, receiver) = watch::channel(None);
+            self.views.insert(key, receiver);
+            self.queue.join(Joined { key, proxy: Arc::new(proxy), views }, self.now);
+        }
+
+        /// Applies a service with this endpoint, exported to these namespaces.
+        fn apply(&mut self, name: &str, address: &str, export: &str) {
+            let yaml = format!(
+                "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: {name}, namespace: a}}\n\
+                 spec: {{hosts: [{name}.example.com], exportTo: [\"{export}\"], resolution: STATIC, \
+                 ports: [{{number: 80, name: http, protocol: HTTP}}], endpoints: [{{address: {address}}}]}}\n"
+            );
+            let (objects, _) = registry::config::parse("test.yaml", &yaml).unwrap();
+            let revision = Revision(self.state.revision().0 + 1);
+            let (changes, _) = self.state.apply(revision, &Batch::put_objects(1, "test", objects));
+            self.snapshot = Arc::new(Snapshot::next(&self.snapshot, &self.state, &changes));
+            self.queue.update(Update { snapshot: self.snapshot.clone(), changes, committed: self.now });
+        }
+
+        fn jobs(&mut self) -> Vec<Job> {
+            std::iter::from_fn(|| self.queue.next_job()).collect()
+        }
+
+        fn run(&mut self, job: Job) {
+            let done = job.run(&self.interner);
+            self.queue.done(done);
+        }
+
+        fn run_all(&mut self) {
+            while let Some(job) = self.queue.next_job() {
+                self.run(job);
+            }
+        }
+
+        fn revision(&self, key: u64) -> u64 {
+            self.views[&key].borrow().as_ref().map_or(0, |view| view.revision())
+        }
+    }
+
+    #[test]
+    fn who_waits_longest_is_next_and_has_one_place() {
+        let mut mesh = Mesh::new();
+        mesh.join(1, "a");
+        mesh.join(2, "a");
+        mesh.run_all();
+        mesh.apply("x", "10.1.0.1", "*");
+        assert_eq!(mesh.queue.flush(mesh.now), Decision { revision: 1, concerned: vec![1, 2] });
+        mesh.join(3, "a");
+        mesh.apply("x", "10.1.0.2", "*");
+        mesh.apply("y", "10.1.0.2", "*");
+        mesh.queue.flush(mesh.now + Duration::from_secs(1));
+        let keys: Vec<u64> = mesh.jobs().iter().map(Job::key).collect();
+        assert_eq!(keys, [1, 2, 3]);
+    }
+
+    #[test]
+    fn endpoints_alone_are_translated_alone_and_equal_a_full_translation() {
+        let mut mesh = Mesh::new();
+        mesh.join(1, "a");
+        mesh.apply("x", "10.1.0.1", "*");
+        mesh.queue.flush(mesh.now);
+        mesh.run_all();
+        mesh.apply("x", "10.1.0.2", "*");
+        mesh.queue.flush(mesh.now);
+        let job = mesh.queue.next_job().unwrap();
+        assert_eq!(job.kind(), "endpoint");
+        mesh.run(job);
+        let view = mesh.views[&1].borrow().clone().unwrap();
+        let proxy = mesh.queue.targets[&1].proxy.clone();
+        let full = mesh.interner.share(View::new(2, xds::translate::translate(&mesh.snapshot, &proxy)));
+        assert!(view.shares_all(&full));
+    }
+
+    #[test]
+    fn what_changes_during_a_translation_is_done_after_it() {
+        let mut mesh = Mesh::new();
+        mesh.join(1, "a");
+        let first = mesh.queue.next_job().unwrap();
+        // The running translation knows nothing of this host; its endpoints change before it is done.
+        mesh.apply("x", "10.1.0.1", "*");
+        mesh.queue.flush(mesh.now);
+        assert!(mesh.queue.next_job().is_none());
+        mesh.run(first);
+        assert_eq!(mesh.revision(1), 0);
+        mesh.run_all();
+        assert_eq!(mesh.revision(1), 1);
+        mesh.apply("x", "10.1.0.2", "*");
+        mesh.queue.flush(mesh.now);
+        let second = mesh.queue.next_job().unwrap();
+        mesh.apply("x", "10.1.0.3", "*");
+        mesh.queue.flush(mesh.now);
+        mesh.run(second);
+        mesh.run_all();
+        assert_eq!(mesh.revision(1), 3);
+        assert!(mesh.queue.next_job().is_none());
+    }
+
+    #[test]
+    fn only_namespaces_that_see_a_service_are_concerned_by_it() {
+        let mut mesh = Mesh::new();
+        mesh.join(1, "a");
+        mesh.join(2, "b");
+        mesh.run_all();
+        mesh.apply("x", "10.1.0.1", "b");
+        assert_eq!(mesh.queue.flush(mesh.now).concerned, [2]);
+        mesh.apply("x", "10.1.0.1", ".");
+        assert_eq!(mesh.queue.flush(mesh.now).concerned, [1, 2]);
+        // The workload behind an endpoint serves it, seen or not.
+        mesh.run_all();
+        mesh.apply("y", "10.0.0.2", ".");
+        assert_eq!(mesh.queue.flush(mesh.now).concerned, [1, 2]);
+        mesh.apply("z", "10.1.0.9", "c");
+        assert!(mesh.queue.flush(mesh.now).concerned.is_empty());
+    }
+
+    #[test]
+    fn a_proxy_that_has_gone_is_not_translated_for() {
+        let mut mesh = Mesh::new();
+        mesh.join(1, "a");
+        mesh.join(2, "a");
+        mesh.views.remove(&1);
+        let keys: Vec<u64> = mesh.jobs().iter().map(Job::key).collect();
+        assert_eq!(keys, [2]);
     }
 }
