@@ -3,10 +3,6 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
     let files = protox::compile(["raft.proto"], ["proto"])?;
-    tonic_prost_build::configure()
-        .bytes(".")
-        .build_client(false)
-        .build_server(false)
-        .compile_fds(files)?;
+    tonic_prost_build::configure().bytes(".").build_client(false).build_server(false).compile_fds(files)?;
     Ok(())
 }

@@ -24,7 +24,6 @@ pub mod wire;
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Instant;
 
 use registry::snapshot::Snapshot;
@@ -35,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 use self::disk::{Disk, RealDisk};
 use self::metrics::Metrics;
 use self::node::files::{self, Beginning};
-use self::node::thread::{NoPeers, Node, RequestError};
+use self::node::thread::{Ending, NoPeers, Node, RequestError};
 use self::node::{Driver, Fatal, Refusal, Settings, Status};
 pub use self::state_machine::{Command, Mesh, Outcome, View};
 use self::store::sled::SledStore;
@@ -66,7 +65,7 @@ pub struct Started {
 
 /// The thread that drives the log.
 pub struct RaftThread {
-    handle: JoinHandle<Result<(), Arc<Fatal>>>,
+    handle: Ending,
 }
 
 impl RaftThread {
@@ -155,12 +154,14 @@ impl Raft {
         let snapshots = publisher.subscribe();
         let voters = [settings.id];
         let beginning = (settings, Beginning::Found(&voters));
-        let open_store =
-            |path: &Path, incarnation| Ok(Box::new(SledStore::open_or_move_aside(path, incarnation)?) as Box<_>);
+        let open_store = |path: &Path, incarnation| {
+            Ok(Box::new(SledStore::open_or_move_aside(path, incarnation)?) as Box<_>)
+        };
         let mut parts = files::open(&disk, &open_store, &dir, beginning, Mesh::new(publisher), random)?;
         parts.guard = Some(Box::new(lock));
         let driver = Driver::start(parts, now)?;
-        let (node, handle) = Node::spawn(driver, Box::new(NoPeers), metrics, stop).map_err(|e| io(&dir, e))?;
+        let (node, handle) =
+            Node::spawn(driver, Box::new(NoPeers), metrics, stop).map_err(|e| io(&dir, e))?;
         Ok(Started { raft: Self { node }, updates, snapshots, thread: RaftThread { handle } })
     }
 

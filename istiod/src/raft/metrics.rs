@@ -60,7 +60,11 @@ impl Metrics {
             ("term", "The current term", metrics.term.clone()),
             ("leading", "1 while this member leads", metrics.leading.clone()),
             ("committed_index", "The highest committed index", metrics.committed_index.clone()),
-            ("applied_index", "The highest applied index, which is the revision", metrics.applied_index.clone()),
+            (
+                "applied_index",
+                "The highest applied index, which is the revision",
+                metrics.applied_index.clone(),
+            ),
             ("log_entries", "Entries in the log", metrics.log_entries.clone()),
             ("log_size_bytes", "Bytes of the entries in the log", metrics.log_bytes.clone()),
             ("snapshot_index", "The index of the newest snapshot", metrics.snapshot_index.clone()),

@@ -374,10 +374,11 @@ impl<M: StateMachine> Driver<M> {
         let change = raft::eraftpb::ConfChangeV2::try_from(change);
         let change = change.map_err(|error| Refusal::Invalid(error.to_string()))?;
         let name = wire::Proposal { client: self.client, sequence, command: bytes::Bytes::new() };
-        self.raw.propose_conf_change(name.encode_to_vec(), change).map_err(|error| match error {
-            raft::Error::ProposalDropped => Refusal::Busy,
-            other => Refusal::Invalid(other.to_string()),
-        })
+        match self.raw.propose_conf_change(name.encode_to_vec(), change) {
+            Ok(()) => Ok(()),
+            Err(raft::Error::ProposalDropped) => Err(Refusal::Busy),
+            Err(error) => Err(Refusal::Invalid(error.to_string())),
+        }
     }
 
     fn must_lead(&self) -> Result<(), Refusal> {
@@ -399,7 +400,9 @@ impl<M: StateMachine> Driver<M> {
             match entry.get_entry_type() {
                 EntryType::EntryNormal if entry.data.is_empty() => {}
                 EntryType::EntryNormal => self.apply_command(&entry, out)?,
-                EntryType::EntryConfChange | EntryType::EntryConfChangeV2 => self.apply_members(&entry, out)?,
+                EntryType::EntryConfChange | EntryType::EntryConfChangeV2 => {
+                    self.apply_members(&entry, out)?
+                }
             }
             self.applied = (index, term);
         }

@@ -136,10 +136,19 @@ mod tests {
     #[test]
     fn a_number_is_admitted_once_in_any_order() {
         let mut sessions = Sessions::default();
-        for (index, (sequence, fresh)) in
-            [(1, true), (1, false), (5, true), (3, true), (4, true), (5, false), (2, true), (3, false), (6, true)]
-                .into_iter()
-                .enumerate()
+        for (index, (sequence, fresh)) in [
+            (1, true),
+            (1, false),
+            (5, true),
+            (3, true),
+            (4, true),
+            (5, false),
+            (2, true),
+            (3, false),
+            (6, true),
+        ]
+        .into_iter()
+        .enumerate()
         {
             assert_eq!(sessions.admit(9, sequence, index as u64), fresh, "step {index}");
         }
@@ -153,7 +162,10 @@ mod tests {
             assert!(sessions.admit(client, 1, client + 1));
         }
         assert_eq!(sessions.clients.len(), CLIENTS);
-        assert_eq!(sessions.take_writes(b"s").iter().filter(|write| write.value.is_none()).count(), 300 - CLIENTS);
+        assert_eq!(
+            sessions.take_writes(b"s").iter().filter(|write| write.value.is_none()).count(),
+            300 - CLIENTS
+        );
     }
 
     proptest! {

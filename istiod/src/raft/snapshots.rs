@@ -92,7 +92,8 @@ impl Snapshots {
     ///
     /// The disk's. Final: the member must stop.
     pub fn save(&self, metadata: &SnapshotMetadata, data: &[u8]) -> Result<(), SnapshotError> {
-        let head = SnapshotHead { metadata: Some(metadata.clone()), length: data.len() as u64 }.encode_to_vec();
+        let head =
+            SnapshotHead { metadata: Some(metadata.clone()), length: data.len() as u64 }.encode_to_vec();
         let mut start = Vec::with_capacity(head.len() + 20);
         start.extend_from_slice(MAGIC);
         start.extend_from_slice(&VERSION.to_le_bytes());
@@ -266,7 +267,9 @@ mod tests {
             snapshots.save(&metadata(2), &vec![7; CHUNK + 100]).expect("saves");
             disk.flip(&Path::new("/s").join(name(&metadata(2))), offset);
             match snapshots.load(0) {
-                Ok((found, data)) => assert_eq!((found.index, &data[..]), (1, &b"old"[..]), "offset {offset}"),
+                Ok((found, data)) => {
+                    assert_eq!((found.index, &data[..]), (1, &b"old"[..]), "offset {offset}")
+                }
                 Err(SnapshotError::Version { .. }) => assert_eq!(offset, 9),
                 Err(error) => panic!("offset {offset}: {error}"),
             }

@@ -88,7 +88,8 @@ impl Command {
         }
         let registry = |bytes: &[u8]| StoredCommand::decode(bytes).map_err(|error| halt(error.to_string()));
         let ca = |bytes: &[u8]| {
-            serde_json::from_slice(bytes).map_err(|error| halt(format!("an unknown command of the CA: {error}")))
+            serde_json::from_slice(bytes)
+                .map_err(|error| halt(format!("an unknown command of the CA: {error}")))
         };
         Ok(match stored.part {
             Some(Part::Registry(batch)) => Self::Registry(registry(&batch)?),
@@ -222,7 +223,9 @@ impl StateMachine for Mesh {
             .map(|(key, value)| Write { key: [REGISTRY_KEYS, &key].concat(), value: Some(value) })
             .collect();
         let ca = self.ca.entries().into_iter();
-        writes.extend(ca.map(|entry| Write { key: [CA_KEYS, entry.key.as_bytes()].concat(), value: entry.value }));
+        writes.extend(
+            ca.map(|entry| Write { key: [CA_KEYS, entry.key.as_bytes()].concat(), value: entry.value }),
+        );
         writes
     }
 

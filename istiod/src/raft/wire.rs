@@ -6,12 +6,7 @@
 
 use raft::eraftpb;
 
-#[expect(
-    missing_docs,
-    clippy::all,
-    clippy::allow_attributes_without_reason,
-    reason = "generated from proto/raft.proto"
-)]
+#[expect(missing_docs, clippy::all, reason = "generated from proto/raft.proto")]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/istiod.raft.v1.rs"));
 }
@@ -85,13 +80,14 @@ impl From<&eraftpb::ConfState> for ConfState {
 
 impl From<ConfState> for eraftpb::ConfState {
     fn from(state: ConfState) -> Self {
-        let mut out = Self::default();
-        out.voters = state.voters;
-        out.learners = state.learners;
-        out.voters_outgoing = state.voters_outgoing;
-        out.learners_next = state.learners_next;
-        out.auto_leave = state.auto_leave;
-        out
+        Self {
+            voters: state.voters,
+            learners: state.learners,
+            voters_outgoing: state.voters_outgoing,
+            learners_next: state.learners_next,
+            auto_leave: state.auto_leave,
+            ..Self::default()
+        }
     }
 }
 
@@ -103,11 +99,7 @@ impl From<&eraftpb::HardState> for HardState {
 
 impl From<HardState> for eraftpb::HardState {
     fn from(state: HardState) -> Self {
-        let mut out = Self::default();
-        out.term = state.term;
-        out.vote = state.vote;
-        out.commit = state.commit;
-        out
+        Self { term: state.term, vote: state.vote, commit: state.commit, ..Self::default() }
     }
 }
 
@@ -139,8 +131,7 @@ impl From<&eraftpb::Snapshot> for Snapshot {
 
 impl From<Snapshot> for eraftpb::Snapshot {
     fn from(snapshot: Snapshot) -> Self {
-        let mut out = Self::default();
-        out.data = snapshot.data;
+        let mut out = Self { data: snapshot.data, ..Self::default() };
         out.set_metadata(snapshot.metadata.unwrap_or_default().into());
         out
     }
@@ -309,7 +300,9 @@ mod tests {
 
     #[test]
     fn a_peer_may_not_send_what_a_member_says_to_itself() {
-        for kind in [MessageType::Hup, MessageType::Propose, MessageType::SnapStatus, MessageType::Unreachable] {
+        for kind in
+            [MessageType::Hup, MessageType::Propose, MessageType::SnapStatus, MessageType::Unreachable]
+        {
             let message = Message { msg_type: kind.into(), ..Message::default() };
             assert_eq!(eraftpb::Message::try_from(message), Err(Invalid::Local(kind.into())));
         }

@@ -94,7 +94,9 @@ impl Cluster {
     }
 
     fn step(&mut self, id: u64, event: Event) {
-        let Some(driver) = self.members.get_mut(&id).and_then(|member| member.driver.as_mut()) else { return };
+        let Some(driver) = self.members.get_mut(&id).and_then(|member| member.driver.as_mut()) else {
+            return;
+        };
         let mut out = Output::default();
         driver.step(event, self.now, &mut self.wires, &mut out).expect("steps");
         while let Some(job) = out.snapshot.take() {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use istiod::raft::disk::{Disk, RealDisk};
 use istiod::raft::metrics::Metrics;
 use istiod::raft::node::files::Beginning;
-use istiod::raft::node::thread::{Node, NoPeers};
+use istiod::raft::node::thread::{NoPeers, Node};
 use istiod::raft::node::{Driver, Event, Output};
 use istiod::raft::store::sled::SledStore;
 use tokio_util::sync::CancellationToken;
@@ -36,7 +36,8 @@ fn the_child_writes_until_it_is_killed() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("builds");
     runtime.block_on(async {
         let stop = CancellationToken::new();
-        let (node, _thread) = Node::spawn(driver, Box::new(NoPeers), Metrics::default(), stop).expect("spawns");
+        let (node, _thread) =
+            Node::spawn(driver, Box::new(NoPeers), Metrics::default(), stop).expect("spawns");
         let mut writers = tokio::task::JoinSet::new();
         for writer in 0..WRITERS {
             let node = node.clone();
@@ -86,7 +87,11 @@ fn after_kill_9_the_state_is_what_was_acknowledged() {
     println!("{ROUNDS} kills, {total} acknowledged writes, none lost, {:?}", began.elapsed());
     assert!(total > u64::from(ROUNDS) * 20, "only {total} writes were acknowledged");
     let names = std::fs::read_dir(dir.path()).expect("reads").map(|entry| entry.expect("reads").file_name());
-    assert_eq!(names.filter(|name| name.to_string_lossy().contains("doubtful")).count(), 0, "no store was doubted");
+    assert_eq!(
+        names.filter(|name| name.to_string_lossy().contains("doubtful")).count(),
+        0,
+        "no store was doubted"
+    );
 }
 
 /// What the child acknowledged before it was killed.

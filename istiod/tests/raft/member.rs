@@ -8,7 +8,7 @@ use istiod::raft::disk::memory::MemoryDisk;
 use istiod::raft::disk::{Disk, RealDisk};
 use istiod::raft::metrics::Metrics;
 use istiod::raft::node::files::Beginning;
-use istiod::raft::node::thread::{Node, NoPeers, RequestError};
+use istiod::raft::node::thread::{NoPeers, Node, RequestError};
 use istiod::raft::node::{Answer, Driver, Event, Fatal, Output, Refusal, Settings};
 use istiod::raft::store::memory::MemoryStore;
 use istiod::raft::store::sled::SledStore;
@@ -56,7 +56,11 @@ impl Rig {
 fn a_member_that_is_alone_leads_and_answers_in_the_step_that_proposed() {
     let mut rig = Rig::new(1);
     let mut driver = rig.start().expect("starts");
-    assert_eq!(rig.write(&mut driver, "a=1").expect("writes"), 3, "after the snapshot at 1 and the leader's entry at 2");
+    assert_eq!(
+        rig.write(&mut driver, "a=1").expect("writes"),
+        3,
+        "after the snapshot at 1 and the leader's entry at 2"
+    );
     assert_eq!(rig.write(&mut driver, "b=2").expect("writes"), 4);
     let status = driver.status();
     assert!(status.leading && status.applied == 4 && status.committed == 4 && status.voters == [1]);
@@ -107,7 +111,10 @@ fn what_was_acknowledged_survives_any_power_cut_at_any_sync() {
                 Ok(())
             });
             if let Err(error) = result {
-                assert!(matches!(error, Fatal::Log(_) | Fatal::Snapshot(_) | Fatal::Member(_)), "seed {seed}: {error}");
+                assert!(
+                    matches!(error, Fatal::Log(_) | Fatal::Snapshot(_) | Fatal::Member(_)),
+                    "seed {seed}: {error}"
+                );
             }
             rig.disk.heal();
             rig.disk.power_cut(&mut || rig.rng.bool());
@@ -202,8 +209,7 @@ fn proposals_and_reads_without_answer_are_told_so_in_time() {
 
 fn on_disk(dir: &Path) -> Result<Driver<Toy>, Fatal> {
     let disk: Arc<dyn Disk> = Arc::new(RealDisk::default());
-    let open_store =
-        |dir: &Path, life| Ok(Box::new(SledStore::open_or_move_aside(dir, life)?) as Box<_>);
+    let open_store = |dir: &Path, life| Ok(Box::new(SledStore::open_or_move_aside(dir, life)?) as Box<_>);
     let settings = Settings { snapshot_entries: 2_000, keep_entries: 100, ..Settings::new(1, 1) };
     start(&disk, &open_store, dir, (settings, Beginning::Found(&[1])), &mut fastrand::Rng::new())
 }
@@ -213,7 +219,8 @@ async fn commits_are_batched_and_the_rate_is_printed() {
     let dir = tempfile::tempdir().expect("makes a folder");
     let stop = CancellationToken::new();
     let driver = on_disk(dir.path()).expect("starts");
-    let (node, thread) = Node::spawn(driver, Box::new(NoPeers), Metrics::default(), stop.clone()).expect("spawns");
+    let (node, thread) =
+        Node::spawn(driver, Box::new(NoPeers), Metrics::default(), stop.clone()).expect("spawns");
     let before = now();
     let mut writers = tokio::task::JoinSet::new();
     for writer in 0..64 {

@@ -104,7 +104,8 @@ async fn objects_keep_their_revisions_over_a_restart_and_readers_see_them_first(
     }
     let before = raft.view().await.expect("views");
     assert_eq!(before.registry.objects().count(), 10);
-    let first = before.registry.objects().find(|(key, _)| key.name == "reviews").expect("is there").1.revision;
+    let first =
+        before.registry.objects().find(|(key, _)| key.name == "reviews").expect("is there").1.revision;
     assert_eq!(first, revision.0);
     let busy = start(dir.path(), &stop);
     assert!(matches!(busy, Err(StartError::InUse { .. })), "two members on one folder");
@@ -200,15 +201,17 @@ fn recorded_commands_decode() {
         let found = Command::decode(7, &unhex(bytes)).ok();
         assert_eq!(found, expect, "{bytes}");
         if let Some(command) = expect {
-            assert_eq!(command.encode().expect("encodes"), unhex(bytes), "what is written now is the same form");
+            assert_eq!(
+                command.encode().expect("encodes"),
+                unhex(bytes),
+                "what is written now is the same form"
+            );
         }
     }
 }
 
-const RECORDED_REVOKE: &str =
-    "08011a227b227265766f6b655f6a6f696e5f746f6b656e223a7b226964223a22616263227d7d";
-const RECORDED_EMPTY_BATCH: &str =
-    "080112347b2276657273696f6e223a312c2274696d655f6d73223a352c22617574686f72223a2261222c22636f6d6d616e6473223a5b5d7d";
+const RECORDED_REVOKE: &str = "08011a227b227265766f6b655f6a6f696e5f746f6b656e223a7b226964223a22616263227d7d";
+const RECORDED_EMPTY_BATCH: &str = "080112347b2276657273696f6e223a312c2274696d655f6d73223a352c22617574686f72223a2261222c22636f6d6d616e6473223a5b5d7d";
 
 #[test]
 fn a_newer_command_halts_and_says_what_to_do() {

@@ -35,7 +35,8 @@ impl StateMachine for Toy {
 
     fn take_writes(&mut self) -> Vec<Write> {
         let dirty = std::mem::take(&mut self.dirty);
-        let value = |key: &str| self.map.get(key).map(|(index, value)| format!("{index} {value}").into_bytes());
+        let value =
+            |key: &str| self.map.get(key).map(|(index, value)| format!("{index} {value}").into_bytes());
         dirty.into_iter().map(|key| Write { value: value(&key), key: key.into_bytes() }).collect()
     }
 

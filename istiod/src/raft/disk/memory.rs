@@ -95,7 +95,9 @@ impl MemoryDisk {
     /// Never: a file or byte that is not there is left alone.
     pub fn flip(&self, path: &Path, offset: usize) {
         self.with(|inner| {
-            let Some(content) = inner.names.get(path).and_then(|file| inner.files.get_mut(file)) else { return };
+            let Some(content) = inner.names.get(path).and_then(|file| inner.files.get_mut(file)) else {
+                return;
+            };
             for bytes in [&mut content.cached, &mut content.durable] {
                 if let Some(byte) = bytes.get_mut(offset) {
                     *byte ^= 0x40;
@@ -135,7 +137,9 @@ impl Content {
                     if self.durable.len() < next {
                         self.durable.resize(next, 0);
                     }
-                    if let (Some(to), Some(from)) = (self.durable.get_mut(at..next), self.cached.get(at..next)) {
+                    if let (Some(to), Some(from)) =
+                        (self.durable.get_mut(at..next), self.cached.get(at..next))
+                    {
                         to.copy_from_slice(from);
                     }
                 }

@@ -170,7 +170,7 @@ impl Wal {
         let last = pending.entries.first().map_or(self.last_index(), |entry| entry.index - 1);
         let batch = LogBatch {
             sequence: self.sequence,
-            start: pending.start.then(|| LogStart { reset: pending.reset, last, ..self.start }),
+            start: pending.start.then_some(LogStart { reset: pending.reset, last, ..self.start }),
             entries: pending.entries,
             hard_state: pending.hard_state.then(|| (&self.hard_state).into()),
         };
@@ -345,8 +345,7 @@ impl Log for Wal {
 impl Replay {
     /// Takes one segment's batches; gives the highest index in it.
     fn take(&mut self, scan: Scan, path: &Path, last: bool) -> Result<u64, LogError> {
-        let corrupt =
-            |what| LogError::Corrupt { path: path.to_owned(), offset: scan.end as u64, what };
+        let corrupt = |what| LogError::Corrupt { path: path.to_owned(), offset: scan.end as u64, what };
         if scan.tail == Tail::Damaged || (scan.tail == Tail::Torn && !last) {
             return Err(corrupt("a frame that was durable does not match its checksum"));
         }
@@ -428,7 +427,9 @@ fn segments(disk: &dyn Disk, dir: &Path) -> Result<(Vec<u64>, Vec<u64>), LogErro
         if name.ends_with(TEMPORARY) {
             let path = dir.join(&name);
             disk.remove(&path).map_err(io("remove", &path))?;
-        } else if let Some(number) = name.strip_suffix(SUFFIX).and_then(|hex| u64::from_str_radix(hex, 16).ok()) {
+        } else if let Some(number) =
+            name.strip_suffix(SUFFIX).and_then(|hex| u64::from_str_radix(hex, 16).ok())
+        {
             numbers.push(number);
         }
     }

@@ -79,7 +79,8 @@ impl<M: StateMachine> Driver<M> {
         let Parts { settings, incarnation, client, mut log, snapshots, store, machine, guard } = parts;
         let newest = snapshots.newest()?;
         mend_log(log.as_mut(), newest)?;
-        let mut restored = Restored { store, machine, sessions: Sessions::default(), mark: AppliedMark::default() };
+        let mut restored =
+            Restored { store, machine, sessions: Sessions::default(), mark: AppliedMark::default() };
         let mark = restored.store.mark()?;
         match mark.filter(|mark| mark.index >= log.start().0) {
             Some(mark) => restored.load(mark)?,
@@ -135,7 +136,11 @@ fn mend_log(log: &mut dyn Log, newest: Option<(u64, u64)>) -> Result<(), Fatal> 
     let Some((index, term)) = newest else { return Ok(()) };
     let known = index <= log.start().0 || log.term(index) == Some(term);
     if !known {
-        tracing::warn!(index, term, "a snapshot was being installed when the member stopped; the log starts after it");
+        tracing::warn!(
+            index,
+            term,
+            "a snapshot was being installed when the member stopped; the log starts after it"
+        );
         let mut state = log.hard_state().clone();
         state.commit = state.commit.max(index);
         state.term = state.term.max(term);
@@ -204,4 +209,3 @@ impl<M: StateMachine> Restored<M> {
         Ok(self.store.batch(&writes, &self.mark)?)
     }
 }
-

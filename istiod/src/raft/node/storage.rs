@@ -43,7 +43,8 @@ impl Storage for LogStorage {
 
     fn term(&self, index: u64) -> raft::Result<u64> {
         self.log.term(index).ok_or_else(|| {
-            if index < self.log.start().0 { StorageError::Compacted } else { StorageError::Unavailable }.into()
+            if index < self.log.start().0 { StorageError::Compacted } else { StorageError::Unavailable }
+                .into()
         })
     }
 
@@ -64,8 +65,7 @@ impl Storage for LogStorage {
                 Err(StorageError::SnapshotTemporarilyUnavailable.into())
             }
             Ok((metadata, data)) => {
-                let mut snapshot = Snapshot::default();
-                snapshot.data = data;
+                let mut snapshot = Snapshot { data, ..Snapshot::default() };
                 snapshot.set_metadata(metadata.into());
                 Ok(snapshot)
             }

@@ -61,6 +61,9 @@ enum Request<M: StateMachine> {
     Inspect(Inspect<M>),
 }
 
+/// The thread; its result says why it ended, if it was not told to.
+pub type Ending = JoinHandle<Result<(), Arc<Fatal>>>;
+
 /// Something to be done with the state machine between two steps.
 type Inspect<M> = Box<dyn FnOnce(&M) + Send>;
 
@@ -81,7 +84,7 @@ impl<M: StateMachine> Node<M> {
         transport: Box<dyn Transport>,
         metrics: Metrics,
         stop: CancellationToken,
-    ) -> std::io::Result<(Self, JoinHandle<Result<(), Arc<Fatal>>>)> {
+    ) -> std::io::Result<(Self, Ending)> {
         let (requests, request_queue) = mpsc::channel(REQUESTS);
         let (messages, message_queue) = mpsc::channel(MESSAGES);
         let (status_out, status) = watch::channel(driver.status());
@@ -226,10 +229,14 @@ impl<M: StateMachine> Worker<M> {
                 }
             }
             // Whatever else has come in shares the step, and its fdatasync.
-            while events.len() < BATCH && let Ok(event) = self.messages.try_recv() {
+            while events.len() < BATCH
+                && let Ok(event) = self.messages.try_recv()
+            {
                 events.push(event);
             }
-            while requests.len() < BATCH && let Ok(request) = self.requests.try_recv() {
+            while requests.len() < BATCH
+                && let Ok(request) = self.requests.try_recv()
+            {
                 requests.push(request);
             }
             self.step(&mut events, &mut requests, tokio::time::Instant::now().into_std())?;
@@ -254,12 +261,15 @@ impl<M: StateMachine> Worker<M> {
         for request in requests.drain(..) {
             match request {
                 Request::Inspect(look) => looks.push(look),
-                other => events.extend(self.note(other, now)),
+                other @ (Request::Propose(..) | Request::Members(..) | Request::Read(_)) => {
+                    events.extend(self.note(other, now));
+                }
             }
         }
         let mut out = Output::default();
         let (driver, transport) = (&mut self.driver, self.transport.as_mut());
-        let result = catch_unwind(AssertUnwindSafe(|| driver.steps(events.drain(..), now, transport, &mut out)));
+        let result =
+            catch_unwind(AssertUnwindSafe(|| driver.steps(events.drain(..), now, transport, &mut out)));
         result.unwrap_or_else(|panic| Err(Fatal::Panicked(panic_text(panic.as_ref()))))?;
         let status = self.driver.status();
         self.metrics.show(&status);
@@ -282,7 +292,9 @@ impl<M: StateMachine> Worker<M> {
             Request::Propose(command, reply) => {
                 (Reply::Propose(reply, now), Event::Propose { sequence, command })
             }
-            Request::Members(change, reply) => (Reply::Members(reply), Event::ChangeMembers { sequence, change }),
+            Request::Members(change, reply) => {
+                (Reply::Members(reply), Event::ChangeMembers { sequence, change })
+            }
             Request::Read(reply) => (Reply::Read(reply), Event::Read { sequence }),
             Request::Inspect(_) => return None,
         };
@@ -298,7 +310,9 @@ impl<M: StateMachine> Worker<M> {
                 self.metrics.committed(tokio::time::Instant::now().into_std() - since);
                 reply.send(Ok((index, answer))).is_err()
             }
-            (Some(Reply::Members(reply)), Answer::Members(index, state)) => reply.send(Ok((index, state))).is_err(),
+            (Some(Reply::Members(reply)), Answer::Members(index, state)) => {
+                reply.send(Ok((index, state))).is_err()
+            }
             (Some(Reply::Read(reply)), Answer::Readable(index)) => reply.send(Ok(index)).is_err(),
             (Some(reply), Answer::Refused(refusal)) => {
                 refused(&refusal);

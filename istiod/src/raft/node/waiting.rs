@@ -61,13 +61,7 @@ struct Round {
 
 impl Reads {
     pub(super) fn new(client: u64) -> Self {
-        Self {
-            client,
-            rounds: 0,
-            new: Vec::new(),
-            asked: BTreeMap::new(),
-            confirmed: BTreeMap::new(),
-        }
+        Self { client, rounds: 0, new: Vec::new(), asked: BTreeMap::new(), confirmed: BTreeMap::new() }
     }
 
     pub(super) fn add(&mut self, sequence: u64, deadline: Instant) {

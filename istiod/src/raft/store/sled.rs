@@ -71,7 +71,9 @@ impl SledStore {
         match Self::open(dir, incarnation) {
             Ok(store) => Ok(store),
             Err(error @ StoreError::Version(_)) => Err(error),
-            Err(StoreError::Sled(sled::Error::Io(source))) if source.kind() == std::io::ErrorKind::WouldBlock => {
+            Err(StoreError::Sled(sled::Error::Io(source)))
+                if source.kind() == std::io::ErrorKind::WouldBlock =>
+            {
                 // Another process holds the lock: nothing is wrong with the data.
                 Err(StoreError::Io { action: "lock", path: dir.to_owned(), source })
             }
@@ -348,7 +350,6 @@ fn hash(key: &[u8], chunk: &[u8]) -> u64 {
     (u64::from(forward) << 32) | u64::from(backward)
 }
 
-
 /// A name next to `dir` that is not taken.
 fn free_name(dir: &Path) -> PathBuf {
     let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -408,13 +409,17 @@ mod tests {
             {
                 let mut store = SledStore::open(&path, 7).expect("opens");
                 let key = chunk_key(&escape(b"x"), 0);
-                store.batch(&[write(b"x", Some(vec![1])), write(b"y", Some(vec![1]))], &mark(1)).expect("writes");
+                store
+                    .batch(&[write(b"x", Some(vec![1])), write(b"y", Some(vec![1]))], &mark(1))
+                    .expect("writes");
                 let old = store.db.get(&key).expect("reads").expect("is there");
                 store.batch(&[write(b"x", Some(vec![2]))], &mark(2)).expect("writes");
                 match case {
                     "lost" => drop(store.db.remove(&key).expect("removes")),
                     "stale" => drop(store.db.insert(&key, old).expect("puts back")),
-                    "changed" => drop(store.db.insert(&key, vec![1, 2, 3, 4, 5, 1, 0, 0, 0, 9]).expect("puts")),
+                    "changed" => {
+                        drop(store.db.insert(&key, vec![1, 2, 3, 4, 5, 1, 0, 0, 0, 9]).expect("puts"))
+                    }
                     _ => store.incarnation = 8,
                 }
                 if case == "foreign" {
@@ -459,7 +464,11 @@ mod tests {
                 Ok(store) => {
                     let found = store.range(b"").expect("reads");
                     let index = store.mark().expect("reads").map_or(0, |mark| mark.index + 1);
-                    assert_eq!(found.len() as u64, index * 50, "round {round}: a whole earlier or the latest state");
+                    assert_eq!(
+                        found.len() as u64,
+                        index * 50,
+                        "round {round}: a whole earlier or the latest state"
+                    );
                     noticed += u32::from(index < 4);
                 }
             }
