@@ -5,6 +5,8 @@
 //! the list of all names of a type. `UPDATE=1` rewrites the values; `GOLDEN_BOOTSTRAPS=DIR` writes each file's
 //! resources there as an Envoy bootstrap, for `envoy --mode validate`.
 
+#![expect(clippy::expect_used, clippy::panic, reason = "a test that cannot be set up must fail")]
+
 #[path = "golden/support.rs"]
 mod support;
 
@@ -105,6 +107,15 @@ fn write_bootstrap(name: &str, resources: &Value) {
             "load_assignment": {"cluster_name": name}})
     };
     let mut clusters = of("Cluster");
+    for cluster in &mut clusters {
+        let name = cluster["name"].as_str().unwrap_or_default().to_owned();
+        let endpoints = resources.get("Endpoint").and_then(|all| all.get(&name)).cloned();
+        if let (Some(fields), Some(endpoints)) = (cluster.as_object_mut(), endpoints) {
+            fields.shift_remove("eds_cluster_config");
+            fields.insert("type".to_owned(), json!("STATIC"));
+            fields.insert("load_assignment".to_owned(), without_type(endpoints));
+        }
+    }
     clusters.extend([grpc("xds-grpc"), grpc("sds-grpc")]);
     let mut listeners = of("Listener");
     let routes = of("Route").into_iter().enumerate().map(|(index, route)| {

@@ -1,5 +1,7 @@
 //! Properties of the translation that hold for every mesh.
 
+#![expect(clippy::expect_used, reason = "a test that cannot be set up must fail")]
+
 #[path = "golden/support.rs"]
 mod support;
 
@@ -17,7 +19,8 @@ use xds::translate::{endpoints, translate, visible_hosts};
 /// The meshes of the golden files: settings, objects, node.
 fn documents() -> Vec<Map<String, Value>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    let mut files: Vec<_> = std::fs::read_dir(folder).expect("golden files").flatten().map(|e| e.path()).collect();
+    let mut files: Vec<_> =
+        std::fs::read_dir(folder).expect("golden files").flatten().map(|e| e.path()).collect();
     files.sort();
     files
         .into_iter()
@@ -35,8 +38,10 @@ fn objects(document: &Map<String, Value>) -> Vec<Value> {
 
 fn versions(resources: &Resources) -> BTreeMap<(Type, &str), (u64, &[u8])> {
     let all = resources.by_type.iter();
-    all.flat_map(|(kind, all)| all.iter().map(|(n, r)| ((*kind, n.as_str()), (r.version, r.body.value.as_slice()))))
-        .collect()
+    all.flat_map(|(kind, all)| {
+        all.iter().map(|(n, r)| ((*kind, n.as_str()), (r.version, r.body.value.as_slice())))
+    })
+    .collect()
 }
 
 /// What listeners and clusters ask for by name is there.
@@ -44,7 +49,8 @@ fn check_references(resources: &Resources) {
     let shown = support::resources_as_json(resources);
     let of = |kind: &str| shown.get(kind).and_then(Value::as_object).cloned().unwrap_or_default();
     let (clusters, assignments, routes) = (of("Cluster"), of("Endpoint"), of("Route"));
-    let eds: BTreeSet<&String> = clusters.iter().filter(|(_, c)| c["type"] == "EDS").map(|(n, _)| n).collect();
+    let eds: BTreeSet<&String> =
+        clusters.iter().filter(|(_, c)| c["type"] == "EDS").map(|(n, _)| n).collect();
     assert_eq!(eds, assignments.keys().collect(), "every EDS cluster has endpoints, and nothing else does");
     let mut wanted = BTreeSet::new();
     for listener in of("Listener").values() {
@@ -56,7 +62,11 @@ fn check_references(resources: &Resources) {
             assert!(subset || clusters.contains_key(&cluster), "{cluster} is missing");
         }
     }
-    assert_eq!(wanted, routes.keys().cloned().collect(), "every named route configuration is there, and no other");
+    assert_eq!(
+        wanted,
+        routes.keys().cloned().collect(),
+        "every named route configuration is there, and no other"
+    );
 }
 
 fn find(value: &Value, key: &str, found: &mut BTreeSet<String>) {
@@ -125,7 +135,8 @@ fn a_large_mesh_translates_and_says_how_long_it_takes() {
     let snapshot = support::mesh(None, &all);
     let proxy = support::proxy(&json!({"id": "sidecar~10.9.9.9~a.default~default.svc.cluster.local"}));
     let (resources, took) = timed(|| translate(&snapshot, &proxy));
-    let bytes: usize = resources.by_type.values().flat_map(BTreeMap::values).map(|r| r.body.value.len()).sum();
+    let bytes: usize =
+        resources.by_type.values().flat_map(BTreeMap::values).map(|r| r.body.value.len()).sum();
     let one = BTreeSet::from(["s7.default.svc.cluster.local".to_owned()]);
     let (few, alone) = timed(|| endpoints(&snapshot, &proxy, &one));
     println!("{SERVICES} services x 10 endpoints: {bytes} bytes in {took:?}; endpoints of one: {alone:?}");

@@ -325,7 +325,9 @@ fn chains(
                 name: destination.label.clone(),
                 filter_chain_match: chain_match(shape, destination.port.filter(|_| shared)),
                 filters: filters(view, destination, shape, guard),
-                transport_socket: shape.mtls.then(|| tls::downstream_mesh(alpn, view.lowest_tls(), &guard.trust_domains)),
+                transport_socket: shape
+                    .mtls
+                    .then(|| tls::downstream_mesh(alpn, view.lowest_tls(), &guard.trust_domains)),
                 ..Default::default()
             }
         })

@@ -97,7 +97,11 @@ pub(super) fn plaintext() -> core::TransportSocket {
     pb::transport_socket(RAW_SOCKET, &RawBuffer {})
 }
 
-fn mesh_context(alpn_protocols: Vec<String>, lowest: Lowest, sans: Vec<tls::SubjectAltNameMatcher>) -> tls::CommonTlsContext {
+fn mesh_context(
+    alpn_protocols: Vec<String>,
+    lowest: Lowest,
+    sans: Vec<tls::SubjectAltNameMatcher>,
+) -> tls::CommonTlsContext {
     let validation = tls::common_tls_context::CombinedCertificateValidationContext {
         default_validation_context: Some(tls::CertificateValidationContext {
             match_typed_subject_alt_names: sans,

@@ -9,7 +9,8 @@ use registry::model::mesh::{MeshConfig, NormalizationType};
 use registry::model::security::{AuthorizationPolicy, JwtRule, MutualTlsMode, RequestAuthentication};
 use registry::model::service::{Endpoint, Hostname, Protocol, Service};
 use registry::model::traffic::{
-    ConnectionPoolSettings, LocalityLbSetting, OutboundTrafficPolicyMode, Sidecar, TlsProtocol, VirtualService,
+    ConnectionPoolSettings, LocalityLbSetting, OutboundTrafficPolicyMode, Sidecar, TlsProtocol,
+    VirtualService,
 };
 use registry::snapshot::{MergedDestinationRule, PeerPolicy, Snapshot, Typed};
 
@@ -206,11 +207,8 @@ impl<'a> View<'a> {
     /// What the application serves, one entry per workload port, in the order of ports: what a Sidecar's ingress
     /// says, else every port of the services in front of it.
     pub(super) fn inbound_ports(&self) -> Vec<InboundPort> {
-        let served = self.snapshot.inbound_services(
-            &self.proxy.namespace,
-            &self.proxy.addresses,
-            &self.proxy.labels,
-        );
+        let served =
+            self.snapshot.inbound_services(&self.proxy.namespace, &self.proxy.addresses, &self.proxy.labels);
         let ports = match &self.sidecar {
             Some((object, sidecar)) if !sidecar.ingress.is_empty() => {
                 inbound::ingress_ports(object, sidecar, &served)

@@ -83,7 +83,9 @@ pub(super) fn header_present(name: &str) -> HeaderMatcher {
 pub(super) fn header_pattern(name: &str, value: &str) -> HeaderMatcher {
     match Pattern::parse(value) {
         Pattern::Present => header_present(name),
-        pattern @ (Pattern::Exact(_) | Pattern::Prefix(_) | Pattern::Suffix(_)) => header(name, pattern.matcher()),
+        pattern @ (Pattern::Exact(_) | Pattern::Prefix(_) | Pattern::Suffix(_)) => {
+            header(name, pattern.matcher())
+        }
     }
 }
 
@@ -150,4 +152,43 @@ pub(super) fn metadata(
 
 pub(super) fn string_value(value: matcher::StringMatcher) -> matcher::ValueMatcher {
     matcher::ValueMatcher { match_pattern: Some(matcher::value_matcher::MatchPattern::StringMatch(value)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check_host(pattern: &str, expected: &str) {
+        let expression = match host(pattern).header_match_specifier {
+            Some(header_matcher::HeaderMatchSpecifier::StringMatch(matcher)) => match matcher.match_pattern {
+                Some(matcher::string_matcher::MatchPattern::SafeRegex(regex)) => regex.regex,
+                other => format!("{other:?}"),
+            },
+            other => format!("{other:?}"),
+        };
+        assert_eq!(expression, expected);
+    }
+
+    #[test]
+    fn hosts_match_with_any_port_unless_one_is_given() {
+        check_host("a.example.com", r"(?i)a\.example\.com(:[0-9]+)?");
+        check_host("*.example.com", r"(?i).*\.example\.com(:[0-9]+)?");
+        check_host("a.example.com:80", r"(?i)a\.example\.com:80");
+        check_host("a.*", r"(?i)a\..*");
+    }
+
+    #[test]
+    fn patterns_over_a_part_do_not_cross_its_border() {
+        assert_eq!(Pattern::parse("prod-*").expression("[^/]"), "prod-[^/]*");
+        assert_eq!(Pattern::parse("*").expression("[^/]"), "[^/]+");
+        assert_eq!(Pattern::parse("a.b").expression("[^/]"), r"a\.b");
+    }
+
+    #[test]
+    fn keys_in_brackets_have_whole_parts() {
+        assert_eq!(brackets("request.auth.claims[a][b.c]", "request.auth.claims"), Some(vec!["a", "b.c"]));
+        assert_eq!(brackets("request.headers[]", "request.headers"), None);
+        assert_eq!(brackets("request.headers", "request.headers"), None);
+    }
 }

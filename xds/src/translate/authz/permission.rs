@@ -75,8 +75,7 @@ fn path(value: &str) -> Permission {
     } else {
         Pattern::parse(value).matcher()
     };
-    let matcher =
-        matcher::PathMatcher { rule: Some(matcher::path_matcher::Rule::Path(pattern)) };
+    let matcher = matcher::PathMatcher { rule: Some(matcher::path_matcher::Rule::Path(pattern)) };
     rule(permission::Rule::UrlPath(matcher))
 }
 
@@ -123,4 +122,24 @@ fn all(rules: Vec<Permission>) -> Permission {
         return rule(permission::Rule::Any(true));
     }
     rule(permission::Rule::AndRules(permission::Set { rules }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn templates_become_expressions_with_everything_else_quoted() {
+        assert_eq!(template("/api/{*}/v1.0/{**}"), r"/api/[^/]+/v1\.0/.*");
+        assert_eq!(template("/{**}/x{*}"), "/.*/x[^/]+");
+    }
+
+    #[test]
+    fn one_value_that_cannot_be_read_makes_the_field_unreadable() {
+        let ports =
+            |values: &[&str]| any_of(&values.iter().map(|v| (*v).to_owned()).collect::<Vec<_>>(), port);
+        assert!(matches!(ports(&["80", "eighty"]), Field::Unreadable));
+        assert!(matches!(ports(&["80"]), Field::Is(_)));
+        assert!(matches!(ports(&[]), Field::Unset));
+    }
 }
