@@ -1,4 +1,4 @@
-//! Every setting of a member, its default and its unit. Read once; all mistakes are told together.
+//! Every setting of a member, its default and its unit. Read once; all mistakes are told together, with their places.
 //!
 //! ```yaml
 //! dataDir: /var/lib/istiod        # required
@@ -9,24 +9,26 @@
 //! metrics: {address: 0.0.0.0:15014}
 //! ca: {directory: /etc/istio/cacerts, leafLifetime: 24h, maxLeafLifetime: 2160h}
 //! push: {debounceQuiet: 10ms, debounceLongest: 1s, workers: 2}
+//! raft: {electionTimeout: 1s, heartbeat: 200ms, snapshotEntries: 20000, snapshotBytes: 67108864, answerWithin: 5s}
 //! log: {level: info, format: text}
 //! ```
 
+mod reader;
+
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
 use ca::authority::Lifetimes;
 use ca::identity::TrustDomain;
-use registry::config::decode::parse_duration;
-use serde_json::{Map, Value};
 use xds::debounce::Limits;
 
+use self::reader::{Reader, address, answer, host_port, span, whole};
 use crate::{authority, push, raft};
 
 /// The settings of one member.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// Folder of the log, the state and this member's keys.
     pub data_dir: PathBuf,
@@ -54,11 +56,80 @@ pub struct Config {
     pub debounce: Limits,
     /// Translations at the same time; 0: one per core.
     pub push_workers: usize,
+    /// How the log of changes behaves.
+    pub consensus: Consensus,
     /// `error`, `warn`, `info`, `debug`, `trace`, or a filter of `tracing`.
     pub log_level: String,
     /// Logs are JSON.
     pub log_json: bool,
 }
+
+/// How the log of changes behaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Consensus {
+    /// A follower that hears nothing for this long, or up to twice as long, asks for votes.
+    pub election_timeout: Duration,
+    /// A leader makes itself heard this often.
+    pub heartbeat: Duration,
+    /// A snapshot is taken after so many entries,
+    pub snapshot_entries: u64,
+    /// or after so many bytes of entries.
+    pub snapshot_bytes: u64,
+    /// A request without an answer in this time is told so.
+    pub answer_within: Duration,
+}
+
+impl Default for Consensus {
+    fn default() -> Self {
+        Self {
+            election_timeout: Duration::from_secs(1),
+            heartbeat: Duration::from_millis(200),
+            snapshot_entries: 20_000,
+            snapshot_bytes: 64 << 20,
+            answer_within: Duration::from_secs(5),
+        }
+    }
+}
+
+/// One setting, as the reference shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Setting {
+    /// Its name in the file, with a dot between section and name.
+    pub name: &'static str,
+    /// Its default as one would write it; empty if there is none.
+    pub default: &'static str,
+    /// What it is, with its unit.
+    pub meaning: &'static str,
+}
+
+const fn setting(name: &'static str, default: &'static str, meaning: &'static str) -> Setting {
+    Setting { name, default, meaning }
+}
+
+/// All settings of `istiod run`.
+pub const SETTINGS: &[Setting] = &[
+    setting("dataDir", "", "folder of the log, the state and this member's keys; required"),
+    setting("memberId", "1", "this member's number, from 1; never used again for another disk"),
+    setting("trustDomain", "cluster.local", "trust domain of every identity"),
+    setting("xds.address", "0.0.0.0:15012", "where xDS and certificates are served"),
+    setting("xds.advertise", "", "how agents reach that, HOST:PORT; the address itself if not set"),
+    setting("admin.address", "127.0.0.1:15080", "where the operator API is served"),
+    setting("admin.tls", "true", "the operator API is served over TLS; false only on loopback"),
+    setting("metrics.address", "0.0.0.0:15014", "where /metrics is served"),
+    setting("ca.directory", "", "folder with ca-cert.pem, ca-key.pem, cert-chain.pem and root-cert.pem"),
+    setting("ca.leafLifetime", "24h", "how long a certificate is valid if its owner asks for nothing"),
+    setting("ca.maxLeafLifetime", "90d", "the longest that a certificate is valid"),
+    setting("push.debounceQuiet", "10ms", "in a storm a push waits until nothing changed for so long"),
+    setting("push.debounceLongest", "1s", "no change waits longer than this"),
+    setting("push.workers", "0", "translations at the same time; 0: one per core"),
+    setting("raft.electionTimeout", "1s", "a follower that hears nothing for this long asks for votes"),
+    setting("raft.heartbeat", "200ms", "a leader makes itself heard this often"),
+    setting("raft.snapshotEntries", "20000", "a snapshot is taken after so many entries"),
+    setting("raft.snapshotBytes", "67108864", "a snapshot is taken after so many bytes of entries"),
+    setting("raft.answerWithin", "5s", "a request without an answer in this time is told so"),
+    setting("log.level", "info", "a level, or levels by module such as info,xds=debug"),
+    setting("log.format", "text", "text or json"),
+];
 
 /// What `istiod dev` is told.
 #[derive(Debug, Clone)]
@@ -86,12 +157,13 @@ impl Config {
         let open: Vec<_> = ports.iter().filter(|(_, address)| !address.ip().is_loopback()).collect();
         if !open.is_empty() {
             let told = |(flag, address): &&(&str, SocketAddr)| {
-                format!("{flag}: {address} is not loopback; `istiod dev` has an open admin API, use `istiod run`")
+                format!(
+                    "{flag}: {address} is not loopback; `istiod dev` has an open admin API, use `istiod run`"
+                )
             };
             return Err(open.iter().map(told).collect());
         }
-        let mut reader = Reader::default();
-        let mut config = reader.config(&Value::Object(Map::new()), dev.data_dir);
+        let mut config = Self::defaults(dev.data_dir);
         config.admin = dev.admin;
         config.xds = dev.xds;
         config.metrics = dev.metrics;
@@ -110,27 +182,44 @@ impl Config {
     ///
     /// Every mistake in it.
     pub fn read(file: &Path) -> Result<Self, Vec<String>> {
-        let text = std::fs::read_to_string(file).map_err(|e| vec![format!("cannot read {}: {e}", file.display())])?;
-        Self::parse(&text).map_err(|mistakes| mistakes.into_iter().map(|m| format!("{}: {m}", file.display())).collect())
+        let name = file.display().to_string();
+        let text = std::fs::read_to_string(file).map_err(|e| vec![format!("cannot read {name}: {e}")])?;
+        Self::parse(&name, &text)
     }
 
-    /// Reads the settings of `istiod run` from YAML.
+    /// Reads the settings of `istiod run` from the text of a file.
     ///
     /// # Errors
     ///
-    /// Every mistake in it, each with its field.
-    pub fn parse(text: &str) -> Result<Self, Vec<String>> {
-        let value: Value = serde_saphyr::from_str(text).map_err(|e| vec![format!("not YAML: {e}")])?;
-        let mut reader = Reader::default();
-        let data_dir = reader.text(&value, "dataDir").map(PathBuf::from);
-        if data_dir.is_none() {
-            reader.mistakes.push("dataDir: is required, for example `/var/lib/istiod`".to_owned());
+    /// Every mistake in it, each with its place and field.
+    pub fn parse(file: &str, text: &str) -> Result<Self, Vec<String>> {
+        let mut reader = Reader::new(text);
+        let config = taken(&mut reader);
+        check(&mut reader, &config);
+        let mistakes = reader.mistakes(file);
+        if mistakes.is_empty() { Ok(config) } else { Err(mistakes) }
+    }
+
+    fn defaults(data_dir: PathBuf) -> Self {
+        let address = |ip: [u8; 4], port| SocketAddr::from((ip, port));
+        Self {
+            data_dir,
+            member_id: 1,
+            trust_domain: TrustDomain::default(),
+            xds: address([0, 0, 0, 0], 15012),
+            advertise: None,
+            admin: address([127, 0, 0, 1], 15080),
+            admin_tls: true,
+            open_admin: false,
+            metrics: address([0, 0, 0, 0], 15014),
+            ca_directory: None,
+            lifetimes: Lifetimes::default(),
+            debounce: Limits::default(),
+            push_workers: 0,
+            consensus: Consensus::default(),
+            log_level: "info".to_owned(),
+            log_json: false,
         }
-        let config = reader.config(&value, data_dir.unwrap_or_default());
-        if !config.admin_tls && !config.admin.ip().is_loopback() {
-            reader.mistakes.push(format!("admin.tls: false is only possible on loopback, not on {}", config.admin));
-        }
-        if reader.mistakes.is_empty() { Ok(config) } else { Err(reader.mistakes) }
     }
 
     pub(crate) fn authority(&self) -> authority::Settings<'_> {
@@ -145,7 +234,14 @@ impl Config {
 
     /// `seed` makes this member's elections differ from those of others.
     pub(crate) fn raft(&self, seed: u64) -> raft::node::Settings {
-        raft::node::Settings::new(self.member_id, seed)
+        let Consensus { election_timeout, heartbeat, snapshot_entries, snapshot_bytes, answer_within } =
+            self.consensus;
+        let mut settings = raft::node::Settings::new(self.member_id, seed);
+        settings.tick = heartbeat / u32::try_from(settings.heartbeat_ticks).unwrap_or(1);
+        let ticks = election_timeout.as_millis() / settings.tick.as_millis().max(1);
+        settings.election_ticks =
+            usize::try_from(ticks).unwrap_or(usize::MAX).max(settings.heartbeat_ticks + 1);
+        raft::node::Settings { snapshot_entries, snapshot_bytes, answer_within, ..settings }
     }
 
     pub(crate) fn push(&self) -> push::Settings {
@@ -155,182 +251,153 @@ impl Config {
     }
 }
 
-/// Reads values, and keeps every mistake.
-#[derive(Default)]
-struct Reader {
-    mistakes: Vec<String>,
+/// What the file says, with defaults for the rest.
+fn taken(reader: &mut Reader) -> Config {
+    let base = Config::defaults(PathBuf::new());
+    let second = Duration::from_secs(1);
+    if !reader.has("dataDir") {
+        reader.wrong("dataDir", "is required, for example /var/lib/istiod".to_owned());
+    }
+    Config {
+        data_dir: reader.take("dataDir", base.data_dir, |text| Ok(text.into())),
+        member_id: reader.take("memberId", base.member_id, |text| whole(text, 1)),
+        trust_domain: reader.take("trustDomain", base.trust_domain, |text| {
+            TrustDomain::parse(text)
+                .map_err(|error| format!("must be a trust domain such as example.org: {error}"))
+        }),
+        xds: reader.take("xds.address", base.xds, address),
+        advertise: reader.take("xds.advertise", base.advertise, host_port),
+        admin: reader.take("admin.address", base.admin, address),
+        admin_tls: reader.take("admin.tls", base.admin_tls, answer),
+        open_admin: base.open_admin,
+        metrics: reader.take("metrics.address", base.metrics, address),
+        ca_directory: reader.take("ca.directory", base.ca_directory, |text| Ok(Some(text.into()))),
+        lifetimes: Lifetimes {
+            default: reader.take("ca.leafLifetime", base.lifetimes.default, |text| span(text, second)),
+            max: reader.take("ca.maxLeafLifetime", base.lifetimes.max, |text| span(text, second)),
+        },
+        debounce: Limits {
+            quiet: reader.take("push.debounceQuiet", base.debounce.quiet, |text| span(text, Duration::ZERO)),
+            longest: reader
+                .take("push.debounceLongest", base.debounce.longest, |text| span(text, Duration::ZERO)),
+        },
+        push_workers: reader.take("push.workers", base.push_workers, |text| {
+            usize::try_from(whole(text, 0)?).map_err(|error| error.to_string())
+        }),
+        consensus: consensus(reader, base.consensus),
+        log_level: reader.take("log.level", base.log_level, level),
+        log_json: reader.take("log.format", base.log_json, |text| match text {
+            "text" => Ok(false),
+            "json" => Ok(true),
+            other => Err(format!("must be text or json, this is {other:?}")),
+        }),
+    }
 }
 
-/// Every field, by the group it is in.
-const KNOWN: [(&str, &[&str]); 7] = [
-    ("", &["dataDir", "memberId", "trustDomain", "xds", "admin", "metrics", "ca", "push", "log"]),
-    ("xds", &["address", "advertise"]),
-    ("admin", &["address", "tls"]),
-    ("metrics", &["address"]),
-    ("ca", &["directory", "leafLifetime", "maxLeafLifetime"]),
-    ("push", &["debounceQuiet", "debounceLongest", "workers"]),
-    ("log", &["level", "format"]),
-];
-
-impl Reader {
-    fn config(&mut self, value: &Value, data_dir: PathBuf) -> Config {
-        self.refuse_unknown(value);
-        let lifetimes = Lifetimes::default();
-        let limits = Limits::default();
-        let max = self.duration(value, "ca.maxLeafLifetime", lifetimes.max);
-        let default = self.duration(value, "ca.leafLifetime", lifetimes.default);
-        if default > max {
-            self.mistakes.push("ca.leafLifetime: is longer than ca.maxLeafLifetime".to_owned());
-        }
-        let advertise = self.text(value, "xds.advertise");
-        if let Some(address) = advertise.as_deref().filter(|a| a.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err())) {
-            self.mistakes.push(format!("xds.advertise: `{address}` is not HOST:PORT"));
-        }
-        let member_id = self.number(value, "memberId", 1);
-        if member_id == 0 {
-            self.mistakes.push("memberId: from 1".to_owned());
-        }
-        let format = self.text(value, "log.format").unwrap_or_else(|| "text".to_owned());
-        if !["text", "json"].contains(&format.as_str()) {
-            self.mistakes.push(format!("log.format: `{format}` is neither text nor json"));
-        }
-        let domain = self.text(value, "trustDomain").unwrap_or_else(|| "cluster.local".to_owned());
-        Config {
-            data_dir,
-            member_id,
-            trust_domain: self.parsed("trustDomain", &domain, |text| TrustDomain::parse(text).map_err(|e| e.to_string()))
-                .unwrap_or_else(fallback_domain),
-            xds: self.address(value, "xds.address", ([0, 0, 0, 0], 15012)),
-            advertise,
-            admin: self.address(value, "admin.address", ([127, 0, 0, 1], 15080)),
-            admin_tls: self.boolean(value, "admin.tls", true),
-            open_admin: false,
-            metrics: self.address(value, "metrics.address", ([0, 0, 0, 0], 15014)),
-            ca_directory: self.text(value, "ca.directory").map(PathBuf::from),
-            lifetimes: Lifetimes { default, max },
-            debounce: Limits {
-                quiet: self.duration(value, "push.debounceQuiet", limits.quiet),
-                longest: self.duration(value, "push.debounceLongest", limits.longest),
-            },
-            push_workers: usize::try_from(self.number(value, "push.workers", 0)).unwrap_or_default(),
-            log_level: self.text(value, "log.level").unwrap_or_else(|| "info".to_owned()),
-            log_json: format == "json",
-        }
+fn consensus(reader: &mut Reader, base: Consensus) -> Consensus {
+    let least = Duration::from_millis(10);
+    Consensus {
+        election_timeout: reader
+            .take("raft.electionTimeout", base.election_timeout, |text| span(text, least)),
+        heartbeat: reader.take("raft.heartbeat", base.heartbeat, |text| span(text, least)),
+        snapshot_entries: reader.take("raft.snapshotEntries", base.snapshot_entries, |text| whole(text, 1)),
+        snapshot_bytes: reader.take("raft.snapshotBytes", base.snapshot_bytes, |text| whole(text, 1 << 20)),
+        answer_within: reader.take("raft.answerWithin", base.answer_within, |text| span(text, least)),
     }
+}
 
-    fn refuse_unknown(&mut self, value: &Value) {
-        for (group, known) in KNOWN {
-            let place = if group.is_empty() { Some(value) } else { value.get(group) };
-            let prefix = if group.is_empty() { String::new() } else { format!("{group}.") };
-            match place {
-                None | Some(Value::Null) => {}
-                Some(Value::Object(fields)) => {
-                    let unknown = fields.keys().filter(|key| !known.contains(&key.as_str()));
-                    self.mistakes.extend(unknown.map(|key| format!("{prefix}{key}: unknown; known are {}", known.join(", "))));
-                }
-                Some(_) => self.mistakes.push(format!("{group}: must have fields: {}", known.join(", "))),
-            }
-        }
+fn level(text: &str) -> Result<String, String> {
+    let parsed = tracing_subscriber::EnvFilter::builder().parse(text);
+    parsed.map(|_| text.to_owned()).map_err(|error| {
+        format!("must be a level such as info, or levels by module such as info,xds=debug: {error}")
+    })
+}
+
+/// What no single setting can say.
+fn check(reader: &mut Reader, config: &Config) {
+    let Config { lifetimes, debounce, consensus, .. } = config;
+    if lifetimes.default > lifetimes.max {
+        let (leaf, max) = (Span(lifetimes.default), Span(lifetimes.max));
+        reader.wrong(
+            "ca.leafLifetime",
+            format!("must not be longer than ca.maxLeafLifetime: {leaf} is more than {max}"),
+        );
     }
-
-    fn value<'a>(value: &'a Value, path: &str) -> Option<&'a Value> {
-        let found = value.pointer(&format!("/{}", path.replace('.', "/")))?;
-        (!found.is_null()).then_some(found)
+    if debounce.quiet > debounce.longest {
+        let (quiet, longest) = (Span(debounce.quiet), Span(debounce.longest));
+        let message = format!("must not be longer than push.debounceLongest: {quiet} is more than {longest}");
+        reader.wrong("push.debounceQuiet", message);
     }
-
-    fn text(&mut self, value: &Value, path: &str) -> Option<String> {
-        match Self::value(value, path)? {
-            Value::String(text) => Some(text.clone()),
-            other => {
-                self.mistakes.push(format!("{path}: must be text, not {other}"));
-                None
-            }
-        }
+    if consensus.heartbeat * 3 > consensus.election_timeout {
+        let (beat, timeout) = (Span(consensus.heartbeat), Span(consensus.election_timeout));
+        let message =
+            format!("must be at most a third of raft.electionTimeout: {beat} is too long for {timeout}");
+        reader.wrong("raft.heartbeat", message);
     }
-
-    fn parsed<T>(&mut self, path: &str, text: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<T> {
-        parse(text).map_err(|e| self.mistakes.push(format!("{path}: `{text}`: {e}"))).ok()
+    if !config.admin_tls && !config.admin.ip().is_loopback() {
+        reader.wrong("admin.tls", format!("false is only possible on loopback, not on {}", config.admin));
     }
-
-    fn address(&mut self, value: &Value, path: &str, default: ([u8; 4], u16)) -> SocketAddr {
-        let text = self.text(value, path);
-        let parse = |text: &str| SocketAddr::from_str(text).map_err(|_| "is not IP:PORT".to_owned());
-        text.and_then(|text| self.parsed(path, &text, parse)).unwrap_or_else(|| default.into())
-    }
-
-    fn duration(&mut self, value: &Value, path: &str, default: Duration) -> Duration {
-        let text = self.text(value, path);
-        let parse = |text: &str| parse_duration(text).map_err(str::to_owned);
-        text.and_then(|text| self.parsed(path, &text, parse)).unwrap_or(default)
-    }
-
-    fn number(&mut self, value: &Value, path: &str, default: u64) -> u64 {
-        match Self::value(value, path).map(Value::as_u64) {
-            None => default,
-            Some(Some(number)) => number,
-            Some(None) => {
-                self.mistakes.push(format!("{path}: must be a whole number"));
-                default
-            }
-        }
-    }
-
-    fn boolean(&mut self, value: &Value, path: &str, default: bool) -> bool {
-        match Self::value(value, path).map(Value::as_bool) {
-            None => default,
-            Some(Some(answer)) => answer,
-            Some(None) => {
-                self.mistakes.push(format!("{path}: must be true or false"));
-                default
-            }
+    let addresses =
+        [("xds.address", config.xds), ("admin.address", config.admin), ("metrics.address", config.metrics)];
+    for (position, (name, address)) in addresses.iter().enumerate() {
+        let before = addresses.iter().take(position);
+        if let Some((other, _)) = before.clone().find(|(_, used)| used == address && address.port() != 0) {
+            reader.wrong(name, format!("must differ from {other}, both are {address}"));
         }
     }
 }
 
-/// Stands in for a trust domain with a mistake that was told already.
-#[expect(clippy::expect_used, reason = "`cluster.local` is a trust domain")]
-fn fallback_domain() -> TrustDomain {
-    TrustDomain::parse("cluster.local").expect("a trust domain")
+/// The settings in force, as a file that gives them. There are no secrets among them.
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = |path: &Path| serde_json::Value::from(path.display().to_string());
+        writeln!(f, "dataDir: {}\nmemberId: {}", path(&self.data_dir), self.member_id)?;
+        writeln!(f, "trustDomain: {}\nxds:\n  address: \"{}\"", self.trust_domain.as_str(), self.xds)?;
+        if let Some(advertise) = &self.advertise {
+            writeln!(f, "  advertise: \"{advertise}\"")?;
+        }
+        writeln!(f, "admin:\n  address: \"{}\"\n  tls: {}", self.admin, self.admin_tls)?;
+        writeln!(f, "metrics:\n  address: \"{}\"\nca:", self.metrics)?;
+        if let Some(dir) = &self.ca_directory {
+            writeln!(f, "  directory: {}", path(dir))?;
+        }
+        let (leaf, max) = (Span(self.lifetimes.default), Span(self.lifetimes.max));
+        writeln!(f, "  leafLifetime: {leaf}\n  maxLeafLifetime: {max}\npush:")?;
+        let (quiet, longest) = (Span(self.debounce.quiet), Span(self.debounce.longest));
+        writeln!(
+            f,
+            "  debounceQuiet: {quiet}\n  debounceLongest: {longest}\n  workers: {}",
+            self.push_workers
+        )?;
+        let Consensus { election_timeout, heartbeat, snapshot_entries, snapshot_bytes, answer_within } =
+            self.consensus;
+        writeln!(
+            f,
+            "raft:\n  electionTimeout: {}\n  heartbeat: {}",
+            Span(election_timeout),
+            Span(heartbeat)
+        )?;
+        writeln!(f, "  snapshotEntries: {snapshot_entries}\n  snapshotBytes: {snapshot_bytes}")?;
+        writeln!(f, "  answerWithin: {}", Span(answer_within))?;
+        let level = serde_json::Value::from(self.log_level.as_str());
+        writeln!(f, "log:\n  level: {level}\n  format: {}", if self.log_json { "json" } else { "text" })
+    }
+}
+
+/// A duration as the file has it.
+struct Span(Duration);
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let millis = self.0.as_millis();
+        let units = [(86_400_000, "d"), (3_600_000, "h"), (60_000, "m"), (1_000, "s")];
+        match units.into_iter().find(|(unit, _)| millis >= *unit && millis % unit == 0) {
+            Some((unit, name)) => write!(f, "{}{name}", millis / unit),
+            None => write!(f, "{millis}ms"),
+        }
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_documented_settings_are_read() {
-        let documented: String = include_str!("config.rs")
-            .lines()
-            .skip_while(|l| !l.starts_with("//! ```yaml"))
-            .skip(1)
-            .take_while(|l| !l.starts_with("//! ```"))
-            .map(|l| format!("{}\n", l.trim_start_matches("//! ")))
-            .collect();
-        let config = Config::parse(&documented).unwrap();
-        assert_eq!(config.advertise.as_deref(), Some("istiod.example.com:15012"));
-        assert_eq!(config.lifetimes.max, Duration::from_secs(2160 * 3600));
-        assert_eq!(config.push_workers, 2);
-    }
-
-    #[test]
-    fn all_mistakes_are_told_together() {
-        let text = "memberId: x\nxds: {address: here, port: 1}\nlog: {format: xml}\nadmin: {address: '10.0.0.1:1', tls: false}\nca: {leafLifetime: 5}";
-        let mistakes = Config::parse(text).unwrap_err();
-        for part in ["dataDir: is required", "memberId:", "xds.address:", "xds.port: unknown", "log.format:", "admin.tls:", "ca.leafLifetime:"] {
-            assert!(mistakes.iter().any(|m| m.starts_with(part)), "{part}: {mistakes:?}");
-        }
-    }
-
-    #[test]
-    fn a_member_with_an_open_admin_api_stays_on_loopback() {
-        let dev = |admin: &str| Dev {
-            data_dir: "/x".into(),
-            admin: admin.parse().unwrap(),
-            xds: "127.0.0.1:0".parse().unwrap(),
-            metrics: "127.0.0.1:0".parse().unwrap(),
-            leaf_lifetime: Duration::from_secs(20),
-        };
-        assert!(Config::dev(dev("127.0.0.1:0")).is_ok());
-        assert!(Config::dev(dev("0.0.0.0:0")).is_err());
-    }
-}
+#[path = "config/tests.rs"]
+mod tests;

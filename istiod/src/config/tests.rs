@@ -1,0 +1,125 @@
+use super::*;
+
+#[track_caller]
+fn check(text: &str, expect: &[&str]) {
+    let told = Config::parse("istiod.yaml", text).map_or_else(|mistakes| mistakes, |_| Vec::new());
+    assert_eq!(told.len(), expect.len(), "{told:#?}");
+    for (told, expect) in told.iter().zip(expect) {
+        assert!(told.starts_with(expect), "{told}\n  should begin with\n{expect}");
+    }
+}
+
+#[test]
+fn the_documented_settings_are_read() {
+    let documented: String = include_str!("../config.rs")
+        .lines()
+        .skip_while(|l| !l.starts_with("//! ```yaml"))
+        .skip(1)
+        .take_while(|l| !l.starts_with("//! ```"))
+        .map(|l| format!("{}\n", l.trim_start_matches("//! ")))
+        .collect();
+    let config = Config::parse("f", &documented).unwrap();
+    assert_eq!(config.advertise.as_deref(), Some("istiod.example.com:15012"));
+    assert_eq!(config.lifetimes.max, Duration::from_secs(2160 * 3600));
+    assert_eq!(config.push_workers, 2);
+    assert_eq!(config.consensus, Consensus::default());
+}
+
+#[test]
+fn the_defaults_are_those_that_the_reference_names() {
+    let defaults = Config::defaults("/d".into());
+    assert_eq!(Config::parse("f", "dataDir: /d").unwrap(), defaults);
+    let mut text = "dataDir: /d\n".to_owned();
+    let mut section = "";
+    for setting in SETTINGS.iter().filter(|setting| !setting.default.is_empty()) {
+        let (here, name) = setting.name.split_once('.').unwrap_or(("", setting.name));
+        if here != section {
+            section = here;
+            text.push_str(&format!("{here}:\n"));
+        }
+        let indent = if here.is_empty() { "" } else { "  " };
+        text.push_str(&format!("{indent}{name}: {}\n", setting.default));
+    }
+    assert_eq!(Config::parse("f", &text).unwrap(), defaults, "{text}");
+}
+
+#[test]
+fn the_settings_in_force_are_a_file_that_gives_them() {
+    let mut config = Config::defaults("/data: \"odd\"".into());
+    config.advertise = Some("mesh.example.org:15012".to_owned());
+    config.ca_directory = Some("/etc/ca".into());
+    config.lifetimes.default = Duration::from_secs(20);
+    config.debounce.quiet = Duration::from_millis(15);
+    config.log_level = "info,xds=debug".to_owned();
+    config.log_json = true;
+    let text = config.to_string();
+    assert_eq!(Config::parse("f", &text).unwrap_or_else(|m| panic!("{m:?}\n{text}")), config);
+}
+
+#[test]
+fn all_mistakes_are_told_together_with_their_places() {
+    check(
+        "memberId: 0\nxds:\n  adress: 1\n  address: nowhere\nraft: 7\nca:\n  leafLifetime: 5 minutes\ndata_dir: x\n",
+        &[
+            "istiod.yaml: dataDir: is required, for example /var/lib/istiod",
+            "istiod.yaml:1:11: memberId: must be a whole number from 1, this is \"0\"",
+            "istiod.yaml:3:3: xds.adress: no such setting; there are: xds.address, xds.advertise",
+            "istiod.yaml:4:12: xds.address: must be an IP address and a port",
+            "istiod.yaml:5:7: raft: must be a map of settings, this is the number 7",
+            "istiod.yaml:7:17: ca.leafLifetime: must be a duration such as 10ms",
+            "istiod.yaml:8:1: data_dir: no such setting; is it dataDir?",
+        ],
+    );
+}
+
+#[test]
+fn contradictions_are_told() {
+    check(
+        "dataDir: /d\nca: {leafLifetime: 100d}\npush: {debounceQuiet: 2s}\nraft: {heartbeat: 900ms}\nadmin: {address: 0.0.0.0:15012, tls: false}\n",
+        &[
+            "istiod.yaml:2:20: ca.leafLifetime: must not be longer than ca.maxLeafLifetime: 100d is more than 90d",
+            "istiod.yaml:3:23: push.debounceQuiet: must not be longer than push.debounceLongest: 2s is more than 1s",
+            "istiod.yaml:4:19: raft.heartbeat: must be at most a third of raft.electionTimeout",
+            "istiod.yaml:5:18: admin.address: must differ from xds.address, both are 0.0.0.0:15012",
+            "istiod.yaml:5:38: admin.tls: false is only possible on loopback, not on 0.0.0.0:15012",
+        ],
+    );
+}
+
+#[test]
+fn odd_files_are_told_and_not_guessed_at() {
+    check(
+        "- a\n",
+        &["istiod.yaml: dataDir: is required", "istiod.yaml:1:1: must be a map of settings, this is a list"],
+    );
+    let check = |text: &str, expect: &str| check(&format!("dataDir: /d\n{text}"), &[expect]);
+    check("log: {level: '=='}\n", "istiod.yaml:2:14: log.level: must be a level such as info");
+    check("log: {format: [json]}\n", "istiod.yaml:2:15: log.format: must be one value, this is a list");
+    check("xds: {advertise: host}\n", "istiod.yaml:2:18: xds.advertise: must be a host and a port");
+    check("---\nmemberId: 2\n", "istiod.yaml:3:1: must be one document");
+    check("raft: {answerWithin: 0s}\n", "istiod.yaml:2:22: raft.answerWithin: must be at least 10ms");
+    check("trustDomain: UPPER\n", "istiod.yaml:2:14: trustDomain: must be a trust domain");
+    assert!(Config::parse("f", "dataDir: /d\nraft:\nxds:\n  address:\n").is_ok());
+}
+
+#[test]
+fn raft_times_become_ticks() {
+    let text = "dataDir: /d\nraft: {heartbeat: 50ms, electionTimeout: 500ms}\n";
+    let settings = Config::parse("f", text).unwrap().raft(1);
+    assert_eq!((settings.tick, settings.election_ticks), (Duration::from_millis(25), 20));
+    let usual = Config::defaults("/d".into()).raft(1);
+    assert_eq!(usual, raft::node::Settings::new(1, 1));
+}
+
+#[test]
+fn a_member_with_an_open_admin_api_stays_on_loopback() {
+    let dev = |admin: &str| Dev {
+        data_dir: "/x".into(),
+        admin: admin.parse().unwrap(),
+        xds: "127.0.0.1:0".parse().unwrap(),
+        metrics: "127.0.0.1:0".parse().unwrap(),
+        leaf_lifetime: Duration::from_secs(20),
+    };
+    assert!(Config::dev(dev("127.0.0.1:0")).is_ok());
+    assert!(Config::dev(dev("0.0.0.0:0")).is_err());
+}
