@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use envoy_types::pb::google::protobuf::Any;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder};
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
@@ -109,8 +110,8 @@ pub struct Metrics {
     pub services: Gauge,
     /// `pilot_virt_services`
     pub virtual_services: Gauge,
-    /// `xds_identity_refusals`
-    pub unauthenticated: Sum,
+    /// `xds_identity_refusals_total`
+    pub unauthenticated: Counter,
 }
 
 /// Seconds, from half a millisecond to what an operator would not believe.
@@ -137,7 +138,7 @@ impl Default for Metrics {
             inbound: Family::default(),
             services: Gauge::default(),
             virtual_services: Gauge::default(),
-            unauthenticated: Sum::default(),
+            unauthenticated: Counter::default(),
         }
     }
 }

@@ -312,7 +312,7 @@ fn variant() -> impl Strategy<Value = Variant> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
     #[test]
     fn a_client_that_accepts_everything_ends_with_exactly_the_view(
@@ -375,5 +375,61 @@ proptest! {
         run.wait(GRACE * 2);
         run.settle();
         prop_assert_eq!(run.sent, sent, "rejected resources are not tried again");
+    }
+}
+
+/// What any bytes that decode could say.
+fn any_request()
+-> impl Strategy<Value = (usize, Vec<String>, Vec<String>, BTreeMap<String, String>, String, bool)> {
+    let name = || prop_oneof![Just("*".to_owned()), Just(String::new()), "[ar][0-4]"];
+    let nonce = prop_oneof![Just(String::new()), "[0-3]-[1-9]", ".{0,8}"];
+    (
+        0..5usize,
+        proptest::collection::vec(name(), 0..4),
+        proptest::collection::vec(name(), 0..4),
+        proptest::collection::btree_map(name(), ".{0,16}", 0..3),
+        nonce,
+        any::<bool>(),
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+
+    #[test]
+    fn nothing_that_a_client_says_breaks_the_stream(
+        variant in variant(),
+        requests in proptest::collection::vec((any_request(), mesh(true)), 0..40),
+    ) {
+        let now = tokio::time::Instant::now().into_std();
+        let mut stream = Stream::new(variant, false);
+        for (revision, ((kind, names, dropped, versions, nonce, refuses), mesh)) in requests.into_iter().enumerate() {
+            let url = Type::ALL.get(kind).map_or("some.other/Type", |t| t.url());
+            let error = refuses.then(|| Status { code: 3, message: names.join(" "), details: Vec::new() });
+            let actions = match variant {
+                Variant::Delta => stream.on_delta(DeltaDiscoveryRequest {
+                    type_url: url.to_owned(),
+                    resource_names_subscribe: names,
+                    resource_names_unsubscribe: dropped,
+                    initial_resource_versions: versions.into_iter().collect(),
+                    response_nonce: nonce,
+                    error_detail: error,
+                    ..DeltaDiscoveryRequest::default()
+                }, now),
+                Variant::StateOfTheWorld => stream.on_whole(DiscoveryRequest {
+                    version_info: versions.into_keys().collect(),
+                    type_url: url.to_owned(),
+                    resource_names: names,
+                    response_nonce: nonce,
+                    error_detail: error,
+                    ..DiscoveryRequest::default()
+                }, now),
+            };
+            prop_assert!(actions.len() <= 8, "a request is answered by a handful of responses");
+            let revision = u64::try_from(revision).unwrap();
+            stream.on_view(Arc::new(view(revision, &mesh)), now);
+            prop_assert!(stream.synced_revision() <= revision);
+            drop((stream.report(), stream.held()));
+        }
     }
 }
