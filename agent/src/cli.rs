@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use ca::authn::JoinToken;
 use clap::{Args, Parser, Subcommand};
+use proxy::telemetry::LogLevel;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -19,6 +20,9 @@ use crate::register::Workload;
 #[derive(Debug, Clone, Parser)]
 #[command(name = "istio-agent", version, about = "The node agent of the mesh, with the proxy inside")]
 pub struct Cli {
+    /// Level of the log, or levels by module: `info,proxy::xds=debug`
+    #[arg(long, global = true, default_value = "info")]
+    log_level: String,
     /// What to do.
     #[command(subcommand)]
     command: Command,
@@ -112,7 +116,8 @@ struct Secrets {
 /// Runs the program; its exit code (64 for wrong usage, 1 when it cannot go on).
 #[must_use]
 pub fn main(cli: Cli) -> ExitCode {
-    proxy::telemetry::init_logging("istio-agent");
+    // A second log in one process (a test) is not wanted and does no harm.
+    let log = proxy::telemetry::init(&cli.log_level, false).ok();
     let config = match cli.command {
         Command::Run(run) => run.config(),
         Command::Secrets(secrets) => secrets.config(),
@@ -124,7 +129,7 @@ pub fn main(cli: Cli) -> ExitCode {
             return ExitCode::from(64);
         }
     };
-    match run_until_signal(config) {
+    match run_until_signal(config, log) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = format!("{error:#}"), "the agent ends");
@@ -133,13 +138,14 @@ pub fn main(cli: Cli) -> ExitCode {
     }
 }
 
-fn run_until_signal(config: Config) -> anyhow::Result<()> {
+fn run_until_signal(config: Config, log: Option<LogLevel>) -> anyhow::Result<()> {
     // The data plane has threads of its own; this runtime joins, registers and renews.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async {
         let stop = CancellationToken::new();
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let mut agent = std::pin::pin!(crate::run(config, stop.clone()));
+        let (mut terminate, mut interrupt) =
+            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let mut agent = std::pin::pin!(crate::run(config, log, stop.clone()));
         tokio::select! {
             ended = &mut agent => return ended,
             _ = terminate.recv() => {}
@@ -153,7 +159,9 @@ fn run_until_signal(config: Config) -> anyhow::Result<()> {
 impl Member {
     fn config(&self, seat: Seat) -> anyhow::Result<Config> {
         let text = match &self.token_file {
-            Some(file) => Some(std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?),
+            Some(file) => Some(
+                std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?,
+            ),
             None => self.token.clone(),
         };
         let token = text.map(|text| JoinToken::parse(&text)).transpose()?;
@@ -167,9 +175,14 @@ impl Member {
         })
     }
 
-    #[expect(clippy::disallowed_methods, reason = "the one place where a start of the agent gets its identifier")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the one place where a start of the agent gets its identifier"
+    )]
     fn workload(&self) -> anyhow::Result<Workload> {
-        let ports = self.ports.iter().map(|(name, port)| Ok((name.clone(), port.parse().with_context(|| format!("`{port}` is not a port"))?)));
+        let ports = self.ports.iter().map(|(name, port)| {
+            Ok((name.clone(), port.parse().with_context(|| format!("`{port}` is not a port"))?))
+        });
         Ok(Workload {
             name: self.name.clone(),
             address: self.address,
@@ -194,7 +207,8 @@ impl Member {
 
 impl Run {
     fn config(&self) -> anyhow::Result<Config> {
-        let workers = self.workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+        let workers =
+            self.workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
         ensure!(workers > 0, "--workers: at least 1");
         self.member.config(Seat::Proxy(ProxySeat {
             name: self.member.name.clone(),
@@ -224,10 +238,13 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 }
 
 fn block(text: &str) -> Result<(Ipv4Addr, u8), String> {
-    let parsed = text.split_once('/').and_then(|(base, prefix)| Some((base.parse().ok()?, prefix.parse().ok()?)));
+    let parsed =
+        text.split_once('/').and_then(|(base, prefix)| Some((base.parse().ok()?, prefix.parse().ok()?)));
     parsed
         .filter(|(base, prefix): &(Ipv4Addr, u8)| base.is_loopback() && (8..=24).contains(prefix))
-        .ok_or_else(|| format!("`{text}` is not a block of loopback addresses; write one like `127.240.16.0/20`"))
+        .ok_or_else(|| {
+            format!("`{text}` is not a block of loopback addresses; write one like `127.240.16.0/20`")
+        })
 }
 
 #[cfg(test)]
@@ -252,7 +269,16 @@ mod tests {
     #[test]
     fn a_forward_is_a_port_and_an_address() {
         let parse = |forward: &str| {
-            let cli = Cli::parse_from(["istio-agent", "run", "--name", "a", "--data-dir", "/x", "--forward", forward]);
+            let cli = Cli::parse_from([
+                "istio-agent",
+                "run",
+                "--name",
+                "a",
+                "--data-dir",
+                "/x",
+                "--forward",
+                forward,
+            ]);
             let Command::Run(run) = cli.command else { panic!("not run") };
             run.config()
         };

@@ -11,8 +11,9 @@ use ca::identity::SpiffeId;
 use ca::tls::{ExpectedIdentities, IdentityWatch};
 use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::google::protobuf::{Struct, Value, value::Kind};
+use proxy::xds::client::Protocol;
 use proxy::xds::decode::Address;
-use proxy::xds::transport::{Protocol, ServerTls, Settings};
+use proxy::xds::transport::{ServerTls, Settings};
 
 use crate::register::Workload;
 
@@ -79,7 +80,11 @@ impl ProxySeat {
     /// # Errors
     ///
     /// An address that is none, or an identity that TLS cannot use.
-    pub fn config(self, endpoints: &[String], identity: IdentityWatch) -> anyhow::Result<proxy::config::Config> {
+    pub fn config(
+        self,
+        endpoints: &[String],
+        identity: IdentityWatch,
+    ) -> anyhow::Result<proxy::config::Config> {
         let spiffe_id = identity.borrow().spiffe_id.clone();
         let (namespace, service_account) = spiffe_id.workload_parts().unwrap_or_default();
         let control_plane = ExpectedIdentities::one(SpiffeId::control_plane(&spiffe_id.trust_domain()));

@@ -52,7 +52,11 @@ impl Membership {
 /// # Errors
 ///
 /// When there is neither a token nor an earlier membership, or the control plane refuses the token.
-pub async fn identity(config: &Config, tasks: &TaskTracker, stop: CancellationToken) -> anyhow::Result<Joined> {
+pub async fn identity(
+    config: &Config,
+    tasks: &TaskTracker,
+    stop: CancellationToken,
+) -> anyhow::Result<Joined> {
     let store = KeyStore::open(&config.data_dir)?;
     let membership = match &config.token {
         Some(token) => {
@@ -62,7 +66,8 @@ pub async fn identity(config: &Config, tasks: &TaskTracker, stop: CancellationTo
         }
         None => remembered(&store)?,
     };
-    let expected = SpiffeId::workload(&membership.trust_domain, &membership.namespace, &membership.service_account)?;
+    let expected =
+        SpiffeId::workload(&membership.trust_domain, &membership.namespace, &membership.service_account)?;
     let endpoints = if config.endpoints.is_empty() { membership.endpoints } else { config.endpoints.clone() };
     let issuance = match &config.token {
         Some(token) => Remote::with_token(JoinToken { endpoints: endpoints.clone(), ..token.clone() }),
@@ -82,10 +87,11 @@ pub async fn identity(config: &Config, tasks: &TaskTracker, stop: CancellationTo
 }
 
 fn remembered(store: &KeyStore) -> anyhow::Result<Membership> {
-    let bytes = store
-        .load(MEMBERSHIP_FILE)?
-        .with_context(|| format!("{} has no membership; join with `--token TOKEN` first", store.dir().display()))?;
-    serde_json::from_slice(&bytes).with_context(|| format!("{MEMBERSHIP_FILE} is damaged; join again with `--token TOKEN`"))
+    let bytes = store.load(MEMBERSHIP_FILE)?.with_context(|| {
+        format!("{} has no membership; join with `--token TOKEN` first", store.dir().display())
+    })?;
+    serde_json::from_slice(&bytes)
+        .with_context(|| format!("{MEMBERSHIP_FILE} is damaged; join again with `--token TOKEN`"))
 }
 
 /// The agent's one clock for certificates.

@@ -10,17 +10,20 @@ pub mod join;
 pub mod register;
 pub mod secrets;
 
+use proxy::Proxy;
+use proxy::telemetry::LogLevel;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use config::{Config, Seat};
 
-/// Runs the agent until `stop`: identity, then the data plane and the registration; backwards at the end.
+/// Runs the agent until `stop`: identity, then the data plane and the registration; backwards at the end. `log` lets
+/// the proxy's admin port change the level of the log.
 ///
 /// # Errors
 ///
 /// When there is no identity to be had, or the data plane cannot start. What fails later is tried again.
-pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+pub async fn run(config: Config, log: Option<LogLevel>, stop: CancellationToken) -> anyhow::Result<()> {
     let tasks = TaskTracker::new();
     // The identity is renewed until the data plane has drained.
     let ended = CancellationToken::new();
@@ -40,7 +43,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let outcome = match config.seat {
         Seat::Proxy(proxy) => {
             let config = proxy.config(&joined.endpoints, joined.identity)?;
-            proxy::run(config, data_plane).await.map_err(anyhow::Error::from)
+            match Proxy::start(config, log).await {
+                Ok(proxy) => Ok(proxy.run(data_plane).await),
+                Err(error) => Err(error.into()),
+            }
         }
         Seat::Secrets { socket } => secrets::serve(&socket, joined.identity, data_plane).await,
     };

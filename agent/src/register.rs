@@ -67,8 +67,9 @@ impl ControlPlane {
             .and_then(|index| self.endpoints.get(index))
             .ok_or_else(|| Status::failed_precondition("no address of a control plane"))?;
         let control_plane = SpiffeId::control_plane(&self.identity.borrow().spiffe_id.trust_domain());
-        let tls = ca::tls::client_config(self.identity.clone(), ExpectedIdentities::one(control_plane), &[b"h2"])
-            .map_err(|e| Status::internal(e.to_string()))?;
+        let tls =
+            ca::tls::client_config(self.identity.clone(), ExpectedIdentities::one(control_plane), &[b"h2"])
+                .map_err(|e| Status::internal(e.to_string()))?;
         let channel = ca::client::connect(endpoint, tls).await.map_err(Status::unavailable)?;
         Ok(WorkloadServiceClient::new(channel))
     }
@@ -171,12 +172,16 @@ impl Registration {
         let (namespace, _) = self.control_plane.namespace_and_account();
         let (name, session) = (entry.to_owned(), self.workload.session.clone());
         let outcome = match self.control_plane.client(0).await {
-            Ok(mut client) => client.deregister(DeregisterRequest { name, namespace, session }).await.map(|_| ()),
+            Ok(mut client) => {
+                client.deregister(DeregisterRequest { name, namespace, session }).await.map(|_| ())
+            }
             Err(status) => Err(status),
         };
         match outcome {
             Ok(()) => tracing::info!(workload = %self.workload.name, "left the mesh"),
-            Err(status) => tracing::warn!(workload = %self.workload.name, error = status.message(), "cannot leave"),
+            Err(status) => {
+                tracing::warn!(workload = %self.workload.name, error = status.message(), "cannot leave")
+            }
         }
     }
 }

@@ -43,7 +43,8 @@ pub async fn serve(socket: &Path, identity: IdentityWatch, stop: CancellationTok
     if socket.exists() {
         std::fs::remove_file(socket).with_context(|| format!("cannot replace {}", socket.display()))?;
     }
-    let listener = UnixListener::bind(socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
+    let listener =
+        UnixListener::bind(socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
     tonic::transport::Server::builder()
         .add_service(SecretDiscoveryServiceServer::new(Secrets { identity, stop: stop.clone() }))
@@ -68,7 +69,12 @@ impl SecretDiscoveryService for Secrets {
         &self,
         request: Request<Streaming<DiscoveryRequest>>,
     ) -> Result<Response<Self::StreamSecretsStream>, Status> {
-        let conversation = Conversation { requests: request.into_inner(), identity: self.identity.clone(), names: Vec::new(), sent: 0 };
+        let conversation = Conversation {
+            requests: request.into_inner(),
+            identity: self.identity.clone(),
+            names: Vec::new(),
+            sent: 0,
+        };
         let answers = futures::stream::unfold(conversation, Conversation::next);
         Ok(Response::new(Box::pin(answers.take_until(self.stop.clone().cancelled_owned()))))
     }
@@ -77,10 +83,15 @@ impl SecretDiscoveryService for Secrets {
         &self,
         _: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Self::DeltaSecretsStream>, Status> {
-        Err(Status::unimplemented("secrets are served state-of-the-world; set api_type: GRPC in the sds_config"))
+        Err(Status::unimplemented(
+            "secrets are served state-of-the-world; set api_type: GRPC in the sds_config",
+        ))
     }
 
-    async fn fetch_secrets(&self, request: Request<DiscoveryRequest>) -> Result<Response<DiscoveryResponse>, Status> {
+    async fn fetch_secrets(
+        &self,
+        request: Request<DiscoveryRequest>,
+    ) -> Result<Response<DiscoveryResponse>, Status> {
         let identity = self.identity.borrow().clone();
         Ok(Response::new(answer(&identity, &request.into_inner().resource_names, 1)))
     }
@@ -124,7 +135,11 @@ impl Conversation {
 
 /// The secrets that are known among `names`.
 fn answer(identity: &Identity, names: &[String], count: u64) -> DiscoveryResponse {
-    let resources = names.iter().filter_map(|name| secret_named(identity, name)).map(|s| wire::canonical::any(&s)).collect();
+    let resources = names
+        .iter()
+        .filter_map(|name| secret_named(identity, name))
+        .map(|s| wire::canonical::any(&s))
+        .collect();
     let version = identity.not_after.duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_nanos();
     DiscoveryResponse {
         version_info: version.to_string(),

@@ -277,7 +277,9 @@ pub(crate) enum Internal {
 /// `500ms`, `30s`, `2m`, `1h`
 fn duration(text: &str) -> Result<Duration, String> {
     let (number, unit) = text.split_at(text.find(|c: char| c.is_alphabetic()).unwrap_or(text.len()));
-    let value: f64 = number.parse().map_err(|_| format!("`{text}` is not a duration; write `500ms`, `30s`, `2m` or `1h`"))?;
+    let value: f64 = number
+        .parse()
+        .map_err(|_| format!("`{text}` is not a duration; write `500ms`, `30s`, `2m` or `1h`"))?;
     let seconds = match unit {
         "ms" => value / 1000.0,
         "s" => value,

@@ -47,7 +47,10 @@ impl Client {
         let token = match (&server.token, &server.token_file) {
             (Some(token), _) => Some(token.clone()),
             (None, Some(file)) => Some(
-                std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?.trim().to_owned(),
+                std::fs::read_to_string(file)
+                    .with_context(|| format!("cannot read {}", file.display()))?
+                    .trim()
+                    .to_owned(),
             ),
             (None, None) => None,
         };
@@ -68,7 +71,11 @@ impl Client {
     /// # Errors
     ///
     /// As [`Client::get`].
-    pub(crate) async fn get_patiently<T: DeserializeOwned>(&self, path: &str, patience: Duration) -> anyhow::Result<T> {
+    pub(crate) async fn get_patiently<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        patience: Duration,
+    ) -> anyhow::Result<T> {
         self.call(Method::GET, path, None, patience).await
     }
 
@@ -77,7 +84,11 @@ impl Client {
     /// # Errors
     ///
     /// As [`Client::get`].
-    pub(crate) async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
+    pub(crate) async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> anyhow::Result<T> {
         self.call(Method::POST, path, Some(serde_json::to_vec(body)?), Duration::ZERO).await
     }
 
@@ -103,16 +114,25 @@ impl Client {
             .map_err(|_| anyhow!("no answer from {} within {:?}", self.base, TIMEOUT + patience))??;
         if status.is_success() {
             let body: &[u8] = if body.is_empty() { b"null" } else { &body };
-            return serde_json::from_slice(body).with_context(|| format!("{} answered something else than expected", self.base));
+            return serde_json::from_slice(body)
+                .with_context(|| format!("{} answered something else than expected", self.base));
         }
         Err(refusal(status, &body))
     }
 
-    async fn exchange(&self, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<(StatusCode, Bytes)> {
+    async fn exchange(
+        &self,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+    ) -> anyhow::Result<(StatusCode, Bytes)> {
         let host = self.base.host().context("the URL has no host")?;
         let port = self.base.port_u16().unwrap_or(if self.tls.is_some() { 443 } else { 80 });
         let tcp = TcpStream::connect((host.trim_matches(['[', ']']), port)).await.with_context(|| {
-            format!("cannot reach the control plane at {}; is it running, and is ISTIOCTL_SERVER right?", self.base)
+            format!(
+                "cannot reach the control plane at {}; is it running, and is ISTIOCTL_SERVER right?",
+                self.base
+            )
         })?;
         tcp.set_nodelay(true)?;
         let mut request = Request::builder()
@@ -162,7 +182,8 @@ where
 }
 
 fn tls(server: &Server) -> anyhow::Result<Arc<rustls::ClientConfig>> {
-    let file = server.ca.as_ref().context("https needs --ca FILE (ISTIOCTL_CA) with the certificate to trust")?;
+    let file =
+        server.ca.as_ref().context("https needs --ca FILE (ISTIOCTL_CA) with the certificate to trust")?;
     let pem = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
     let mut roots = rustls::RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(&pem) {
@@ -179,7 +200,9 @@ fn tls(server: &Server) -> anyhow::Result<Arc<rustls::ClientConfig>> {
 /// What the server refused, with each mistake on a line of its own.
 fn refusal(status: StatusCode, body: &[u8]) -> anyhow::Error {
     match serde_json::from_slice::<Problem>(body) {
-        Ok(problem) if !problem.errors.is_empty() => anyhow!("{}\n{}", problem.detail, problem.errors.join("\n")),
+        Ok(problem) if !problem.errors.is_empty() => {
+            anyhow!("{}\n{}", problem.detail, problem.errors.join("\n"))
+        }
         Ok(problem) => anyhow!("{}", problem.detail),
         Err(_) => anyhow!("{status}: {}", String::from_utf8_lossy(body).trim()),
     }
@@ -192,7 +215,10 @@ mod tests {
     #[test]
     fn a_refusal_lists_every_mistake() {
         let body = br#"{"type":"about:blank","title":"x","status":422,"detail":"2 mistakes","errors":["a:1:2: no","b:3:4: no"]}"#;
-        assert_eq!(refusal(StatusCode::UNPROCESSABLE_ENTITY, body).to_string(), "2 mistakes\na:1:2: no\nb:3:4: no");
+        assert_eq!(
+            refusal(StatusCode::UNPROCESSABLE_ENTITY, body).to_string(),
+            "2 mistakes\na:1:2: no\nb:3:4: no"
+        );
         assert_eq!(refusal(StatusCode::BAD_GATEWAY, b"oops ").to_string(), "502 Bad Gateway: oops");
     }
 

@@ -44,11 +44,19 @@ pub(crate) async fn run(args: &Demo) -> anyhow::Result<ExitCode> {
     let folder = scratch()?;
     let mut board = Board::new();
     board.say("starting istiod, six services and seven proxies on loopback addresses ...")?;
-    let mut mesh = Mesh::start(&folder, !args.check).await.with_context(|| format!("logs are in {}", folder.display()))?;
+    let mut mesh = Mesh::start(&folder, !args.check)
+        .await
+        .with_context(|| format!("logs are in {}", folder.display()))?;
     let mut claims = Claims::default();
-    let told = Story { mesh: &mut mesh, board: &mut board, claims: &mut claims, requests: args.requests, check: args.check }
-        .tell()
-        .await;
+    let told = Story {
+        mesh: &mut mesh,
+        board: &mut board,
+        claims: &mut claims,
+        requests: args.requests,
+        check: args.check,
+    }
+    .tell()
+    .await;
     let outcome = match told {
         Ok(()) if args.check => finish(&claims),
         Ok(()) => stay(&mesh, &mut board, &folder).await,
@@ -68,7 +76,8 @@ fn finish(claims: &Claims) -> anyhow::Result<ExitCode> {
 
 /// A folder of its own for data and logs.
 fn scratch() -> anyhow::Result<std::path::PathBuf> {
-    let folder = std::env::temp_dir().join(format!("istio-demo-{}-{:08x}", std::process::id(), fastrand::u32(..)));
+    let folder =
+        std::env::temp_dir().join(format!("istio-demo-{}-{:08x}", std::process::id(), fastrand::u32(..)));
     std::fs::create_dir(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     Ok(folder)
 }
@@ -85,7 +94,12 @@ struct Story<'a> {
 impl Story<'_> {
     async fn tell(mut self) -> anyhow::Result<()> {
         let up = self.mesh.first_answer;
-        self.claim("the mesh is up", "first answer over mTLS within 5 s", up < Duration::from_secs(5), format!("{up:.2?}"))?;
+        self.claim(
+            "the mesh is up",
+            "first answer over mTLS within 5 s",
+            up < Duration::from_secs(5),
+            format!("{up:.2?}"),
+        )?;
         self.identities().await?;
         self.strict().await?;
         for (file, yaml, share) in CANARY {
@@ -98,9 +112,15 @@ impl Story<'_> {
     }
 
     async fn identities(&mut self) -> anyhow::Result<()> {
-        self.board.say("\n== every call is mTLS, and every server knows its caller by its SPIFFE identity")?;
+        self.board
+            .say("\n== every call is mTLS, and every server knows its caller by its SPIFFE identity")?;
         let tally = self.traffic(None, SAMPLE * 2).await?;
-        for (service, caller) in [("productpage", "ingress"), ("details", "productpage"), ("reviews", "productpage"), ("ratings", "reviews")] {
+        for (service, caller) in [
+            ("productpage", "ingress"),
+            ("details", "productpage"),
+            ("reviews", "productpage"),
+            ("ratings", "reviews"),
+        ] {
             let expected = format!("spiffe://cluster.local/ns/default/sa/{caller}");
             let seen = tally.callers.get(service).cloned().unwrap_or_default();
             let holds = seen.len() == 1 && seen.contains(&expected);
@@ -110,12 +130,23 @@ impl Story<'_> {
     }
 
     async fn strict(&mut self) -> anyhow::Result<()> {
-        self.board.say("\n== PeerAuthentication STRICT: without a certificate of this mesh there is no way in")?;
+        self.board
+            .say("\n== PeerAuthentication STRICT: without a certificate of this mesh there is no way in")?;
         let address = self.mesh.inbound("reviews-v1")?;
         let plain = claims::plaintext(address).await;
-        self.claim("plaintext is refused", "the connection is closed without an answer", plain.is_err(), claims::words(&plain))?;
+        self.claim(
+            "plaintext is refused",
+            "the connection is closed without an answer",
+            plain.is_err(),
+            claims::words(&plain),
+        )?;
         let foreign = claims::foreign_certificate(address).await;
-        self.claim("a certificate of another CA is refused", "no answer", foreign.is_err(), claims::words(&foreign))
+        self.claim(
+            "a certificate of another CA is refused",
+            "no answer",
+            foreign.is_err(),
+            claims::words(&foreign),
+        )
     }
 
     async fn canary(&mut self, file: &str, yaml: &str, share: f64) -> anyhow::Result<()> {
@@ -136,18 +167,38 @@ impl Story<'_> {
         let jason = self.traffic(Some("jason"), SAMPLE).await?;
         let others = self.traffic(None, SAMPLE).await?;
         let (v3, v1) = (jason.share("reviews", "v3"), others.share("reviews", "v1"));
-        self.claim("user jason sees reviews v3", "100 %", v3 >= 100.0 && jason.failed == 0, format!("{v3:.1} %"))?;
-        self.claim("all others see reviews v1", "100 %", v1 >= 100.0 && others.failed == 0, format!("{v1:.1} %"))
+        self.claim(
+            "user jason sees reviews v3",
+            "100 %",
+            v3 >= 100.0 && jason.failed == 0,
+            format!("{v3:.1} %"),
+        )?;
+        self.claim(
+            "all others see reviews v1",
+            "100 %",
+            v1 >= 100.0 && others.failed == 0,
+            format!("{v1:.1} %"),
+        )
     }
 
     async fn fault(&mut self) -> anyhow::Result<()> {
         self.apply("7-fault.yaml", include_str!("demo/mesh/7-fault.yaml")).await?;
         let aborted = self.traffic(Some("tester"), SAMPLE).await?;
         let with_555 = aborted.statuses.get("details").and_then(|s| s.get(&555)).copied().unwrap_or_default();
-        self.claim("calls of user tester to details fail with 555", "every one", with_555 == SAMPLE, format!("{with_555} of {SAMPLE}"))?;
+        self.claim(
+            "calls of user tester to details fail with 555",
+            "every one",
+            with_555 == SAMPLE,
+            format!("{with_555} of {SAMPLE}"),
+        )?;
         let slow = self.traffic(Some("snail"), SAMPLE).await?;
         let p50 = slow.latency(0.5);
-        self.claim("calls of user snail to details take 300 ms", "300 to 400 ms", (300.0..400.0).contains(&p50), format!("p50 {p50:.1} ms"))?;
+        self.claim(
+            "calls of user snail to details take 300 ms",
+            "300 to 400 ms",
+            (300.0..400.0).contains(&p50),
+            format!("p50 {p50:.1} ms"),
+        )?;
         let others = self.traffic(None, SAMPLE).await?;
         self.no_failures("for everybody else", &others)
     }
@@ -166,27 +217,46 @@ impl Story<'_> {
             format!("{with_403} of {SAMPLE}: {words}"),
         )?;
         let allowed = self.traffic(Some("jason"), SAMPLE).await?;
-        let ratings = allowed.answers.get(&("ratings".to_owned(), "v1".to_owned())).copied().unwrap_or_default();
-        self.claim("reviews may", "every one", ratings == SAMPLE && allowed.failed == 0, format!("{ratings} of {SAMPLE}"))
+        let ratings =
+            allowed.answers.get(&("ratings".to_owned(), "v1".to_owned())).copied().unwrap_or_default();
+        self.claim(
+            "reviews may",
+            "every one",
+            ratings == SAMPLE && allowed.failed == 0,
+            format!("{ratings} of {SAMPLE}"),
+        )
     }
 
     async fn revisions(&mut self) -> anyhow::Result<()> {
         let proxies = self.mesh.proxies().await?;
         let newest = proxies.iter().map(|p| p.revision).max().unwrap_or_default();
-        let behind: Vec<_> = proxies.iter().filter(|p| p.revision != newest).map(|p| p.name.clone()).collect();
-        self.claim("every proxy runs the newest revision", "all", behind.is_empty() && newest > 0, format!("{} at {newest}", proxies.len()))
+        let behind: Vec<_> =
+            proxies.iter().filter(|p| p.revision != newest).map(|p| p.name.clone()).collect();
+        self.claim(
+            "every proxy runs the newest revision",
+            "all",
+            behind.is_empty() && newest > 0,
+            format!("{} at {newest}", proxies.len()),
+        )
     }
 
     async fn apply(&mut self, file: &str, yaml: &str) -> anyhow::Result<()> {
         let about = yaml.lines().next().unwrap_or_default().trim_start_matches("# ");
         self.board.say(&format!("\n== {file}: {about}"))?;
         let (revision, took) = self.mesh.apply(file, yaml).await?;
-        self.claim(&format!("{file} runs on every proxy"), "within 1 s", took < Duration::from_secs(1), format!("revision {revision} after {took:.1?}"))
+        self.claim(
+            &format!("{file} runs on every proxy"),
+            "within 1 s",
+            took < Duration::from_secs(1),
+            format!("revision {revision} after {took:.1?}"),
+        )
     }
 
     async fn traffic(&mut self, user: Option<&'static str>, requests: u32) -> anyhow::Result<Tally> {
         let address = self.mesh.address("ingress", "productpage")?;
-        let tally = load::send(&Load { address, host: "productpage", user, requests, concurrency: CONCURRENCY }).await;
+        let tally =
+            load::send(&Load { address, host: "productpage", user, requests, concurrency: CONCURRENCY })
+                .await;
         if !self.check {
             let proxies = self.mesh.proxies().await?;
             self.board.draw(&tally, &proxies)?;
@@ -196,7 +266,12 @@ impl Story<'_> {
 
     fn no_failures(&mut self, when: &str, tally: &Tally) -> anyhow::Result<()> {
         let words = tally.first_failure.clone().unwrap_or_default();
-        self.claim(&format!("no request fails {when}"), "0", tally.failed == 0 && tally.total > 0, format!("{} of {} {words}", tally.failed, tally.total))
+        self.claim(
+            &format!("no request fails {when}"),
+            "0",
+            tally.failed == 0 && tally.total > 0,
+            format!("{} of {} {words}", tally.failed, tally.total),
+        )
     }
 
     fn claim(&mut self, what: &str, expected: &str, holds: bool, seen: String) -> anyhow::Result<()> {

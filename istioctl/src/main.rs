@@ -47,7 +47,9 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     runtime.block_on(async move {
         match command {
             Command::Demo(args) => demo::run(&args).await,
-            Command::Internal(Internal::Service(service)) => demo::app::run(&service).await.map(|()| ExitCode::SUCCESS),
+            Command::Internal(Internal::Service(service)) => {
+                demo::app::run(&service).await.map(|()| ExitCode::SUCCESS)
+            }
             other => commands::run(&Client::new(&server)?, output, other).await,
         }
     })

@@ -2,7 +2,6 @@
 
 use std::io::{self, IsTerminal, Write};
 
-use comfy_table::{ContentArrangement, Table, presets};
 use owo_colors::{OwoColorize, Style};
 use serde::Serialize;
 
@@ -28,14 +27,18 @@ impl Rows {
 
     /// Aligned columns with two spaces between them, as kubectl prints.
     pub(crate) fn render(&self) -> String {
-        let mut table = Table::new();
-        table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
-        table.set_header(self.header.iter().map(|h| h.to_uppercase()));
-        table.add_rows(self.rows.iter().map(|row| row.iter().map(|cell| if cell.is_empty() { "-" } else { cell })));
-        for column in table.column_iter_mut() {
-            column.set_padding((0, 2));
-        }
-        table.lines().map(|line| format!("{}\n", line.trim_end())).collect()
+        let header: Vec<String> = self.header.iter().map(|h| h.to_uppercase()).collect();
+        let lines = || std::iter::once(&header).chain(&self.rows);
+        let shown = |cell: &String| if cell.is_empty() { "-".to_owned() } else { cell.clone() };
+        let width = |column| {
+            lines().filter_map(|line| line.get(column)).map(|cell| shown(cell).chars().count()).max()
+        };
+        let widths: Vec<usize> = (0..header.len()).map(|column| width(column).unwrap_or_default()).collect();
+        let line = |cells: &Vec<String>| {
+            let padded = cells.iter().zip(&widths).map(|(cell, width)| format!("{:width$}  ", shown(cell)));
+            format!("{}\n", padded.collect::<String>().trim_end())
+        };
+        lines().map(line).collect()
     }
 }
 
@@ -44,7 +47,11 @@ impl Rows {
 /// # Errors
 ///
 /// When standard output cannot be written; a closed pipe is no error.
-pub(crate) fn print<T: Serialize>(output: Output, value: &T, rows: impl FnOnce(bool) -> Rows) -> anyhow::Result<()> {
+pub(crate) fn print<T: Serialize>(
+    output: Output,
+    value: &T,
+    rows: impl FnOnce(bool) -> Rows,
+) -> anyhow::Result<()> {
     let text = match output {
         Output::Table => rows(false).render(),
         Output::Wide => rows(true).render(),

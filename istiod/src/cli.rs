@@ -1,5 +1,6 @@
 //! What can be asked of the control plane.
 
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -85,9 +86,11 @@ fn settings(command: Command) -> Result<(Config, Option<Scratch>), Vec<String>> 
                 Some(_) => None,
                 None => Some(Scratch::make().map_err(|e| vec![format!("no temporary folder: {e}")])?),
             };
-            let data_dir = args.data_dir.or_else(|| scratch.as_ref().map(|s| s.0.clone())).unwrap_or_default();
+            let data_dir =
+                args.data_dir.or_else(|| scratch.as_ref().map(|s| s.0.clone())).unwrap_or_default();
             let leaf_lifetime = Duration::from_secs(args.leaf_lifetime);
-            let dev = Dev { data_dir, admin: args.admin, xds: args.xds, metrics: args.metrics, leaf_lifetime };
+            let dev =
+                Dev { data_dir, admin: args.admin, xds: args.xds, metrics: args.metrics, leaf_lifetime };
             Ok((Config::dev(dev)?, scratch))
         }
     }
@@ -98,7 +101,8 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn make() -> std::io::Result<Self> {
-        let path = std::env::temp_dir().join(format!("istiod-{}-{:08x}", std::process::id(), fastrand::u32(..)));
+        let path =
+            std::env::temp_dir().join(format!("istiod-{}-{:08x}", std::process::id(), fastrand::u32(..)));
         std::fs::create_dir(&path)?;
         Ok(Self(path))
     }
@@ -113,8 +117,13 @@ impl Drop for Scratch {
 }
 
 fn init_logging(level: &str, json: bool) {
-    let filter = tracing_subscriber::EnvFilter::try_new(level).unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let filter = tracing_subscriber::EnvFilter::try_new(level)
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false);
     // A second subscriber in one process (a test) is not wanted and does no harm.
     if json { builder.json().try_init() } else { builder.try_init() }.unwrap_or_default();
 }
@@ -123,7 +132,8 @@ fn run_until_signal(config: Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         let stop = CancellationToken::new();
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let (mut terminate, mut interrupt) =
+            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let mut member = std::pin::pin!(crate::run(config, stop.clone()));
         tokio::select! {
             ended = &mut member => return ended,

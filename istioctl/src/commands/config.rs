@@ -23,7 +23,7 @@ pub(crate) fn validate(args: &Files) -> anyhow::Result<ExitCode> {
     let mut valid = 0;
     let mut mistakes = 0;
     for file in &files {
-        match registry::config::parse(&file.name, &file.text) {
+        match registry::config::parse_in(&args.namespace, &file.name, &file.text) {
             Ok((objects, warnings)) => {
                 valid += objects.len();
                 warnings.iter().for_each(|warning| note(&format!("warning: {warning}")));
@@ -55,7 +55,11 @@ pub(crate) async fn apply(client: &Client, output: Output, args: &Apply) -> anyh
     };
     let report: ApplyReport = client.post("/apply", &request).await?;
     show(output, &report, args.dry_run)?;
-    if args.wait && !args.dry_run { wait(client, report.revision, args.timeout).await } else { Ok(ExitCode::SUCCESS) }
+    if args.wait && !args.dry_run {
+        wait(client, report.revision, args.timeout).await
+    } else {
+        Ok(ExitCode::SUCCESS)
+    }
 }
 
 /// Deletes one object.
@@ -64,7 +68,8 @@ pub(crate) async fn apply(client: &Client, output: Output, args: &Apply) -> anyh
 ///
 /// An object that is not there, or what was refused.
 pub(crate) async fn delete(client: &Client, output: Output, args: &Delete) -> anyhow::Result<ExitCode> {
-    let path = format!("/config/{}/{}/{}", segment(&args.kind), segment(&args.namespace), segment(&args.name));
+    let path =
+        format!("/config/{}/{}/{}", segment(&args.kind), segment(&args.namespace), segment(&args.name));
     let report: ApplyReport = client.delete(&path).await?;
     show(output, &report, false)?;
     if args.wait { wait(client, report.revision, args.timeout).await } else { Ok(ExitCode::SUCCESS) }
@@ -82,7 +87,8 @@ pub(crate) async fn get(client: &Client, output: Output, args: &Get) -> anyhow::
         print(output, &object, |_| table(std::slice::from_ref(&object)))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let scope = if args.all_namespaces { String::new() } else { format!("?namespace={}", segment(&args.namespace)) };
+    let scope =
+        if args.all_namespaces { String::new() } else { format!("?namespace={}", segment(&args.namespace)) };
     let list: List = client.get(&format!("/config/{}{scope}", segment(&args.kind))).await?;
     if list.items.is_empty() && matches!(output, Output::Table | Output::Wide) {
         note("no objects found");
@@ -123,11 +129,17 @@ async fn wait(client: &Client, revision: u64, timeout: Duration) -> anyhow::Resu
         note(&format!("revision {revision} runs on {total} of {total} proxies"));
         return Ok(ExitCode::SUCCESS);
     }
-    note(&format!("revision {revision} runs on {} of {total} proxies; it does not run on:", report.acknowledged.len()));
+    note(&format!(
+        "revision {revision} runs on {} of {total} proxies; it does not run on:",
+        report.acknowledged.len()
+    ));
     for pending in &report.pending {
         note(&format!("  {}", pending.proxy));
         for rejection in &pending.rejected {
-            note(&format!("    refused {} of revision {}: {}", rejection.kind, rejection.revision, rejection.error));
+            note(&format!(
+                "    refused {} of revision {}: {}",
+                rejection.kind, rejection.revision, rejection.error
+            ));
         }
         if pending.rejected.is_empty() {
             note("    has not answered");
@@ -150,7 +162,9 @@ fn show(output: Output, report: &ApplyReport, dry_run: bool) -> anyhow::Result<(
 }
 
 fn table(items: &[Value]) -> Rows {
-    let text = |item: &Value, pointer: &str| item.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let text = |item: &Value, pointer: &str| {
+        item.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned()
+    };
     let mut rows = Rows::new(["kind", "namespace", "name", "revision", "created"]);
     for item in items {
         rows.push([

@@ -51,7 +51,9 @@ pub(super) async fn workloads(client: &Client, output: Output) -> anyhow::Result
                 workload.source.clone(),
             ];
             if wide {
-                row.push(workload.labels.iter().map(|(k, v)| format!("{k}={v}")).collect::<Vec<_>>().join(","));
+                row.push(
+                    workload.labels.iter().map(|(k, v)| format!("{k}={v}")).collect::<Vec<_>>().join(","),
+                );
             }
             rows.push(row);
         }
@@ -75,7 +77,10 @@ pub(super) async fn token(client: &Client, output: Output, command: &Token) -> a
                 print(output, &created, |_| Rows::new([]))?;
             } else {
                 data(&format!("{}\n", created.token))?;
-                note(&format!("token {} for {namespace}/{service_account}, until {}", created.id, created.expires));
+                note(&format!(
+                    "token {} for {namespace}/{service_account}, until {}",
+                    created.id, created.expires
+                ));
             }
         }
         Token::List => {
@@ -117,7 +122,13 @@ pub(super) async fn version(client: &Client, output: Output) -> anyhow::Result<E
     let versions = Versions { client: env!("CARGO_PKG_VERSION"), server: server.ok() };
     print(output, &versions, |_| {
         let mut rows = Rows::new(["program", "version", "trust domain", "revision", "role"]);
-        rows.push(["istioctl".to_owned(), versions.client.to_owned(), String::new(), String::new(), String::new()]);
+        rows.push([
+            "istioctl".to_owned(),
+            versions.client.to_owned(),
+            String::new(),
+            String::new(),
+            String::new(),
+        ]);
         if let Some(server) = &versions.server {
             rows.push([
                 "istiod".to_owned(),

@@ -44,14 +44,21 @@ pub(super) async fn status(client: &Client, output: Output) -> anyhow::Result<Ex
     })?;
     for proxy in &proxies {
         for rejection in &proxy.rejected {
-            note(&format!("{} refused {} of revision {}: {}", proxy.name, rejection.kind, rejection.revision, rejection.error));
+            note(&format!(
+                "{} refused {} of revision {}: {}",
+                proxy.name, rejection.kind, rejection.revision, rejection.error
+            ));
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Shows what a proxy was given.
-pub(super) async fn config(client: &Client, output: Output, command: &ProxyConfig) -> anyhow::Result<ExitCode> {
+pub(super) async fn config(
+    client: &Client,
+    output: Output,
+    command: &ProxyConfig,
+) -> anyhow::Result<ExitCode> {
     let (kind, name) = match command {
         ProxyConfig::Listener(name) => ("listener", name),
         ProxyConfig::Route(name) => ("route", name),
@@ -70,7 +77,9 @@ pub(super) async fn config(client: &Client, output: Output, command: &ProxyConfi
             let bootstrap = bootstrap::envoy(args, &xds, &trust_domain)?;
             let text = match output {
                 Output::Yaml => serde_saphyr::to_string(&bootstrap)?,
-                Output::Table | Output::Wide | Output::Json => format!("{}\n", serde_json::to_string_pretty(&bootstrap)?),
+                Output::Table | Output::Wide | Output::Json => {
+                    format!("{}\n", serde_json::to_string_pretty(&bootstrap)?)
+                }
             };
             data(&text)?;
             return Ok(ExitCode::SUCCESS);
@@ -167,12 +176,17 @@ fn routes(dump: &Value) -> Rows {
 }
 
 fn describe_match(route: &Value) -> String {
-    let path = [("/match/path", ""), ("/match/prefix", "*"), ("/match/path_separated_prefix", "/*"), ("/match/safe_regex/regex", "~")]
-        .iter()
-        .map(|(pointer, mark)| (text(route, pointer), mark))
-        .find(|(found, _)| !found.is_empty())
-        .map(|(found, mark)| format!("{found}{mark}"))
-        .unwrap_or_default();
+    let path = [
+        ("/match/path", ""),
+        ("/match/prefix", "*"),
+        ("/match/path_separated_prefix", "/*"),
+        ("/match/safe_regex/regex", "~"),
+    ]
+    .iter()
+    .map(|(pointer, mark)| (text(route, pointer), mark))
+    .find(|(found, _)| !found.is_empty())
+    .map(|(found, mark)| format!("{found}{mark}"))
+    .unwrap_or_default();
     let headers: Vec<_> = items(route, "/match/headers").map(|h| text(h, "/name")).collect();
     if headers.is_empty() { path } else { format!("{path} [{}]", headers.join(",")) }
 }
@@ -242,6 +256,9 @@ mod tests {
                         "route": {"weighted_clusters": {"clusters": [{"name": "v1", "weight": 90}, {"name": "v2", "weight": 10}]}}}],
         }]}]});
         let shown = routes(&dump).render();
-        assert!(shown.contains("reviews +1") && shown.contains("/* [end-user]") && shown.contains("90 v1, 10 v2"), "{shown}");
+        assert!(
+            shown.contains("reviews +1") && shown.contains("/* [end-user]") && shown.contains("90 v1, 10 v2"),
+            "{shown}"
+        );
     }
 }

@@ -84,7 +84,9 @@ type Upstreams = Client<HttpConnector, Empty<Bytes>>;
 ///
 /// When the address cannot be listened on.
 pub(crate) async fn run(service: &Service) -> anyhow::Result<()> {
-    let listener = TcpListener::bind(service.listen).await.with_context(|| format!("cannot listen on {}", service.listen))?;
+    let listener = TcpListener::bind(service.listen)
+        .await
+        .with_context(|| format!("cannot listen on {}", service.listen))?;
     data(&format!("{}\n", listener.local_addr()?))?;
     let app = Arc::new(App {
         name: service.name.clone(),

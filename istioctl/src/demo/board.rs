@@ -43,7 +43,8 @@ impl Board {
     /// When standard output cannot be written.
     pub(crate) fn draw(&mut self, tally: &Tally, proxies: &[ProxyRow]) -> anyhow::Result<()> {
         let text = render(tally, proxies);
-        let up = if self.live && self.lines > 0 { format!("\x1b[{}A\x1b[J", self.lines) } else { String::new() };
+        let up =
+            if self.live && self.lines > 0 { format!("\x1b[{}A\x1b[J", self.lines) } else { String::new() };
         self.lines = text.lines().count();
         data(&format!("{up}{text}"))
     }
@@ -60,7 +61,13 @@ fn render(tally: &Tally, proxies: &[ProxyRow]) -> String {
         tally.latency(0.5),
         tally.latency(0.99),
     );
-    let mut services = Rows::new(["service", "version", "answers", "share", "identity of the callers, as the server saw it"]);
+    let mut services = Rows::new([
+        "service",
+        "version",
+        "answers",
+        "share",
+        "identity of the callers, as the server saw it",
+    ]);
     for ((service, version), count) in &tally.answers {
         let callers = tally.callers.get(service).into_iter().flatten();
         services.push([
@@ -75,7 +82,12 @@ fn render(tally: &Tally, proxies: &[ProxyRow]) -> String {
     text.push('\n');
     let mut rows = Rows::new(["proxy", "revision", "configuration"]);
     for proxy in proxies {
-        let worst = proxy.types.values().find(|s| s.as_str() != "SYNCED").cloned().unwrap_or_else(|| "SYNCED".to_owned());
+        let worst = proxy
+            .types
+            .values()
+            .find(|s| s.as_str() != "SYNCED")
+            .cloned()
+            .unwrap_or_else(|| "SYNCED".to_owned());
         rows.push([proxy.name.clone(), proxy.revision.to_string(), worst]);
     }
     text.push_str(&rows.render());

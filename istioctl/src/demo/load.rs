@@ -62,7 +62,12 @@ impl Tally {
     pub(crate) fn latency(&self, share: f64) -> f64 {
         let mut sorted = self.micros.clone();
         sorted.sort_unstable();
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "an index within the length")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss,
+            reason = "an index within the length"
+        )]
         let index = ((sorted.len() as f64 - 1.0).max(0.0) * share) as usize;
         sorted.get(index).map_or(0.0, |micros| f64::from(*micros) / 1000.0)
     }
@@ -114,7 +119,8 @@ type Http = Client<HttpConnector, Empty<Bytes>>;
 
 /// Sends the load and waits for every answer.
 pub(crate) async fn send(load: &Load) -> Tally {
-    let client: Http = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(load.concurrency).build_http();
+    let client: Http =
+        Client::builder(TokioExecutor::new()).pool_max_idle_per_host(load.concurrency).build_http();
     let left = AtomicU32::new(load.requests);
     let workers = (0..load.concurrency).map(|_| async {
         let mut tally = Tally::default();
@@ -159,7 +165,12 @@ mod tests {
 
     fn answer(service: &str, version: &str, calls: &[(&str, Call)]) -> Call {
         let calls = calls.iter().map(|(name, call)| ((*name).to_owned(), call.clone())).collect();
-        let answer = Answer { service: service.to_owned(), version: version.to_owned(), caller: "x".to_owned(), calls };
+        let answer = Answer {
+            service: service.to_owned(),
+            version: version.to_owned(),
+            caller: "x".to_owned(),
+            calls,
+        };
         Call { status: 200, answer: Some(Box::new(answer)), text: String::new() }
     }
 

@@ -67,7 +67,15 @@ impl Mesh {
         let metrics = port(keep_ports, 15014)?;
         let data = folder.join("istiod").display().to_string();
         let args = strings(&[
-            "istiod", "dev", "--data-dir", &data, "--admin", &admin.to_string(), "--xds", &xds.to_string(), "--metrics",
+            "istiod",
+            "dev",
+            "--data-dir",
+            &data,
+            "--admin",
+            &admin.to_string(),
+            "--xds",
+            &xds.to_string(),
+            "--metrics",
             &metrics.to_string(),
         ]);
         let istiod = Process::start(folder, "istiod", &args)?;
@@ -108,7 +116,12 @@ impl Mesh {
         let path = format!("/wait/{}?timeoutMilliseconds={}", report.revision, PATIENCE.as_millis());
         let waited: WaitReport = self.client.get_patiently(&path, PATIENCE).await?;
         if let Some(pending) = waited.pending.first() {
-            bail!("{name}: {} does not run revision {}: {:?}", pending.proxy, report.revision, pending.rejected);
+            bail!(
+                "{name}: {} does not run revision {}: {:?}",
+                pending.proxy,
+                report.revision,
+                pending.rejected
+            );
         }
         Ok((report.revision, started.elapsed()))
     }
@@ -121,7 +134,8 @@ impl Mesh {
     pub(crate) fn address(&self, workload: &str, service: &str) -> anyhow::Result<SocketAddr> {
         let block = self.blocks.get(workload).with_context(|| format!("no workload {workload}"))?;
         let index = self.indexes.get(service).with_context(|| format!("no service {service}"))?;
-        let address = xds::translate::names::block_address(*block, 20, *index).context("the block is too small")?;
+        let address =
+            xds::translate::names::block_address(*block, 20, *index).context("the block is too small")?;
         Ok(SocketAddr::V4(SocketAddrV4::new(address, PORT)))
     }
 
@@ -150,7 +164,13 @@ impl Mesh {
         self.istiod.stop().await;
     }
 
-    async fn workload(&mut self, folder: &Path, service: &str, version: &str, calls: &[&str]) -> anyhow::Result<()> {
+    async fn workload(
+        &mut self,
+        folder: &Path,
+        service: &str,
+        version: &str,
+        calls: &[&str],
+    ) -> anyhow::Result<()> {
         let name = workload_name(service, version);
         let block = *self.blocks.get(&name).context("every workload has a block")?;
         let own = own_address(block);
@@ -162,7 +182,8 @@ impl Mesh {
         };
         let token: TokenCreated = self.client.post("/tokens", &request).await?;
         let data = folder.join(&name).display().to_string();
-        let mut args = strings(&["agent", "run", "--name", &name, "--data-dir", &data, "--token", &token.token]);
+        let mut args =
+            strings(&["agent", "run", "--name", &name, "--data-dir", &data, "--token", &token.token]);
         args.extend(strings(&["--address", &own.to_string(), "--loopback-block", &format!("{block}/20")]));
         args.extend(strings(&["--admin", &format!("{own}:15000"), "--stats", &format!("{own}:15090")]));
         args.extend(strings(&["--readiness", &format!("{own}:15021"), "--workers", "1"]));
@@ -214,7 +235,10 @@ impl Mesh {
         loop {
             self.processes.iter_mut().try_for_each(Process::check)?;
             let proxies = self.proxies().await?;
-            let synced = proxies.iter().filter(|p| !p.types.is_empty() && p.types.values().all(|s| s == "SYNCED")).count();
+            let synced = proxies
+                .iter()
+                .filter(|p| !p.types.is_empty() && p.types.values().all(|s| s == "SYNCED"))
+                .count();
             if synced == WORKLOADS.len() {
                 return Ok(());
             }
@@ -227,11 +251,14 @@ impl Mesh {
 
     async fn first_answer(&mut self, started: Instant) -> anyhow::Result<()> {
         let address = self.address("ingress", "productpage")?;
-        let load = super::load::Load { address, host: "productpage", user: None, requests: 1, concurrency: 1 };
+        let load =
+            super::load::Load { address, host: "productpage", user: None, requests: 1, concurrency: 1 };
         let deadline = Instant::now() + PATIENCE;
         loop {
             let tally = super::load::send(&load).await;
-            if tally.failed == 0 && tally.callers.values().flatten().all(|caller| caller.starts_with("spiffe://")) {
+            if tally.failed == 0
+                && tally.callers.values().flatten().all(|caller| caller.starts_with("spiffe://"))
+            {
                 self.first_answer = started.elapsed();
                 return Ok(());
             }
@@ -272,10 +299,14 @@ fn port(wanted: bool, number: u16) -> anyhow::Result<SocketAddr> {
 /// A free block for each workload, beginning at a random one, so that several demos can run at once.
 fn blocks() -> anyhow::Result<BTreeMap<String, Ipv4Addr>> {
     let first = fastrand::u32(..256);
-    let candidates = (0..256).map(|i| Ipv4Addr::from_bits(Ipv4Addr::new(127, 240, 0, 0).to_bits() + (first + i) % 256 * BLOCK_SIZE));
+    let candidates = (0..256).map(|i| {
+        Ipv4Addr::from_bits(Ipv4Addr::new(127, 240, 0, 0).to_bits() + (first + i) % 256 * BLOCK_SIZE)
+    });
     let mut free = candidates.filter(|block| TcpListener::bind((own_address(*block), 15021)).is_ok());
     WORKLOADS
         .iter()
-        .map(|(service, version, _)| Ok((workload_name(service, version), free.next().context("no free loopback addresses")?)))
+        .map(|(service, version, _)| {
+            Ok((workload_name(service, version), free.next().context("no free loopback addresses")?))
+        })
         .collect()
 }

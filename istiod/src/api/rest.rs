@@ -13,8 +13,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::types::{
-    ApplyReport, ApplyRequest, HistoryEntry, List, Problem, ProxyRow, ServiceRow, TokenCreated, TokenRequest, TokenRow, Version,
-    WaitReport, WorkloadRow,
+    ApplyReport, ApplyRequest, HistoryEntry, List, Problem, ProxyRow, ServiceRow, TokenCreated, TokenRequest,
+    TokenRow, Version, WaitReport, WorkloadRow,
 };
 use super::{Api, ApiError};
 
@@ -62,9 +62,13 @@ async fn authorize(State(access): State<Access>, mut request: Request, next: Nex
         Access::Bearer(token) => {
             let presented = request.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok());
             let presented = presented.and_then(|v| v.strip_prefix("Bearer ")).unwrap_or_default();
-            let matches = ca::authn::Hash::of(presented.as_bytes()).matches(&ca::authn::Hash::of(token.as_bytes()));
+            let matches =
+                ca::authn::Hash::of(presented.as_bytes()).matches(&ca::authn::Hash::of(token.as_bytes()));
             if !matches {
-                let mut response = refusal(StatusCode::UNAUTHORIZED, "a bearer token is needed; istioctl takes it with --token-file");
+                let mut response = refusal(
+                    StatusCode::UNAUTHORIZED,
+                    "a bearer token is needed; istioctl takes it with --token-file",
+                );
                 response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
                 return response;
             }
@@ -77,8 +81,13 @@ async fn authorize(State(access): State<Access>, mut request: Request, next: Nex
 
 fn refusal(status: StatusCode, detail: &str) -> Response {
     let title = status.canonical_reason().unwrap_or_default().to_lowercase();
-    let problem =
-        Problem { kind: "about:blank".to_owned(), title, status: status.as_u16(), detail: detail.to_owned(), errors: Vec::new() };
+    let problem = Problem {
+        kind: "about:blank".to_owned(),
+        title,
+        status: status.as_u16(),
+        detail: detail.to_owned(),
+        errors: Vec::new(),
+    };
     answer(&problem)
 }
 
@@ -171,7 +180,11 @@ struct OfType {
     r#type: Option<String>,
 }
 
-async fn proxy_config(State(api): State<Api>, Path(id): Path<String>, Query(query): Query<OfType>) -> Answer<Value> {
+async fn proxy_config(
+    State(api): State<Api>,
+    Path(id): Path<String>,
+    Query(query): Query<OfType>,
+) -> Answer<Value> {
     Ok(Json(api.proxy_config(&id, query.r#type.as_deref().unwrap_or("all")).await?))
 }
 
@@ -181,7 +194,11 @@ struct Patience {
     timeout_milliseconds: Option<u64>,
 }
 
-async fn wait(State(api): State<Api>, Path(revision): Path<u64>, Query(query): Query<Patience>) -> Json<WaitReport> {
+async fn wait(
+    State(api): State<Api>,
+    Path(revision): Path<u64>,
+    Query(query): Query<Patience>,
+) -> Json<WaitReport> {
     let timeout = Duration::from_millis(query.timeout_milliseconds.unwrap_or(30_000));
     Json(api.wait(revision, timeout).await)
 }

@@ -1,10 +1,8 @@
 //! From the mesh to the API's JSON.
 
-use std::net::Ipv4Addr;
-
 use ca::state::TokenRecord;
-use registry::model::service::{Health, Protocol, Service, SourceId};
 use registry::merge::Workload;
+use registry::model::service::{Health, Protocol, Service, SourceId};
 use registry::snapshot::Snapshot;
 use registry::state::history::Entry;
 use serde_json::{Map, Value};
@@ -13,10 +11,9 @@ use xds::resources::{Resources, Type};
 use xds::status::ProxyStatus;
 use xds::stream::{Nack, Sync, Variant};
 
-use super::types::{HistoryEntry, PendingProxy, ProxyRow, Rejection, ServiceRow, TokenRow, WaitReport, WorkloadRow};
-
-/// First address of Istio's range of automatic addresses, 240.240.0.0/16.
-const AUTOMATIC: Ipv4Addr = Ipv4Addr::new(240, 240, 0, 0);
+use super::types::{
+    HistoryEntry, PendingProxy, ProxyRow, Rejection, ServiceRow, TokenRow, WaitReport, WorkloadRow,
+};
 
 /// `CDS`, `EDS`, `LDS`, `RDS`
 fn short(kind: Type) -> &'static str {
@@ -30,10 +27,17 @@ fn short(kind: Type) -> &'static str {
 
 /// The types that a name stands for, with their names in a dump.
 pub(super) fn types_named(kind: &str) -> Option<Vec<(Type, &'static str)>> {
-    let all = [(Type::Listener, "listeners"), (Type::Route, "routes"), (Type::Cluster, "clusters"), (Type::Endpoint, "endpoints")];
+    let all = [
+        (Type::Listener, "listeners"),
+        (Type::Route, "routes"),
+        (Type::Cluster, "clusters"),
+        (Type::Endpoint, "endpoints"),
+    ];
     match kind {
         "all" => Some(all.to_vec()),
-        one => all.into_iter().find(|(_, plural)| plural.strip_suffix('s') == Some(one)).map(|found| vec![found]),
+        one => {
+            all.into_iter().find(|(_, plural)| plural.strip_suffix('s') == Some(one)).map(|found| vec![found])
+        }
     }
 }
 
@@ -58,7 +62,11 @@ pub(super) fn history_entry(entry: &Entry) -> HistoryEntry {
 }
 
 pub(super) fn proxy_row(status: &ProxyStatus) -> ProxyRow {
-    let types = status.types.iter().map(|(kind, report)| (short(*kind).to_owned(), state(report.sync).to_owned())).collect();
+    let types = status
+        .types
+        .iter()
+        .map(|(kind, report)| (short(*kind).to_owned(), state(report.sync).to_owned()))
+        .collect();
     ProxyRow {
         id: status.proxy.id.clone(),
         name: format!("{}.{}", status.proxy.name, status.proxy.namespace),
@@ -72,7 +80,11 @@ pub(super) fn proxy_row(status: &ProxyStatus) -> ProxyRow {
         identity: status.proxy.identity.as_ref().map(ToString::to_string).unwrap_or_default(),
         types,
         revision: status.revision,
-        rejected: status.types.iter().filter_map(|(kind, r)| r.nack.as_ref().map(|nack| rejection(*kind, nack))).collect(),
+        rejected: status
+            .types
+            .iter()
+            .filter_map(|(kind, r)| r.nack.as_ref().map(|nack| rejection(*kind, nack)))
+            .collect(),
         connected_seconds: status.connected.as_secs(),
     }
 }
@@ -95,26 +107,35 @@ pub(super) fn wait_report(report: &xds::status::WaitReport) -> WaitReport {
         proxy: pending.proxy.id.clone(),
         rejected: pending.nacks.iter().map(|nack| rejection(nack.type_, nack)).collect(),
     });
-    WaitReport { revision: report.revision, acknowledged: report.acknowledged.clone(), pending: pending.collect() }
+    WaitReport {
+        revision: report.revision,
+        acknowledged: report.acknowledged.clone(),
+        pending: pending.collect(),
+    }
 }
 
 pub(super) fn service_row(snapshot: &Snapshot, service: &Service) -> ServiceRow {
     let endpoints = snapshot.endpoints_of(service);
-    let automatic = Ipv4Addr::from_bits(AUTOMATIC.to_bits() | (service.vip_index & 0xffff));
-    let mut addresses = service.addresses.clone();
-    if addresses.is_empty() {
-        addresses.push(automatic.to_string());
-    }
+    let addresses =
+        xds::translate::names::service_addresses(service).iter().map(|net| net.addr().to_string()).collect();
     ServiceRow {
         hostname: service.hostname.clone(),
         namespace: service.namespace.clone(),
-        ports: service.ports.iter().map(|port| format!("{}/{}", port.number, protocol(port.protocol))).collect(),
+        ports: service
+            .ports
+            .iter()
+            .map(|port| format!("{}/{}", port.number, protocol(port.protocol)))
+            .collect(),
         source: source(&service.source),
         addresses,
         vip_index: service.vip_index,
         healthy: endpoints.iter().filter(|e| e.health == Health::Healthy).count(),
         endpoints: endpoints.len(),
-        conflicts: snapshot.conflicts().filter(|c| c.host == service.hostname).map(|c| format!("{}: {}", c.loser, c.reason)).collect(),
+        conflicts: snapshot
+            .conflicts()
+            .filter(|c| c.host == service.hostname)
+            .map(|c| format!("{}: {}", c.loser, c.reason))
+            .collect(),
     }
 }
 

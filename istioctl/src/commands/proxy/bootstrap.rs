@@ -133,10 +133,23 @@ mod tests {
     #[test]
     fn the_bootstrap_is_envoys() {
         let cli = Cli::parse_from([
-            "istioctl", "proxy-config", "bootstrap", "--envoy", "reviews-v1.shop", "--secrets", "/run/sds.sock",
-            "--loopback-block", "127.240.16.0/20", "--forward", "9080=127.0.0.1:8080", "--labels", "app=reviews,version=v1",
+            "istioctl",
+            "proxy-config",
+            "bootstrap",
+            "--envoy",
+            "reviews-v1.shop",
+            "--secrets",
+            "/run/sds.sock",
+            "--loopback-block",
+            "127.240.16.0/20",
+            "--forward",
+            "9080=127.0.0.1:8080",
+            "--labels",
+            "app=reviews,version=v1",
         ]);
-        let Command::ProxyConfig(ProxyConfig::Bootstrap(args)) = cli.command else { panic!("not a bootstrap") };
+        let Command::ProxyConfig(ProxyConfig::Bootstrap(args)) = cli.command else {
+            panic!("not a bootstrap")
+        };
         let json = envoy(&args, "127.0.0.1:15012", "cluster.local").unwrap();
         let bootstrap: EnvoyBootstrap = wire::json::message_from_json(&json).unwrap();
         assert_eq!(bootstrap.node.unwrap().id, "sidecar~127.0.0.1~reviews-v1.shop~shop.svc.cluster.local");
