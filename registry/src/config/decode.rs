@@ -12,6 +12,9 @@ pub(crate) use declare::{enumeration, message, oneof};
 
 use super::node::{Content, Entry, Location, Node, Path, Segment, quoted};
 
+/// So many mistakes of one object are told, and no more.
+pub(crate) const MAX_FINDINGS: usize = 1000;
+
 /// Something to tell about one place of an object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
@@ -88,7 +91,9 @@ impl Decoder {
 
     /// Records a mistake at the current path.
     pub fn error(&mut self, at: Location, message: impl Into<String>) {
-        self.errors.push(Finding { at, path: self.path.clone(), message: message.into() });
+        if self.errors.len() < MAX_FINDINGS {
+            self.errors.push(Finding { at, path: self.path.clone(), message: message.into() });
+        }
     }
 
     /// Runs `read` with one more field in the path.
@@ -130,12 +135,18 @@ impl Decoder {
 
     /// Records that a field is read but should be replaced.
     pub(crate) fn deprecated(&mut self, entry: &Entry, instead: &str) {
+        if self.warnings.len() >= MAX_FINDINGS {
+            return;
+        }
         let path = self.path.clone().key(&entry.key);
         self.warnings.push(Finding { at: entry.at, path, message: format!("is deprecated; {instead}") });
     }
 
     /// Records a field that does not exist, with the name that was meant.
     pub(crate) fn unknown(&mut self, entry: &Entry, known: &[&str]) {
+        if self.errors.len() >= MAX_FINDINGS {
+            return;
+        }
         let hint = match nearest(&entry.key, known) {
             Some(name) => format!("did you mean {name}?"),
             None => {

@@ -38,6 +38,7 @@ macro_rules! kinds {
         }
 
         /// The specification of an object, typed.
+        #[expect(clippy::large_enum_variant, reason = "there is one for each object, behind an Arc")]
         #[derive(Debug, Clone, PartialEq)]
         pub enum Spec {
             $( $(#[$meta])* $kind($held), )*
@@ -47,7 +48,6 @@ macro_rules! kinds {
             impl Typed for $spec {
                 const KIND: Kind = Kind::$kind;
 
-                #[expect(clippy::wildcard_enum_match_arm, reason = "every other variant is another kind")]
                 fn of(spec: &Spec) -> Option<&Self> {
                     match spec {
                         Spec::$kind(spec) => Some(spec),

@@ -21,6 +21,7 @@ pub use set::{Problem, Severity, validate_set};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use super::decode::MAX_FINDINGS;
 use super::node::{Path, Segment};
 use super::object::Spec;
 use crate::model::traffic::{PolicyTargetReference, WorkloadSelector};
@@ -72,12 +73,16 @@ pub fn validate_spec(namespace: &str, spec: &Spec) -> Checker {
 impl Checker {
     /// A mistake in the current value.
     fn error(&mut self, message: impl Into<String>) {
-        self.errors.push(Remark { path: self.path.clone(), message: message.into() });
+        if self.errors.len() < MAX_FINDINGS {
+            self.errors.push(Remark { path: self.path.clone(), message: message.into() });
+        }
     }
 
     /// Something to know about the current value.
     fn warn(&mut self, message: impl Into<String>) {
-        self.warnings.push(Remark { path: self.path.clone(), message: message.into() });
+        if self.warnings.len() < MAX_FINDINGS {
+            self.warnings.push(Remark { path: self.path.clone(), message: message.into() });
+        }
     }
 
     /// A mistake in a field of the current value.

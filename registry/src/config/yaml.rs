@@ -20,6 +20,9 @@ pub const MAX_DEPTH: usize = 64;
 /// How many nodes all aliases of a text may stand for.
 pub const MAX_ALIASED: usize = 100_000;
 
+/// After so many documents with an error in their syntax the rest is not read.
+const MAX_SYNTAX_ERRORS: usize = 100;
+
 /// What is wrong with the text itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SyntaxError {
@@ -29,8 +32,8 @@ pub struct SyntaxError {
     pub message: String,
 }
 
-/// The documents of a text and what is wrong with it. After an error in the syntax nothing more is read; other
-/// mistakes are collected.
+/// The documents of a text and what is wrong with it. A document with an error in its syntax is left out, and
+/// reading goes on with the next one.
 #[must_use]
 pub fn read(text: &str) -> (Vec<Node>, Vec<SyntaxError>) {
     if text.len() > MAX_TEXT {
@@ -39,7 +42,8 @@ pub fn read(text: &str) -> (Vec<Node>, Vec<SyntaxError>) {
     }
     let mut loader = Loader::default();
     let options = granit_parser::options! { emit_comments: false };
-    for next in Parser::new_from_str_with_options(text, options) {
+    let mut parser = Parser::new_from_str_with_options(text, options);
+    while let Some(next) = parser.next_event() {
         let error = match next {
             Ok((event, span)) => match loader.event(event, &span) {
                 Ok(()) => continue,
@@ -50,8 +54,11 @@ pub fn read(text: &str) -> (Vec<Node>, Vec<SyntaxError>) {
                 None => SyntaxError { at: place(error.marker()), message: error.info() },
             },
         };
-        loader.errors.push(error);
-        break;
+        loader.abandon(error);
+        let more = parser.proceed_next_document().unwrap_or(false);
+        if !more || loader.errors.len() >= MAX_SYNTAX_ERRORS {
+            break;
+        }
     }
     (loader.documents, loader.errors)
 }
@@ -177,6 +184,7 @@ fn fail<T>(at: Location, message: impl Into<String>) -> Result<T, SyntaxError> {
 }
 
 impl Loader {
+    #[expect(clippy::wildcard_enum_match_arm, reason = "events without a value, and those still to come")]
     fn event(&mut self, event: Event<'_>, span: &Span) -> Step {
         let at = place(&span.start);
         match event {
@@ -200,12 +208,16 @@ impl Loader {
                 self.anchors.clear();
                 Ok(())
             }
-            #[expect(
-                clippy::wildcard_enum_match_arm,
-                reason = "starts, ends and comments; the enum may grow more"
-            )]
+            // Starts, ends and comments carry no value; the enum may grow such events.
             _ => Ok(()),
         }
+    }
+
+    /// The document that is being read has an error; its parts are dropped.
+    fn abandon(&mut self, error: SyntaxError) {
+        self.errors.push(error);
+        self.stack.clear();
+        self.anchors.clear();
     }
 
     fn open(&mut self, at: Location, anchor: usize, collected: Collected) -> Step {
@@ -484,6 +496,14 @@ mod tests {
         check_error("? [a]\n: 1\n", 1, 3, "a key must be text");
         let deep = "[".repeat(100) + &"]".repeat(100);
         check_error(&deep, 1, 65, "nested");
+    }
+
+    #[test]
+    fn documents_after_a_bad_one_are_read() {
+        let (documents, errors) = read("a: [1\n---\nb: 2\n---\n? [x]\n: 1\n---\nc: 3\n");
+        let got: Vec<Value> = documents.iter().map(Node::to_json).collect();
+        assert_eq!(got, [json!({"b": 2}), json!({"c": 3})]);
+        assert_eq!(errors.iter().map(|error| error.at.line).collect::<Vec<_>>(), [1, 5]);
     }
 
     #[test]

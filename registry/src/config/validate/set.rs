@@ -90,12 +90,30 @@ fn full_host(host: &str, namespace: &str) -> String {
 struct Set<'a> {
     objects: &'a [&'a Object],
     mesh: Option<&'a MeshConfig>,
+    named: BTreeMap<(Kind, &'a str, &'a str), &'a Object>,
+    /// DestinationRules by their full host.
+    exact: BTreeMap<String, Vec<(&'a Object, &'a DestinationRule)>>,
+    /// DestinationRules whose host has a wildcard.
+    wildcards: Vec<(String, &'a Object, &'a DestinationRule)>,
 }
 
 impl<'a> Set<'a> {
     fn new(objects: &'a [&'a Object]) -> Self {
         let mesh = objects.iter().find_map(|object| object.get::<MeshConfig>());
-        Self { objects, mesh }
+        let key = |object: &'a Object| (object.kind, object.namespace.as_str(), object.name.as_str());
+        let named = objects.iter().map(|object| (key(object), *object)).collect();
+        let mut set = Self { objects, mesh, named, exact: BTreeMap::new(), wildcards: Vec::new() };
+        for (object, rule) in
+            objects.iter().filter_map(|object| Some((*object, object.get::<DestinationRule>()?)))
+        {
+            let host = full_host(&rule.host, &object.namespace);
+            if host.starts_with('*') {
+                set.wildcards.push((host, object, rule));
+            } else {
+                set.exact.entry(host).or_default().push((object, rule));
+            }
+        }
+        set
     }
 
     fn root_namespace(&self) -> &str {
@@ -103,7 +121,14 @@ impl<'a> Set<'a> {
     }
 
     fn named(&self, kind: Kind, namespace: &str, name: &str) -> Option<&'a Object> {
-        self.objects.iter().copied().find(|o| o.kind == kind && o.namespace == namespace && o.name == name)
+        self.named.get(&(kind, namespace, name)).copied()
+    }
+
+    /// DestinationRules for a host, those with exactly this host first.
+    fn rules_for(&self, host: &str) -> Vec<(&'a Object, &'a DestinationRule)> {
+        let exact = self.exact.get(host).into_iter().flatten().copied();
+        let wide = self.wildcards.iter().filter(|(pattern, ..)| grammar::covers(pattern, host));
+        exact.chain(wide.map(|(_, object, rule)| (*object, *rule))).collect()
     }
 
     fn rules(&self) -> impl Iterator<Item = (&'a Object, &'a DestinationRule)> {
@@ -244,10 +269,7 @@ fn subset(cx: &mut About<'_, '_>, set: &Set<'_>, path: Path, destination: &Desti
         return;
     }
     let host = full_host(&destination.host, &cx.object.namespace);
-    let rules: Vec<(&Object, &DestinationRule)> = set
-        .rules()
-        .filter(|(object, rule)| grammar::covers(&full_host(&rule.host, &object.namespace), &host))
-        .collect();
+    let rules = set.rules_for(&host);
     if rules.iter().any(|(_, rule)| rule.subsets.iter().any(|s| s.name == destination.subset)) {
         return;
     }

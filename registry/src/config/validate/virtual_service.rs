@@ -345,6 +345,15 @@ fn check_fault(cx: &mut Checker, fault: &HttpFaultInjection) {
     }
     cx.opt("delay", fault.delay.as_ref(), check_delay);
     cx.opt("abort", fault.abort.as_ref(), check_abort);
+    let without = [
+        ("delay", fault.delay.as_ref().is_some_and(|delay| delay.percentage.is_none() && delay.percent == 0)),
+        ("abort", fault.abort.as_ref().is_some_and(|abort| abort.percentage.is_none())),
+    ];
+    for (field, without) in without {
+        if without {
+            cx.at(field, |cx| cx.warn("has no effect without percentage: it is for no request"));
+        }
+    }
 }
 
 fn check_delay(cx: &mut Checker, delay: &FaultDelay) {

@@ -300,7 +300,7 @@ message! {
 
     /// An injected error.
     pub struct FaultAbort {
-        /// Share of requests; absent is all.
+        /// Share of requests; absent is none.
         percentage: Option<Percent> = "percentage";
     } oneof {
         /// Which error.
