@@ -225,15 +225,16 @@ fn decide(http: &Rc<Http>, call: &mut Call) -> Option<Decision> {
     let (host, route) = (Arc::clone(host), Arc::clone(route));
     call.exchange.route = Some(Arc::clone(&route));
     let mut decision = Decision { table, host, route, drawn: None };
-    let (drawn, upstream) = match &decision.forward()?.cluster {
-        ClusterChoice::One(cluster) => (None, decision.table.upstream(&http.worker, *cluster)),
-        ClusterChoice::Weighted(weighted) => {
+    let (drawn, upstream) = match decision.forward().map(|f| &f.cluster) {
+        None => (None, None),
+        Some(ClusterChoice::One(cluster)) => (None, decision.table.upstream(&http.worker, *cluster)),
+        Some(ClusterChoice::Weighted(weighted)) => {
             let at = http.worker.random() % weighted.total.max(1);
             let drawn = weighted.clusters.iter().position(|c| at < c.until);
             let cluster = drawn.and_then(|d| weighted.clusters.get(d)).map(|c| c.cluster);
             (drawn, cluster.and_then(|c| decision.table.upstream(&http.worker, c)))
         }
-        ClusterChoice::Header(name) => {
+        Some(ClusterChoice::Header(name)) => {
             let named = call.parts.headers.get(name).and_then(|v| v.to_str().ok());
             (None, named.and_then(|n| http.worker.upstream(n)))
         }

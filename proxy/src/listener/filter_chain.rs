@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[track_caller]
-    fn check(chains: &[Arc<FilterChain>], change: impl Fn(&mut Shown<'_>), expected: Option<&str>) {
+    fn check<'a>(chains: &[Arc<FilterChain>], change: impl Fn(&mut Shown<'a>), expected: Option<&str>) {
         let mut shown = Shown {
             local: "10.0.0.1:9080".parse().unwrap(),
             remote: "10.0.0.2:5000".parse().unwrap(),

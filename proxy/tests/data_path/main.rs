@@ -1,0 +1,7 @@
+//! The data path in one process: client, proxy, backend, over loopback.
+
+mod backend;
+mod faults;
+mod harness;
+mod mtls;
+mod plain;
