@@ -99,7 +99,7 @@ fn every_golden_mesh_translates_the_same_way_twice_and_names_only_what_exists() 
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Any mixture of the objects of all golden files, in any order, for any of their proxies.
     #[test]
