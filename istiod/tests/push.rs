@@ -1,11 +1,7 @@
 //! From an applied change to the acknowledgement of every proxy it concerns: state, snapshot, translation, ADS
 //! and gRPC clients on loopback, all real.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    reason = "a test that cannot go on fails; measured figures are printed"
-)]
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 #[path = "push/client.rs"]
 mod client;

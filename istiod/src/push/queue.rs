@@ -204,7 +204,9 @@ impl Target {
         match self.place {
             // It may come to have endpoints of any host that changed.
             Place::Running { full: true } => impact.on(&self.proxy, &changes.hosts),
-            _ => impact.on(&self.proxy, &self.hosts),
+            Place::Idle | Place::Queued | Place::Running { full: false } => {
+                impact.on(&self.proxy, &self.hosts)
+            }
         }
     }
 }
