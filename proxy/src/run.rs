@@ -316,3 +316,6 @@ fn scrape(workers: Vec<Asker>) -> Scrape {
         })
     })
 }
+
+#[cfg(test)]
+mod tests;

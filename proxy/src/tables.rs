@@ -469,4 +469,4 @@ impl TableWriter {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

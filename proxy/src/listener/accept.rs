@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
+use futures::FutureExt as _;
+use socket2::SockRef;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio_util::sync::CancellationToken;
@@ -34,9 +36,13 @@ pub async fn tcp(slot: Rc<Slot>, worker: Rc<Worker>, socket: TcpListener, stop: 
     loop {
         let accepted = tokio::select! {
             biased;
-            () = stop.cancelled() => return,
-            () = worker.drain.draining() => return,
-            accepted = socket.accept() => accepted,
+            () = stop.cancelled() => None,
+            () = worker.drain.draining() => None,
+            accepted = socket.accept() => Some(accepted),
+        };
+        // Who is connected already is still served; then the kernel turns others away.
+        let Some(accepted) = accepted.or_else(|| socket.accept().now_or_never()) else {
+            return stop_listening(&slot, SockRef::from(&socket));
         };
         match accepted {
             Ok((stream, remote)) => {
@@ -55,15 +61,26 @@ pub async fn tcp(slot: Rc<Slot>, worker: Rc<Worker>, socket: TcpListener, stop: 
     }
 }
 
+/// Tables may hold the socket for longer than this worker accepts on it; nobody shall wait in its queue.
+fn stop_listening(slot: &Slot, socket: SockRef<'_>) {
+    if let Err(error) = socket.shutdown(std::net::Shutdown::Both) {
+        let listener = &slot.runtime().active.listener.name;
+        tracing::debug!(%error, %listener, "socket was not listening any more");
+    }
+}
+
 /// Accepts connections on a Unix socket until the listener is gone or the proxy drains.
 pub async fn unix(slot: Rc<Slot>, worker: Rc<Worker>, socket: UnixListener, stop: CancellationToken) {
     let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     loop {
         let accepted = tokio::select! {
             biased;
-            () = stop.cancelled() => return,
-            () = worker.drain.draining() => return,
-            accepted = socket.accept() => accepted,
+            () = stop.cancelled() => None,
+            () = worker.drain.draining() => None,
+            accepted = socket.accept() => Some(accepted),
+        };
+        let Some(accepted) = accepted.or_else(|| socket.accept().now_or_never()) else {
+            return stop_listening(&slot, SockRef::from(&socket));
         };
         match accepted {
             Ok((stream, _)) => {

@@ -1,1 +1,135 @@
 //! A real stream over loopback.
+
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+
+use envoy_types::pb::envoy::config::core::v3::Node;
+use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service_server::{
+    AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
+};
+use envoy_types::pb::envoy::service::discovery::v3::{
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse, Resource,
+};
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Request as Asked, Response as Answer, Status as GrpcStatus, Streaming};
+
+use super::*;
+use crate::tables::TableStore;
+use crate::tables::tests::{cluster, endpoints};
+
+/// A control plane that has one cluster, and ends each stream when it was acknowledged.
+#[derive(Clone, Default)]
+struct Server {
+    seen: Arc<Mutex<Vec<DeltaDiscoveryRequest>>>,
+}
+
+type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, GrpcStatus>> + Send>>;
+
+#[tonic::async_trait]
+impl AggregatedDiscoveryService for Server {
+    type StreamAggregatedResourcesStream = Responses<DiscoveryResponse>;
+    type DeltaAggregatedResourcesStream = Responses<DeltaDiscoveryResponse>;
+
+    async fn stream_aggregated_resources(
+        &self,
+        _: Asked<Streaming<DiscoveryRequest>>,
+    ) -> Result<Answer<Self::StreamAggregatedResourcesStream>, GrpcStatus> {
+        Err(GrpcStatus::unimplemented("delta only"))
+    }
+
+    async fn delta_aggregated_resources(
+        &self,
+        requests: Asked<Streaming<DeltaDiscoveryRequest>>,
+    ) -> Result<Answer<Self::DeltaAggregatedResourcesStream>, GrpcStatus> {
+        let seen = Arc::clone(&self.seen);
+        let answers = requests.into_inner().filter_map(move |request| {
+            let request = request.ok()?;
+            let kind = Kind::from_url(&request.type_url)?;
+            let first = request.response_nonce.is_empty();
+            let held = !request.initial_resource_versions.is_empty();
+            seen.lock().unwrap().push(request);
+            let resource = |name: &str, any| Resource {
+                name: name.into(),
+                version: "1".into(),
+                resource: Some(any),
+                ..Default::default()
+            };
+            let resources = match kind {
+                _ if !first => {
+                    let acknowledged_endpoints = kind == Kind::Endpoints;
+                    return acknowledged_endpoints.then(|| Err(GrpcStatus::unavailable("going away")));
+                }
+                _ if held => Vec::new(),
+                Kind::Cluster => vec![resource("a", cluster("a", "s"))],
+                Kind::Endpoints => vec![resource("s", endpoints("s", 1))],
+                Kind::Listener | Kind::Routes | Kind::Secret => Vec::new(),
+            };
+            Some(Ok(DeltaDiscoveryResponse {
+                type_url: kind.url().into(),
+                nonce: format!("n-{kind}"),
+                resources,
+                ..Default::default()
+            }))
+        });
+        Ok(Answer::new(Box::pin(answers)))
+    }
+}
+
+#[tokio::test]
+async fn a_lost_stream_is_opened_again_with_what_is_held_and_tables_stay() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = Server::default();
+    let seen = Arc::clone(&server.seen);
+    let (stop, tasks) = (CancellationToken::new(), tokio_util::task::TaskTracker::new());
+    let service = AggregatedDiscoveryServiceServer::new(server);
+    let serving = tonic::transport::Server::builder().add_service(service).serve_with_incoming_shutdown(
+        tokio_stream::wrappers::TcpListenerStream::new(listener),
+        stop.clone().cancelled_owned(),
+    );
+    tasks.spawn(serving);
+
+    let (tables, writer) = TableStore::new(1);
+    let (status, mut watch) = watch::channel(Status::default());
+    // The first server does not exist: the next one is tried.
+    let nobody = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
+    let transport = Transport {
+        settings: Settings {
+            servers: vec![Address::Socket(nobody), Address::Socket(address)],
+            tls: None,
+            protocol: Protocol::Delta,
+            authority: None,
+        },
+        client: Client::new(Node { id: "n".into(), ..Default::default() }, Protocol::Delta),
+        writer,
+        status,
+        rng: fastrand::Rng::with_seed(7),
+        clock: || jiff::Timestamp::UNIX_EPOCH,
+    };
+    tasks.spawn(transport.run(stop.clone()));
+
+    let reconnected = |seen: &[DeltaDiscoveryRequest]| {
+        seen.iter().any(|r| r.type_url == Kind::Endpoints.url() && r.initial_resource_versions.contains_key("s"))
+    };
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while !reconnected(&seen.lock().unwrap()) {
+        let changed = tokio::time::timeout_at(deadline, watch.changed()).await;
+        assert!(changed.is_ok(), "no second stream in time: {:?}", seen.lock().unwrap());
+    }
+    assert_eq!(tables.load().clusters["a"].endpoints.endpoints().count(), 1);
+    assert!(watch.borrow().initialized);
+    stop.cancel();
+    tasks.close();
+    tokio::time::timeout_at(deadline, tasks.wait()).await.unwrap();
+}
+
+#[test]
+fn pauses_grow_and_stay_within_bounds() {
+    let mut rng = fastrand::Rng::with_seed(1);
+    for failures in 1..40 {
+        let pause = pause(failures, &mut rng);
+        assert!(pause >= BACKOFF.0 / 2 && pause <= BACKOFF.1, "{failures}: {pause:?}");
+    }
+    assert!(pause(1, &mut rng) <= BACKOFF.0);
+    assert!(pause(30, &mut rng) >= BACKOFF.1 / 2);
+}
