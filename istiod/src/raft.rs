@@ -22,6 +22,7 @@ pub mod store;
 pub mod wire;
 
 use std::fs::{File, TryLockError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -34,7 +35,7 @@ use tokio_util::sync::CancellationToken;
 use self::disk::{Disk, RealDisk};
 use self::metrics::Metrics;
 use self::node::files::{self, Beginning};
-use self::node::thread::{Ending, NoPeers, Node, RequestError};
+use self::node::thread::{Ending, NoPeers, Node, RequestError, panic_text};
 use self::node::{Driver, Fatal, Refusal, Settings, Status};
 pub use self::state_machine::{Command, Mesh, Outcome, View};
 use self::store::sled::SledStore;
@@ -159,7 +160,9 @@ impl Raft {
         };
         let mut parts = files::open(&disk, &open_store, &dir, beginning, Mesh::new(publisher), random)?;
         parts.guard = Some(Box::new(lock));
-        let driver = Driver::start(parts, now)?;
+        // The raft crate asserts what the files of a sane member satisfy.
+        let driver = catch_unwind(AssertUnwindSafe(|| Driver::start(parts, now)))
+            .unwrap_or_else(|panic| Err(Fatal::Panicked(panic_text(panic.as_ref()))))?;
         let (node, handle) =
             Node::spawn(driver, Box::new(NoPeers), metrics, stop).map_err(|e| io(&dir, e))?;
         Ok(Started { raft: Self { node }, updates, snapshots, thread: RaftThread { handle } })

@@ -254,3 +254,21 @@ fn a_read_is_cut_by_size_but_never_empty() {
     assert_eq!(log.entries(4, 7, None).expect("reads").len(), 3);
     assert!(matches!(log.entries(4, 11, None), Err(LogError::Unavailable(10))));
 }
+
+proptest::proptest! {
+    #[test]
+    fn any_bytes_in_a_file_are_told_and_never_panic(
+        offset in 0_usize..700,
+        bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..600),
+    ) {
+        let disk = MemoryDisk::new();
+        let mut log = open(&disk).expect("opens");
+        log.append(vec![entry(1, 1, 20)]).expect("appends");
+        log.sync().expect("syncs");
+        let mut file = disk.open(&only_file(&disk)).expect("opens");
+        file.write_at(&bytes, offset as u64).expect("writes");
+        if let Ok(log) = open(&disk) {
+            proptest::prop_assert!(log.last_index() <= 1);
+        }
+    }
+}

@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use istiod::raft::disk::Disk;
 use istiod::raft::machine::{Frozen, Halt, StateMachine};
-use istiod::raft::node::files::{Beginning, open};
+use istiod::raft::node::files::{Beginning, OpenStore, open};
 use istiod::raft::node::{Driver, Fatal, Settings};
-use istiod::raft::store::{KvStore, Pairs, StoreError, Write};
+use istiod::raft::store::{Pairs, Write};
 
 /// `key=value` sets a key; the answer is the index at which it was set before.
 #[derive(Default, Clone)]
@@ -90,7 +90,7 @@ pub(crate) fn busy(id: u64, seed: u64) -> Settings {
 /// Opens a member's folder and starts its driver.
 pub(crate) fn start(
     disk: &Arc<dyn Disk>,
-    open_store: &dyn Fn(&Path, u64) -> Result<Box<dyn KvStore>, StoreError>,
+    open_store: OpenStore<'_>,
     dir: &Path,
     (settings, beginning): (Settings, Beginning<'_>),
     random: &mut fastrand::Rng,

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use prost::Message as _;
 
 use super::{KvStore, Pairs, StoreError, Write};
+use crate::raft::node::thread::panic_text;
 use crate::raft::wire::AppliedMark;
 
 /// Bytes of a value in one chunk.
@@ -255,11 +256,8 @@ impl KvStore for SledStore {
 
 /// Runs something inside sled, whose panics are errors to us.
 fn guard<R>(action: impl FnOnce() -> Result<R, StoreError>) -> Result<R, StoreError> {
-    catch_unwind(AssertUnwindSafe(action)).unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<String>().cloned();
-        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
-        Err(StoreError::Panicked(text.unwrap_or_else(|| "no message".to_owned())))
-    })
+    catch_unwind(AssertUnwindSafe(action))
+        .unwrap_or_else(|panic| Err(StoreError::Panicked(panic_text(panic.as_ref()))))
 }
 
 /// Of several writes to one key only the last counts, since they go into one batch.
