@@ -13,7 +13,11 @@ async fn objects_are_applied_shown_deleted_and_remembered() -> anyhow::Result<()
     let path = file.display().to_string();
     std::fs::write(&file, service("web") + &routes("web", "  - route: [{destination: {host: web}}]"))?;
     let dry = istiod.istioctl_ok(&["apply", "--dry-run", "-f", &path]).await?;
-    ensure!(dry.contains("dry run") && !istiod.istioctl_ok(&["get", "vs", "-o", "json"]).await?.contains("\"web\""), "{dry}");
+    ensure!(
+        dry.contains("dry run")
+            && !istiod.istioctl_ok(&["get", "vs", "-o", "json"]).await?.contains("\"web\""),
+        "{dry}"
+    );
     let created = istiod.istioctl_ok(&["apply", "-f", &path]).await?;
     ensure!(created.contains("VirtualService default/web created"), "{created}");
     let again = istiod.istioctl_ok(&["apply", "-f", &path]).await?;
@@ -23,7 +27,10 @@ async fn objects_are_applied_shown_deleted_and_remembered() -> anyhow::Result<()
         let list: Value = serde_json::from_str(&istiod.istioctl_ok(&["get", kind, "-o", "json"]).await?)?;
         ensure!(text(&list, "/kind") == "List" && text(&list, "/apiVersion") == "v1", "{list}");
         let items = list.get("items").and_then(Value::as_array).context("no items")?;
-        let web = items.iter().find(|i| text(i, "/kind") == "VirtualService").with_context(|| format!("{kind}: {list}"))?;
+        let web = items
+            .iter()
+            .find(|i| text(i, "/kind") == "VirtualService")
+            .with_context(|| format!("{kind}: {list}"))?;
         ensure!(text(web, "/metadata/resourceVersion").parse::<u64>()? > 0, "{web}");
         ensure!(text(web, "/spec/hosts/0") == "web", "{web}");
     }
@@ -43,7 +50,9 @@ async fn objects_are_applied_shown_deleted_and_remembered() -> anyhow::Result<()
 
     let history: Value = serde_json::from_str(&istiod.istioctl_ok(&["history", "-o", "json"]).await?)?;
     let entries = history.as_array().context("no history")?;
-    let changes = |index: usize| entries.get(index).and_then(|e| e.get("changes")).map(ToString::to_string).unwrap_or_default();
+    let changes = |index: usize| {
+        entries.get(index).and_then(|e| e.get("changes")).map(ToString::to_string).unwrap_or_default()
+    };
     ensure!(changes(0).contains("deleted VirtualService default/web"), "{history}");
     ensure!(changes(1).contains("created VirtualService default/web"), "{history}");
     mesh.finish(&[])
@@ -71,7 +80,8 @@ async fn mistakes_are_told_with_their_place_and_by_the_exit_code() -> anyhow::Re
         let (code, _, err) = mesh.istiod.istioctl(wrong).await?;
         ensure!(code == 2, "{wrong:?}: {code}: {err}");
     }
-    let (code, _, err) = program::run("istioctl", &[("ISTIOCTL_SERVER", "http://127.0.0.1:9")], &["get", "vs"])?;
+    let (code, _, err) =
+        program::run("istioctl", &[("ISTIOCTL_SERVER", "http://127.0.0.1:9")], &["get", "vs"])?;
     ensure!(code == 1 && err.contains("127.0.0.1:9"), "{code}: {err}");
     mesh.finish(&[])
 }
@@ -97,10 +107,15 @@ async fn the_mesh_and_its_proxies_are_shown() -> anyhow::Result<()> {
         let out = istiod.istioctl_ok(command).await?;
         ensure!(expected.iter().all(|e| out.contains(e)), "{command:?}: {out}");
     }
-    for command in [&["services"][..], &["workloads"], &["proxy-status"], &["version"], &["history"], &["token", "list"]] {
+    for command in
+        [&["services"][..], &["workloads"], &["proxy-status"], &["version"], &["history"], &["token", "list"]]
+    {
         for format in ["json", "yaml"] {
             let out = istiod.istioctl_ok(&[command, &["-o", format]].concat()).await?;
-            ensure!(format == "yaml" || serde_json::from_str::<Value>(&out).is_ok(), "{command:?} -o {format}: {out}");
+            ensure!(
+                format == "yaml" || serde_json::from_str::<Value>(&out).is_ok(),
+                "{command:?} -o {format}: {out}"
+            );
         }
     }
     let (code, _, err) = istiod.istioctl(&["proxy-config", "cluster", "nobody"]).await?;

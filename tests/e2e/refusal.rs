@@ -11,7 +11,8 @@ const ONE: &str = "{number: 80, name: http, protocol: HTTP}";
 const TWO: &str = "{number: 80, name: http, protocol: HTTP}, {number: 81, name: http-more, protocol: HTTP}";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_listener_on_a_taken_address_is_refused_by_name_and_everything_else_goes_on() -> anyhow::Result<()> {
+async fn a_listener_on_a_taken_address_is_refused_by_name_and_everything_else_goes_on() -> anyhow::Result<()>
+{
     let mesh = Mesh::start(&[], &["echo-v1"], &["client", "other"]).await?;
     mesh.answers("client", "echo").await?;
     // The address at which the client's proxy would listen for the service's second port.
@@ -49,7 +50,8 @@ async fn a_listener_on_a_taken_address_is_refused_by_name_and_everything_else_go
     // Without the bad resource the proxy is whole again, and says so.
     drop(occupant);
     std::fs::write(&file, service_with("echo", ONE))?;
-    let (code, out, err) = mesh.istiod.istioctl(&["apply", "--wait", "--timeout", "10s", "-f", &path]).await?;
+    let (code, out, err) =
+        mesh.istiod.istioctl(&["apply", "--wait", "--timeout", "10s", "-f", &path]).await?;
     ensure!(code == 0, "exit code {code}: {out}{err}");
     let row: Value = mesh.istiod.proxy("client.default").await?;
     ensure!(text(&row, "/types/LDS") == "SYNCED", "{row}");

@@ -2,14 +2,15 @@
 
 use anyhow::ensure;
 use tests::echo::Seen;
+use tests::http;
 use tests::mesh::{Mesh, service_with, strict};
 use tests::tls::{self, Authority, Credentials};
-use tests::http;
 
 const HOST: &str = "echo.default.svc.cluster.local";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn strict_servers_refuse_plaintext_and_every_certificate_that_is_not_of_the_mesh() -> anyhow::Result<()> {
+async fn strict_servers_refuse_plaintext_and_every_certificate_that_is_not_of_the_mesh() -> anyhow::Result<()>
+{
     let mesh = Mesh::start(&[], &["echo-v1"], &["client"]).await?;
     let inbound = mesh.of("echo-v1")?.inbound(80);
     // Without a policy the port takes both, so that workloads can be moved into the mesh one by one.
@@ -23,7 +24,9 @@ async fn strict_servers_refuse_plaintext_and_every_certificate_that_is_not_of_th
     let anonymous = tls::get(inbound, None, HOST).await;
     ensure!(anonymous.is_err(), "a client without certificate was answered: {anonymous:?}");
     let foreign = Authority::new()?;
-    for identity in ["spiffe://cluster.local/ns/default/sa/client", "spiffe://evil.example/ns/default/sa/client"] {
+    for identity in
+        ["spiffe://cluster.local/ns/default/sa/client", "spiffe://evil.example/ns/default/sa/client"]
+    {
         let answer = tls::get(inbound, Some(foreign.issue(identity)?), HOST).await;
         ensure!(answer.is_err(), "{identity} of another CA was answered: {answer:?}");
     }
@@ -82,7 +85,8 @@ async fn a_denied_caller_gets_403_and_the_allowed_one_is_served() -> anyhow::Res
         ensure!(status == 200 || answer.text() == "RBAC: access denied", "{caller} {path}: {answer:?}");
     }
     // A caller cannot lend itself an identity by a header.
-    let forged = [("x-forwarded-client-cert", "By=spiffe://x;URI=spiffe://cluster.local/ns/default/sa/friend")];
+    let forged =
+        [("x-forwarded-client-cert", "By=spiffe://x;URI=spiffe://cluster.local/ns/default/sa/friend")];
     let answer = mesh.get("stranger", "echo", "/", &forged).await?;
     ensure!(answer.status == 403, "{answer:?}");
     mesh.finish(&[])

@@ -14,21 +14,27 @@ const SENT: &str = "pilot_xds_config_size_bytes_sum";
 
 /// Every object with its revision.
 async fn objects(mesh: &Mesh) -> anyhow::Result<BTreeMap<String, String>> {
-    let list: Value = serde_json::from_str(&mesh.istiod.istioctl_ok(&["get", "all", "-A", "-o", "json"]).await?)?;
+    let list: Value =
+        serde_json::from_str(&mesh.istiod.istioctl_ok(&["get", "all", "-A", "-o", "json"]).await?)?;
     let items = list.get("items").and_then(Value::as_array).context("no items")?;
-    let key = |item: &Value| [text(item, "/kind"), text(item, "/metadata/namespace"), text(item, "/metadata/name")].join("/");
+    let key = |item: &Value| {
+        [text(item, "/kind"), text(item, "/metadata/namespace"), text(item, "/metadata/name")].join("/")
+    };
     Ok(items.iter().map(|item| (key(item), text(item, "/metadata/resourceVersion").to_owned())).collect())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killing_istiod_fails_no_request_loses_nothing_and_sends_proxies_nothing_again() -> anyhow::Result<()> {
+async fn killing_istiod_fails_no_request_loses_nothing_and_sends_proxies_nothing_again() -> anyhow::Result<()>
+{
     let mut mesh = Mesh::start(&[], &["echo-v1", "echo-v2"], &["client"]).await?;
     let many: String = (0..40).map(|i| service(&format!("other-{i}"))).collect();
     let split = routes(
         "echo",
         "  - route: [{destination: {host: echo, subset: v1}, weight: 50}, {destination: {host: echo, subset: v2}, weight: 50}]",
     );
-    mesh.istiod.apply_and_wait(&(strict().to_owned() + &many + &subsets("echo", &["v1", "v2"]) + &split)).await?;
+    mesh.istiod
+        .apply_and_wait(&(strict().to_owned() + &many + &subsets("echo", &["v1", "v2"]) + &split))
+        .await?;
 
     let before = mesh.istiod.metric(SENT, "").await?;
     mesh.workload(&WorkloadSpec::client("late")).await?;
@@ -42,7 +48,10 @@ async fn killing_istiod_fails_no_request_loses_nothing_and_sends_proxies_nothing
     let mut acknowledged = BTreeMap::new();
     for i in 0..20 {
         let name = format!("late-{i}");
-        acknowledged.insert(format!("ServiceEntry/default/{name}"), mesh.istiod.apply(&service(&name)).await?.to_string());
+        acknowledged.insert(
+            format!("ServiceEntry/default/{name}"),
+            mesh.istiod.apply(&service(&name)).await?.to_string(),
+        );
     }
     mesh.istiod.apply_and_wait(&service("settled")).await?;
     let expected = objects(&mesh).await?;
@@ -58,7 +67,10 @@ async fn killing_istiod_fails_no_request_loses_nothing_and_sends_proxies_nothing
     }
     load.more(600).await?;
     let again = mesh.istiod.metric(SENT, "").await? / 4.0;
-    println!("a new proxy is sent {initial} bytes, one that reconnects {again}: {:.2} %", again * 100.0 / initial);
+    println!(
+        "a new proxy is sent {initial} bytes, one that reconnects {again}: {:.2} %",
+        again * 100.0 / initial
+    );
     ensure!(again < initial * 0.02, "a proxy that reconnects is sent {again} bytes of {initial}");
     let tally = load.stop().await;
     tally.no_failures()?;
@@ -73,7 +85,10 @@ async fn killing_istiod_fails_no_request_loses_nothing_and_sends_proxies_nothing
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn certificates_are_renewed_under_load_and_no_request_fails() -> anyhow::Result<()> {
-    #[expect(clippy::disallowed_methods, reason = "the long form of this test is asked for by its one setting")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the long form of this test is asked for by its one setting"
+    )]
     let long: Option<u64> = std::env::var("MESH_RENEWAL_SECONDS").ok().and_then(|s| s.parse().ok());
     let (lifetime, seconds) = long.map_or(("3", 12), |seconds| ("20", seconds));
     let mesh = Mesh::start(&["--leaf-lifetime", lifetime], &["echo-v1", "echo-v2"], &["client"]).await?;
@@ -138,7 +153,11 @@ async fn a_token_lets_one_workload_in_and_no_second() -> anyhow::Result<()> {
     mesh.istiod.synced("first.default").await?;
     let mut second = Workload::start_with(mesh.folder(), &WorkloadSpec::client("second"), &token)?;
     let status = second.agent.ended().await?;
-    ensure!(!status.success() && second.agent.output().contains("token"), "{status}: {}", second.agent.output());
+    ensure!(
+        !status.success() && second.agent.output().contains("token"),
+        "{status}: {}",
+        second.agent.output()
+    );
     let mut third = Workload::start_with(mesh.folder(), &WorkloadSpec::client("third"), &tampered(&token)?)?;
     ensure!(!third.agent.ended().await?.success(), "{}", third.agent.output());
     ensure!(first.certificate_since().await.is_ok(), "the first went on");

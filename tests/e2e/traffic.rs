@@ -19,7 +19,9 @@ fn share(counts: &std::collections::BTreeMap<String, u32>, name: &str) -> f64 {
 }
 
 fn weights(v1: u32, v2: u32) -> String {
-    let to = |version: &str, weight: u32| format!("    - destination: {{host: echo, subset: {version}}}\n      weight: {weight}\n");
+    let to = |version: &str, weight: u32| {
+        format!("    - destination: {{host: echo, subset: {version}}}\n      weight: {weight}\n")
+    };
     routes("echo", &format!("  - route:\n{}{}", to("v1", v1), to("v2", v2)))
 }
 
@@ -73,9 +75,11 @@ async fn a_header_outranks_the_default_route_and_routes_may_change_the_request()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn failures_are_retried_as_often_as_the_route_says_and_slow_answers_are_given_up() -> anyhow::Result<()> {
+async fn failures_are_retried_as_often_as_the_route_says_and_slow_answers_are_given_up() -> anyhow::Result<()>
+{
     let mesh = Mesh::start(&[], &["echo-v1"], &["client"]).await?;
-    let route = |policy: &str| routes("echo", &format!("  - route: [{{destination: {{host: echo}}}}]\n    {policy}"));
+    let route =
+        |policy: &str| routes("echo", &format!("  - route: [{{destination: {{host: echo}}}}]\n    {policy}"));
     mesh.istiod.apply_and_wait(&route("retries: {attempts: 2, retryOn: \"5xx,reset\"}")).await?;
     let requests = || anyhow::Ok(mesh.echo("echo-v1")?.requests());
     for (query, status, tries) in [
@@ -87,7 +91,12 @@ async fn failures_are_retried_as_often_as_the_route_says_and_slow_answers_are_gi
         let before = requests()?;
         let answer = mesh.get("client", "echo", &format!("/?{query}"), &[]).await?;
         let tried = requests()? - before;
-        ensure!(answer.status == status && tried == tries, "{query}: {} after {tried} tries: {}", answer.status, answer.text());
+        ensure!(
+            answer.status == status && tried == tries,
+            "{query}: {} after {tried} tries: {}",
+            answer.status,
+            answer.text()
+        );
     }
     mesh.istiod.apply_and_wait(&route("retries: {attempts: 0}")).await?;
     let answer = mesh.get("client", "echo", "/?status=503&fail=1&key=e", &[]).await?;
@@ -100,7 +109,9 @@ async fn failures_are_retried_as_often_as_the_route_says_and_slow_answers_are_gi
     ensure!(answer.status == 504 && answer.text() == "upstream request timeout", "{answer:?}");
     ensure!((Duration::from_millis(295)..Duration::from_secs(2)).contains(&took), "{took:?}");
 
-    mesh.istiod.apply_and_wait(&route("retries: {attempts: 1, perTryTimeout: 200ms, retryOn: \"5xx\"}")).await?;
+    mesh.istiod
+        .apply_and_wait(&route("retries: {attempts: 1, perTryTimeout: 200ms, retryOn: \"5xx\"}"))
+        .await?;
     let before = requests()?;
     let answer = mesh.get("client", "echo", "/?delay_ms=5000", &[]).await?;
     ensure!(answer.status == 504 && requests()? - before == 2, "{} tries: {answer:?}", requests()? - before);
@@ -129,7 +140,8 @@ async fn grpc_websocket_and_tcp_pass_through_two_proxies_with_mtls() -> anyhow::
             .body(Full::new(Bytes::from_static(b"\0\0\0\0\x05hello")))?;
         let answer = http::send_http2(address, request).await?;
         ensure!(answer.status == 200 && answer.body == b"\0\0\0\0\x05hello"[..], "{answer:?}");
-        let trailer = |name: &str| answer.trailers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let trailer =
+            |name: &str| answer.trailers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default();
         ensure!(trailer("grpc-status") == status && trailer("grpc-message") == "echoed", "{answer:?}");
     }
 
@@ -150,7 +162,9 @@ async fn grpc_websocket_and_tcp_pass_through_two_proxies_with_mtls() -> anyhow::
     tokio::time::timeout(tests::PATIENCE, exchange).await.context("the half-closed connection ends")??;
     ensure!(back == bytes, "{} of {} bytes came back", back.len(), bytes.len());
 
-    for (workload, metric) in [("line-v1", "istio_tcp_connections_opened_total"), ("rpc-v1", "istio_requests_total")] {
+    for (workload, metric) in
+        [("line-v1", "istio_tcp_connections_opened_total"), ("rpc-v1", "istio_requests_total")]
+    {
         tests::eventually(tests::PATIENCE, "metrics tell mTLS", || async {
             let metrics = mesh.of(workload)?.metrics().await?;
             let secured = istiod::sum(&metrics, metric, "connection_security_policy=\"mutual_tls\"");
@@ -178,7 +192,11 @@ async fn faults_are_injected_for_whom_they_are_meant() -> anyhow::Result<()> {
     ensure!(aborted.status == 555 && aborted.text() == "fault filter abort", "{aborted:?}");
     let started = Instant::now();
     let delayed = mesh.get("client", "echo", "/", &[("end-user", "snail")]).await?;
-    ensure!(delayed.status == 200 && started.elapsed() >= Duration::from_millis(299), "{:?}", started.elapsed());
+    ensure!(
+        delayed.status == 200 && started.elapsed() >= Duration::from_millis(299),
+        "{:?}",
+        started.elapsed()
+    );
     let other = mesh.get("client", "echo", "/", &[]).await?;
     ensure!(other.status == 200, "{other:?}");
     mesh.finish(&[])
@@ -196,8 +214,10 @@ async fn both_proxies_count_a_request_with_the_names_of_both_sides() -> anyhow::
         tests::eventually(tests::PATIENCE, "requests are counted", || async {
             let metrics = mesh.of(workload)?.metrics().await?;
             let reported = format!("reporter=\"{reporter}\"");
-            let lines: Vec<&str> =
-                metrics.lines().filter(|l| l.starts_with("istio_requests_total{") && l.contains(&reported)).collect();
+            let lines: Vec<&str> = metrics
+                .lines()
+                .filter(|l| l.starts_with("istio_requests_total{") && l.contains(&reported))
+                .collect();
             let expected = [
                 "source_workload=\"client\"",
                 "source_principal=\"spiffe://cluster.local/ns/default/sa/client\"",
@@ -207,7 +227,8 @@ async fn both_proxies_count_a_request_with_the_names_of_both_sides() -> anyhow::
                 "destination_version=\"v1\"",
                 "response_code=\"200\"",
             ];
-            let counted = lines.iter().any(|line| expected.iter().all(|e| line.contains(e)) && line.ends_with(" 5"));
+            let counted =
+                lines.iter().any(|line| expected.iter().all(|e| line.contains(e)) && line.ends_with(" 5"));
             ensure!(counted, "{workload}: {lines:?}");
             Ok(())
         })

@@ -100,7 +100,10 @@ impl Echo {
         .await
     }
 
-    async fn serve<F>(name: &str, each: impl Fn(Arc<App>, TcpStream) -> F + Send + 'static) -> anyhow::Result<Self>
+    async fn serve<F>(
+        name: &str,
+        each: impl Fn(Arc<App>, TcpStream) -> F + Send + 'static,
+    ) -> anyhow::Result<Self>
     where
         F: Future<Output = ()> + Send + 'static,
     {
@@ -116,7 +119,9 @@ impl Echo {
         });
         let serving = app.clone();
         app.tasks.spawn(async move {
-            while let Some(Ok((stream, _))) = serving.stop.run_until_cancelled(serving.accepted(&listener)).await {
+            while let Some(Ok((stream, _))) =
+                serving.stop.run_until_cancelled(serving.accepted(&listener)).await
+            {
                 let (connection, stop) = (each(serving.clone(), stream), serving.stop.clone());
                 serving.tasks.spawn(async move { stop.run_until_cancelled(connection).await });
             }
@@ -143,7 +148,11 @@ impl App {
         if request.headers().contains_key("upgrade") {
             return self.upgrade(&mut request);
         }
-        if request.headers().get("content-type").is_some_and(|t| t.as_bytes().starts_with(b"application/grpc")) {
+        if request
+            .headers()
+            .get("content-type")
+            .is_some_and(|t| t.as_bytes().starts_with(b"application/grpc"))
+        {
             return grpc(request).await;
         }
         let query: BTreeMap<String, String> = request.uri().query().map(pairs).unwrap_or_default();
@@ -155,7 +164,10 @@ impl App {
         if query.contains_key("reset") && self.fails(&query) {
             bail!("asked to close the connection");
         }
-        let status = number("status").filter(|_| self.fails(&query)).and_then(|s| u16::try_from(s).ok()).unwrap_or(200);
+        let status = number("status")
+            .filter(|_| self.fails(&query))
+            .and_then(|s| u16::try_from(s).ok())
+            .unwrap_or(200);
         let seen = self.seen(request).await;
         let mut response = Response::new(Full::new(Bytes::from(serde_json::to_vec(&seen)?)).boxed());
         *response.status_mut() = StatusCode::from_u16(status)?;
@@ -207,7 +219,10 @@ impl App {
         let response = Response::builder()
             .status(StatusCode::SWITCHING_PROTOCOLS)
             .header("connection", "upgrade")
-            .header("upgrade", request.headers().get("upgrade").cloned().unwrap_or(HeaderValue::from_static("websocket")))
+            .header(
+                "upgrade",
+                request.headers().get("upgrade").cloned().unwrap_or(HeaderValue::from_static("websocket")),
+            )
             .header("x-name", self.name.as_str());
         Ok(response.body(Empty::new().boxed())?)
     }
@@ -215,7 +230,8 @@ impl App {
 
 /// The message back, and the status in the trailers: 0, or the number that the path ends with.
 async fn grpc(request: Request<Incoming>) -> anyhow::Result<Answered> {
-    let status = request.uri().path().rsplit('/').next().and_then(|s| s.parse::<u32>().ok()).unwrap_or_default();
+    let status =
+        request.uri().path().rsplit('/').next().and_then(|s| s.parse::<u32>().ok()).unwrap_or_default();
     let message = request.into_body().collect().await?.to_bytes();
     let mut trailers = HeaderMap::new();
     trailers.insert("grpc-status", HeaderValue::from(status));
@@ -226,5 +242,9 @@ async fn grpc(request: Request<Incoming>) -> anyhow::Result<Answered> {
 }
 
 fn pairs(query: &str) -> BTreeMap<String, String> {
-    query.split('&').map(|p| p.split_once('=').unwrap_or((p, ""))).map(|(k, v)| (k.to_owned(), v.to_owned())).collect()
+    query
+        .split('&')
+        .map(|p| p.split_once('=').unwrap_or((p, "")))
+        .map(|(k, v)| (k.to_owned(), v.to_owned()))
+        .collect()
 }

@@ -82,7 +82,8 @@ pub async fn over(
 pub async fn send_http2(address: SocketAddr, request: Request<Full<Bytes>>) -> anyhow::Result<Answer> {
     let exchange = async {
         let io = TokioIo::new(connect(address).await?);
-        let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await?;
+        let (mut sender, connection) =
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await?;
         driven(connection, async { whole(sender.send_request(request).await?).await }).await
     };
     tokio::time::timeout(PATIENCE, exchange).await.with_context(|| format!("no answer from {address}"))?
@@ -122,7 +123,12 @@ async fn whole(response: ::http::Response<hyper::body::Incoming>) -> anyhow::Res
 /// # Errors
 ///
 /// When there is no answer.
-pub async fn get(address: SocketAddr, host: &str, path: &str, headers: &[(&str, &str)]) -> anyhow::Result<Answer> {
+pub async fn get(
+    address: SocketAddr,
+    host: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+) -> anyhow::Result<Answer> {
     send(address, request("GET", host, path, headers)?).await
 }
 
@@ -131,7 +137,12 @@ pub async fn get(address: SocketAddr, host: &str, path: &str, headers: &[(&str, 
 /// # Errors
 ///
 /// When it is none.
-pub fn request(method: &str, host: &str, path: &str, headers: &[(&str, &str)]) -> anyhow::Result<Request<Full<Bytes>>> {
+pub fn request(
+    method: &str,
+    host: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+) -> anyhow::Result<Request<Full<Bytes>>> {
     let mut request = Request::builder().method(method).uri(path).header("host", host);
     for (name, value) in headers {
         request = request.header(*name, *value);
@@ -145,7 +156,8 @@ pub fn request(method: &str, host: &str, path: &str, headers: &[(&str, &str)]) -
 ///
 /// When there is no answer.
 pub async fn post(address: SocketAddr, path: &str, body: &serde_json::Value) -> anyhow::Result<Answer> {
-    let request = Request::post(path).header("host", address.to_string()).header("content-type", "application/json");
+    let request =
+        Request::post(path).header("host", address.to_string()).header("content-type", "application/json");
     send(address, request.body(Full::new(Bytes::from(serde_json::to_vec(body)?)))?).await
 }
 
@@ -181,7 +193,8 @@ pub async fn websocket(address: SocketAddr, host: &str, message: &[u8]) -> anyho
         stream.write_all(head.as_bytes()).await?;
         let mut answer = Vec::new();
         while !answer.ends_with(b"\r\n\r\n") {
-            answer.push(stream.read_u8().await.with_context(|| String::from_utf8_lossy(&answer).into_owned())?);
+            answer
+                .push(stream.read_u8().await.with_context(|| String::from_utf8_lossy(&answer).into_owned())?);
         }
         let answer = String::from_utf8_lossy(&answer).to_lowercase();
         ensure!(answer.starts_with("http/1.1 101"), "{answer}");

@@ -41,7 +41,11 @@ impl Istiod {
         Ok(istiod)
     }
 
-    fn launch(folder: &Path, [admin, xds, metrics]: [SocketAddr; 3], extra: &[String]) -> anyhow::Result<Program> {
+    fn launch(
+        folder: &Path,
+        [admin, xds, metrics]: [SocketAddr; 3],
+        extra: &[String],
+    ) -> anyhow::Result<Program> {
         let data = folder.join("istiod-data").display().to_string();
         let mut args = vec!["dev".to_owned(), "--data-dir".to_owned(), data];
         for (flag, address) in [("--admin", admin), ("--xds", xds), ("--metrics", metrics)] {
@@ -178,7 +182,10 @@ impl Istiod {
     /// When it is not connected.
     pub async fn proxy(&self, name: &str) -> anyhow::Result<Value> {
         let rows: Vec<Value> = self.api("/proxies").await?;
-        rows.iter().find(|r| text(r, "/name") == name).cloned().with_context(|| format!("{name} is not among {rows:?}"))
+        rows.iter()
+            .find(|r| text(r, "/name") == name)
+            .cloned()
+            .with_context(|| format!("{name} is not among {rows:?}"))
     }
 
     /// Waits until a proxy (`name.namespace`) is connected and holds everything.
@@ -190,7 +197,11 @@ impl Istiod {
         eventually(PATIENCE, "a proxy is synced", || async {
             let row = self.proxy(name).await?;
             let types = row.get("types").and_then(Value::as_object).context("no types")?;
-            ensure!(["CDS", "LDS"].iter().all(|t| types.contains_key(*t)) && types.values().all(|s| s == "SYNCED"), "{row}");
+            ensure!(
+                ["CDS", "LDS"].iter().all(|t| types.contains_key(*t))
+                    && types.values().all(|s| s == "SYNCED"),
+                "{row}"
+            );
             Ok(())
         })
         .await
@@ -218,7 +229,8 @@ impl Istiod {
     /// When there is none.
     pub async fn service(&self, name: &str) -> anyhow::Result<Value> {
         let services: Vec<Value> = self.api("/services").await?;
-        let named = |s: &&Value| text(s, "/hostname") == name || text(s, "/hostname").split('.').next() == Some(name);
+        let named =
+            |s: &&Value| text(s, "/hostname") == name || text(s, "/hostname").split('.').next() == Some(name);
         services.iter().find(named).cloned().with_context(|| format!("no service {name} among {services:?}"))
     }
 
@@ -237,9 +249,15 @@ impl Istiod {
     /// # Errors
     ///
     /// When there is no such service.
-    pub async fn address(&self, block: std::net::Ipv4Addr, service: &str, port: u16) -> anyhow::Result<SocketAddr> {
+    pub async fn address(
+        &self,
+        block: std::net::Ipv4Addr,
+        service: &str,
+        port: u16,
+    ) -> anyhow::Result<SocketAddr> {
         let index = self.vip_index(service).await?;
-        let address = xds::translate::names::block_address(block, 20, index).context("the block is too small")?;
+        let address =
+            xds::translate::names::block_address(block, 20, index).context("the block is too small")?;
         Ok(SocketAddr::from((address, port)))
     }
 

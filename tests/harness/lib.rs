@@ -2,10 +2,12 @@
 //!
 //! [`program`] starts the programs that `cargo build --release --bins` made; [`istiod`] and [`workload`] are the two
 //! kinds of them, and [`mesh`] puts them together on loopback addresses; [`echo`] is the application behind a proxy;
+//! [`envoy`] puts a stock Envoy into a proxy's seat;
 //! [`http`] and [`tls`] ask, rightly and wrongly; [`load`] sends requests at a rate and keeps every failure;
 //! [`peers`] finds what `tests/run` installed.
 
 pub mod echo;
+pub mod envoy;
 pub mod http;
 pub mod istiod;
 pub mod load;
@@ -31,7 +33,11 @@ const LOOK: Duration = Duration::from_millis(5);
 /// # Errors
 ///
 /// At the deadline, with `reason` and the last refusal.
-pub async fn eventually<T, F>(within: Duration, reason: &str, mut probe: impl FnMut() -> F) -> anyhow::Result<T>
+pub async fn eventually<T, F>(
+    within: Duration,
+    reason: &str,
+    mut probe: impl FnMut() -> F,
+) -> anyhow::Result<T>
 where
     F: Future<Output = anyhow::Result<T>>,
 {

@@ -48,7 +48,12 @@ impl Tally {
     /// The failures.
     pub fn no_failures(&self) -> anyhow::Result<()> {
         let some: Vec<_> = self.failures.iter().take(3).collect();
-        anyhow::ensure!(self.failures.is_empty(), "{} of {} requests failed: {some:?}", self.failures.len(), self.total());
+        anyhow::ensure!(
+            self.failures.is_empty(),
+            "{} of {} requests failed: {some:?}",
+            self.failures.len(),
+            self.total()
+        );
         anyhow::ensure!(self.good > 0, "no request was sent");
         Ok(())
     }
@@ -59,7 +64,12 @@ impl Tally {
 pub fn percentile(took: &[Duration], share: f64) -> Duration {
     let mut sorted = took.to_vec();
     sorted.sort();
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "an index in a short list")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_precision_loss,
+        reason = "an index in a short list"
+    )]
     let index = ((sorted.len() as f64 * share).ceil() as usize).saturating_sub(1);
     sorted.get(index.min(sorted.len().saturating_sub(1))).copied().unwrap_or_default()
 }
@@ -78,9 +88,11 @@ impl Load {
     /// begun on time whether or not earlier ones were answered.
     #[must_use]
     pub fn start(address: SocketAddr, host: &str, rate: u32) -> Self {
-        let load = Self { tally: Arc::default(), stop: CancellationToken::new(), tasks: TaskTracker::new(), rate };
+        let load =
+            Self { tally: Arc::default(), stop: CancellationToken::new(), tasks: TaskTracker::new(), rate };
         let client: Client<HttpConnector, Empty<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
-        let (tally, stop, tasks, host) = (load.tally.clone(), load.stop.clone(), load.tasks.clone(), host.to_owned());
+        let (tally, stop, tasks, host) =
+            (load.tally.clone(), load.stop.clone(), load.tasks.clone(), host.to_owned());
         load.tasks.spawn(async move {
             let mut every = tokio::time::interval(Duration::from_secs(1) / rate);
             every.set_missed_tick_behavior(MissedTickBehavior::Burst);
@@ -132,15 +144,24 @@ impl Load {
     }
 }
 
-async fn one(client: &Client<HttpConnector, Empty<Bytes>>, address: SocketAddr, host: &str) -> Result<(), String> {
-    let request = Request::get(format!("http://{address}/")).header("host", host).body(Empty::new()).map_err(|e| e.to_string())?;
+async fn one(
+    client: &Client<HttpConnector, Empty<Bytes>>,
+    address: SocketAddr,
+    host: &str,
+) -> Result<(), String> {
+    let request = Request::get(format!("http://{address}/"))
+        .header("host", host)
+        .body(Empty::new())
+        .map_err(|e| e.to_string())?;
     let exchange = async {
         let response = client.request(request).await.map_err(|e| format!("{e:?}"))?;
         let status = response.status();
         let body = response.into_body().collect().await.map_err(|e| e.to_string())?.to_bytes();
         if status == 200 { Ok(()) } else { Err(format!("{status} {}", String::from_utf8_lossy(&body))) }
     };
-    tokio::time::timeout(Duration::from_secs(10), exchange).await.unwrap_or_else(|_| Err("no answer within 10 s".to_owned()))
+    tokio::time::timeout(Duration::from_secs(10), exchange)
+        .await
+        .unwrap_or_else(|_| Err("no answer within 10 s".to_owned()))
 }
 
 /// Sends `GET` of a path `requests` times, `concurrency` at a time over connections that are kept alive, and counts
@@ -149,7 +170,13 @@ async fn one(client: &Client<HttpConnector, Empty<Bytes>>, address: SocketAddr, 
 /// # Errors
 ///
 /// When there is no answer.
-pub async fn burst(address: SocketAddr, host: &str, path: &str, requests: u32, concurrency: usize) -> anyhow::Result<BTreeMap<String, u32>> {
+pub async fn burst(
+    address: SocketAddr,
+    host: &str,
+    path: &str,
+    requests: u32,
+    concurrency: usize,
+) -> anyhow::Result<BTreeMap<String, u32>> {
     let client: Client<HttpConnector, Empty<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
     let ask = |_| {
         let (client, uri) = (client.clone(), format!("http://{address}{path}"));
@@ -158,10 +185,15 @@ pub async fn burst(address: SocketAddr, host: &str, path: &str, requests: u32, c
             let status = response.status();
             let body = response.into_body().collect().await?.to_bytes();
             let name = serde_json::from_slice::<Seen>(&body).map(|seen| seen.name);
-            anyhow::Ok(if status == 200 { name.unwrap_or_else(|_| status.to_string()) } else { status.to_string() })
+            anyhow::Ok(if status == 200 {
+                name.unwrap_or_else(|_| status.to_string())
+            } else {
+                status.to_string()
+            })
         }
     };
-    let answers: Vec<String> = futures::stream::iter(0..requests).map(ask).buffer_unordered(concurrency).try_collect().await?;
+    let answers: Vec<String> =
+        futures::stream::iter(0..requests).map(ask).buffer_unordered(concurrency).try_collect().await?;
     Ok(answers.into_iter().fold(BTreeMap::new(), |mut counts, name| {
         *counts.entry(name).or_default() += 1;
         counts

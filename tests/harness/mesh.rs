@@ -8,6 +8,7 @@ use anyhow::{Context, ensure};
 use tempfile::TempDir;
 
 use crate::echo::Echo;
+use crate::envoy::{Envoy, Form};
 use crate::http::{self, Answer};
 use crate::istiod::Istiod;
 use crate::workload::{Workload, WorkloadSpec};
@@ -22,6 +23,7 @@ pub struct Mesh {
     pub istiod: Istiod,
     workloads: BTreeMap<String, Workload>,
     echoes: BTreeMap<String, Echo>,
+    envoys: BTreeMap<String, Envoy>,
     finished: bool,
     folder: TempDir,
 }
@@ -37,7 +39,14 @@ impl Mesh {
         let folder = tempfile::Builder::new().prefix("mesh-").tempdir()?;
         let istiod = Istiod::start(folder.path(), flags).await;
         let istiod = istiod.inspect_err(|_| last_words(folder.path()))?;
-        let mut mesh = Self { istiod, workloads: BTreeMap::new(), echoes: BTreeMap::new(), finished: false, folder };
+        let mut mesh = Self {
+            istiod,
+            workloads: BTreeMap::new(),
+            echoes: BTreeMap::new(),
+            envoys: BTreeMap::new(),
+            finished: false,
+            folder,
+        };
         let apps: BTreeMap<&str, u64> = servers.iter().fold(BTreeMap::new(), |mut apps, server| {
             *apps.entry(app_of(server)).or_default() += 1;
             apps
@@ -92,6 +101,32 @@ impl Mesh {
         Ok(())
     }
 
+    /// Starts a workload behind a stock Envoy, with an echo of its name when it is to be a server.
+    ///
+    /// # Errors
+    ///
+    /// When it does not start.
+    pub async fn seat_envoy(&mut self, mut spec: WorkloadSpec, form: Form) -> anyhow::Result<()> {
+        if spec.labels.contains_key("app") {
+            let echo = Echo::start(&spec.name).await?;
+            spec.forward = [(80, echo.address)].into();
+            self.echoes.insert(spec.name.clone(), echo);
+        }
+        let envoy = Envoy::start(&self.istiod, self.folder.path(), &spec, form).await?;
+        envoy.ready().await?;
+        self.envoys.insert(spec.name.clone(), envoy);
+        self.istiod.synced(&format!("{}.default", spec.name)).await
+    }
+
+    /// A stock Envoy by the name of its workload.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn envoy(&self, name: &str) -> anyhow::Result<&Envoy> {
+        self.envoys.get(name).with_context(|| format!("no envoy {name}"))
+    }
+
     /// A workload by its name.
     ///
     /// # Errors
@@ -131,7 +166,9 @@ impl Mesh {
     ///
     /// When there is no such workload or service.
     pub async fn address(&self, from: &str, service: &str, port: u16) -> anyhow::Result<SocketAddr> {
-        self.istiod.address(self.of(from)?.block, service, port).await
+        let block =
+            self.workloads.get(from).map(|w| w.block).or_else(|| self.envoys.get(from).map(|e| e.block));
+        self.istiod.address(block.with_context(|| format!("no workload {from}"))?, service, port).await
     }
 
     /// `GET` of a service on port 80, through the proxy of `from`.
@@ -139,7 +176,13 @@ impl Mesh {
     /// # Errors
     ///
     /// When there is no answer.
-    pub async fn get(&self, from: &str, service: &str, path: &str, headers: &[(&str, &str)]) -> anyhow::Result<Answer> {
+    pub async fn get(
+        &self,
+        from: &str,
+        service: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+    ) -> anyhow::Result<Answer> {
         http::get(self.address(from, service, 80).await?, service, path, headers).await
     }
 
@@ -166,7 +209,8 @@ impl Mesh {
     pub fn finish(mut self, expected: &[&str]) -> anyhow::Result<()> {
         for (name, log) in logs(self.folder.path())? {
             let warned = |line: &&str| ["WARN", "ERROR"].iter().any(|level| line.contains(level));
-            let unexpected = log.lines().filter(warned).find(|line| !expected.iter().any(|e| line.contains(e)));
+            let unexpected =
+                log.lines().filter(warned).find(|line| !expected.iter().any(|e| line.contains(e)));
             ensure!(unexpected.is_none(), "{name}: {}", unexpected.unwrap_or_default());
         }
         self.finished = true;
@@ -236,13 +280,16 @@ pub fn strict() -> &'static str {
 /// YAML of a VirtualService with these `http` routes (YAML, flow or block style at indentation 2).
 #[must_use]
 pub fn routes(host: &str, http: &str) -> String {
-    format!("apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: {host}}}\nspec:\n  hosts: [{host}]\n  http:\n{http}\n---\n")
+    format!(
+        "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: {host}}}\nspec:\n  hosts: [{host}]\n  http:\n{http}\n---\n"
+    )
 }
 
 /// YAML of a DestinationRule with a subset for each version, and further fields of its spec.
 #[must_use]
 pub fn subsets(host: &str, versions: &[&str]) -> String {
-    let subsets: Vec<String> = versions.iter().map(|v| format!("{{name: {v}, labels: {{version: {v}}}}}")).collect();
+    let subsets: Vec<String> =
+        versions.iter().map(|v| format!("{{name: {v}, labels: {{version: {v}}}}}")).collect();
     format!(
         "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: {host}}}\nspec:\n  host: {host}\n  \
          subsets: [{}]\n---\n",

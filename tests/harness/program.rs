@@ -27,7 +27,11 @@ pub fn ours(name: &str) -> anyhow::Result<PathBuf> {
     let test = std::env::current_exe()?;
     let folder = test.ancestors().nth(2).context("the test has no target folder")?;
     let path = folder.join(name);
-    ensure!(path.exists(), "{} is not there; `cargo build --release --bins` makes it (and run this test with --release)", path.display());
+    ensure!(
+        path.exists(),
+        "{} is not there; `cargo build --release --bins` makes it (and run this test with --release)",
+        path.display()
+    );
     Ok(path)
 }
 
@@ -106,7 +110,12 @@ impl Program {
             if let Some(status) = self.child.try_wait()? {
                 return Ok(status);
             }
-            ensure!(tokio::time::Instant::now() < deadline, "{} has not ended: {}", self.name, tail(&self.output()));
+            ensure!(
+                tokio::time::Instant::now() < deadline,
+                "{} has not ended: {}",
+                self.name,
+                tail(&self.output())
+            );
             tokio::time::sleep(std::time::Duration::from_millis(5)).await; // eventually
         }
     }
@@ -126,7 +135,8 @@ impl Drop for Program {
 ///
 /// When it cannot be started.
 pub fn run(name: &str, envs: &[(&str, &str)], args: &[&str]) -> anyhow::Result<(i32, String, String)> {
-    let output = Command::new(ours(name)?).args(args).envs(envs.iter().copied()).stdin(Stdio::null()).output()?;
+    let output =
+        Command::new(ours(name)?).args(args).envs(envs.iter().copied()).stdin(Stdio::null()).output()?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     Ok((output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr)))
 }

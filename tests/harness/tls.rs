@@ -6,7 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType};
+use rcgen::{
+    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    SanType,
+};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
@@ -68,7 +71,11 @@ impl Authority {
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let certificate = params.self_signed(&key)?;
-        Ok(Self { certificate: certificate.pem(), key: key.serialize_pem(), issuer: Issuer::new(params, key) })
+        Ok(Self {
+            certificate: certificate.pem(),
+            key: key.serialize_pem(),
+            issuer: Issuer::new(params, key),
+        })
     }
 
     /// A certificate for a SPIFFE identity, with the authority's own behind it.
@@ -81,10 +88,14 @@ impl Authority {
         let mut params = CertificateParams::default();
         params.subject_alt_names = vec![SanType::URI(identity.try_into()?)];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
         let leaf = params.signed_by(&key, &self.issuer)?;
         let root = CertificateDer::from_pem_slice(self.certificate.as_bytes())?;
-        Ok(Credentials { chain: vec![leaf.der().clone(), root], key: PrivateKeyDer::Pkcs8(key.serialize_der().into()) })
+        Ok(Credentials {
+            chain: vec![leaf.der().clone(), root],
+            key: PrivateKeyDer::Pkcs8(key.serialize_der().into()),
+        })
     }
 }
 
@@ -93,7 +104,11 @@ impl Authority {
 /// # Errors
 ///
 /// When the server refuses the client.
-pub async fn get(address: SocketAddr, credentials: Option<Credentials>, host: &str) -> anyhow::Result<Answer> {
+pub async fn get(
+    address: SocketAddr,
+    credentials: Option<Credentials>,
+    host: &str,
+) -> anyhow::Result<Answer> {
     let exchange = async {
         let stream = connect(address, credentials, host).await?;
         http::over(stream, http::request("GET", host, "/", &[])?).await
@@ -101,7 +116,11 @@ pub async fn get(address: SocketAddr, credentials: Option<Credentials>, host: &s
     tokio::time::timeout(PATIENCE, exchange).await.context("no answer")?
 }
 
-async fn connect(address: SocketAddr, credentials: Option<Credentials>, host: &str) -> anyhow::Result<TlsStream<TcpStream>> {
+async fn connect(
+    address: SocketAddr,
+    credentials: Option<Credentials>,
+    host: &str,
+) -> anyhow::Result<TlsStream<TcpStream>> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
@@ -139,7 +158,12 @@ impl ServerCertVerifier for Anyone {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
+        rustls::crypto::verify_tls12_signature(
+            message,
+            certificate,
+            signature,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn verify_tls13_signature(
@@ -148,7 +172,12 @@ impl ServerCertVerifier for Anyone {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
+        rustls::crypto::verify_tls13_signature(
+            message,
+            certificate,
+            signature,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

@@ -52,7 +52,13 @@ impl WorkloadSpec {
     pub fn server(app: &str, version: &str, behind: SocketAddr) -> Self {
         let labels = [("app", app), ("version", version)].map(|(k, v)| (k.to_owned(), v.to_owned())).into();
         let forward = [(80, behind)].into();
-        Self { name: format!("{app}-{version}"), service_account: app.to_owned(), labels, forward, ..Self::default() }
+        Self {
+            name: format!("{app}-{version}"),
+            service_account: app.to_owned(),
+            labels,
+            forward,
+            ..Self::default()
+        }
     }
 
     /// A client without an application.
@@ -64,7 +70,8 @@ impl WorkloadSpec {
     /// The flags that tell an agent who it is and what is behind it.
     #[must_use]
     pub fn member(&self, data: &Path, address: Ipv4Addr) -> Vec<String> {
-        let mut args: Vec<String> = ["--name", &self.name, "--data-dir", &data.display().to_string()].map(str::to_owned).to_vec();
+        let mut args: Vec<String> =
+            ["--name", &self.name, "--data-dir", &data.display().to_string()].map(str::to_owned).to_vec();
         args.extend(["--address".to_owned(), address.to_string()]);
         if self.forward.is_empty() {
             args.push("--no-register".to_owned());
@@ -120,7 +127,14 @@ impl Workload {
         let mut first = args.clone();
         first.extend(["--token".to_owned(), token.to_owned()]);
         let agent = Program::start(&program::ours("istio-agent")?, folder, &spec.name, &first)?;
-        Ok(Self { name: format!("{}.default", spec.name), block, data, agent, folder: folder.to_owned(), args })
+        Ok(Self {
+            name: format!("{}.default", spec.name),
+            block,
+            data,
+            agent,
+            folder: folder.to_owned(),
+            args,
+        })
     }
 
     /// Starts the ended agent again, as it is started after it has joined: without a token.
@@ -193,5 +207,8 @@ pub fn free_block() -> anyhow::Result<Ipv4Addr> {
 /// When none can be had.
 pub fn free_port() -> anyhow::Result<u16> {
     let free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
-    std::iter::repeat_with(|| fastrand::u16(20_000..32_000)).take(100).find(free).ok_or_else(|| anyhow::anyhow!("no free port"))
+    std::iter::repeat_with(|| fastrand::u16(20_000..32_000))
+        .take(100)
+        .find(free)
+        .ok_or_else(|| anyhow::anyhow!("no free port"))
 }

@@ -1,1 +1,6 @@
-//! placeholder
+//! Beside others: a stock Envoy as data plane of our control plane, and as the oracle for our own proxy.
+
+mod inbound;
+mod oracle;
+mod outbound;
+mod seat;

@@ -1,4 +1,5 @@
 //! House rules that no lint can hold.
+#![expect(clippy::unwrap_used, reason = "a rule that cannot be looked at has failed")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -52,7 +53,11 @@ fn manifests() -> BTreeMap<String, (PathBuf, String)> {
 fn arrows_between_crates_go_only_down() {
     let manifests = manifests();
     let names: BTreeSet<&str> = ARROWS.iter().map(|(name, _)| *name).collect();
-    assert_eq!(manifests.keys().map(String::as_str).collect::<BTreeSet<_>>(), names, "every crate has its line in ARROWS");
+    assert_eq!(
+        manifests.keys().map(String::as_str).collect::<BTreeSet<_>>(),
+        names,
+        "every crate has its line in ARROWS"
+    );
     for (name, allowed) in ARROWS {
         let (path, text) = &manifests[name];
         let used: BTreeSet<&str> = text
@@ -79,9 +84,15 @@ fn no_test_sleeps_or_is_ignored() {
         let text = fs::read_to_string(&path).unwrap();
         assert!(!text.contains(&format!("#[{}]", "ignore")), "{}: an ignored test", path.display());
         let in_tests = path.components().any(|c| c.as_os_str() == "tests");
-        let tests = if in_tests { text.as_str() } else { text.split_once("#[cfg(test)]").map_or("", |(_, tests)| tests) };
-        for (number, line) in tests.lines().enumerate().filter(|(_, l)| sleeps.iter().any(|s| l.contains(s))) {
-            let allowed = line.contains("eventually") || tests.lines().nth(number.saturating_sub(1)).is_some_and(|l| l.contains("paced:"));
+        let tests = if in_tests {
+            text.as_str()
+        } else {
+            text.split_once("#[cfg(test)]").map_or("", |(_, tests)| tests)
+        };
+        for (number, line) in tests.lines().enumerate().filter(|(_, l)| sleeps.iter().any(|s| l.contains(s)))
+        {
+            let allowed = line.contains("eventually")
+                || tests.lines().nth(number.saturating_sub(1)).is_some_and(|l| l.contains("paced:"));
             assert!(allowed, "{}: a sleep in a test: {}", path.display(), line.trim());
         }
     }
@@ -96,7 +107,10 @@ fn files_hold_one_subject() {
         let text = fs::read_to_string(&path).unwrap();
         let code = text.split("#[cfg(test)]").next().unwrap().lines().count();
         let test = relative.contains("/tests/") || relative.starts_with("tests/");
-        assert!(code <= 600 || test || tables.contains(&relative.as_str()), "{relative}: {code} lines before its tests");
+        assert!(
+            code <= 600 || test || tables.contains(&relative.as_str()),
+            "{relative}: {code} lines before its tests"
+        );
     }
 }
 
@@ -106,7 +120,10 @@ fn no_type_is_named_after_nothing() {
     for path in files("rs") {
         let text = fs::read_to_string(&path).unwrap();
         for line in text.lines().map(str::trim_start) {
-            let Some(rest) = ["pub struct ", "pub(crate) struct ", "struct ", "pub enum ", "pub trait "].iter().find_map(|p| line.strip_prefix(p)) else {
+            let Some(rest) = ["pub struct ", "pub(crate) struct ", "struct ", "pub enum ", "pub trait "]
+                .iter()
+                .find_map(|p| line.strip_prefix(p))
+            else {
                 continue;
             };
             let name = rest.split(|c: char| !c.is_alphanumeric()).next().unwrap();
@@ -118,13 +135,19 @@ fn no_type_is_named_after_nothing() {
 #[test]
 fn every_invariant_in_the_architecture_names_a_test_that_exists() {
     let text = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
-    let section = text.split("## Invariants").nth(1).expect("a section on invariants").split("\n## ").next().unwrap();
+    let section =
+        text.split("## Invariants").nth(1).expect("a section on invariants").split("\n## ").next().unwrap();
     let sources: Vec<String> = files("rs").iter().map(|p| fs::read_to_string(p).unwrap()).collect();
     let mut named = 0;
-    for test in section.split('`').filter(|word| word.contains('_') && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')) {
+    for test in section.split('`').filter(|word| {
+        word.contains('_') && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+    }) {
         named += 1;
         let definition = format!("fn {test}(");
-        assert!(sources.iter().any(|s| s.contains(&definition)), "ARCHITECTURE.md names `{test}`, which is no test");
+        assert!(
+            sources.iter().any(|s| s.contains(&definition)),
+            "ARCHITECTURE.md names `{test}`, which is no test"
+        );
     }
     assert!(named >= 10, "only {named} invariants name their test");
 }
