@@ -45,8 +45,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     // However this ends, every task ends with it.
     let stopped = stop.child_token();
     let _ends_all = stopped.clone().drop_guard();
+    tracing::info!(settings = %config, "settings in force");
     let mut metrics = Registry::default();
-    std::fs::create_dir_all(&config.data_dir).with_context(|| format!("cannot make {}", config.data_dir.display()))?;
+    std::fs::create_dir_all(&config.data_dir)
+        .with_context(|| format!("cannot make {}", config.data_dir.display()))?;
 
     // Who may be issued what.
     let authority = authority::open(&config.authority(), clock())?;
@@ -61,6 +63,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         let start = move || Raft::start(&data_dir, settings, metrics, &mut random, now, stopped);
         tokio::task::spawn_blocking(start).await??
     };
+    // Nobody is served before everything that was acknowledged earlier is applied again: no proxy goes back in time.
+    let revision = started.raft.read_index().await.context("the log does not become ready")?;
+    tracing::info!(revision = revision.0, "log replayed");
 
     // Snapshots to proxies.
     let status = Status::new(xds::status::Metrics::register(&mut metrics));
@@ -69,8 +74,11 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     tasks.spawn(push.run(stopped.clone()));
 
     // The ports.
-    let listen = async |address| TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"));
-    let (xds, admin, plain) = (listen(config.xds).await?, listen(config.admin).await?, listen(config.metrics).await?);
+    let listen = async |address| {
+        TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
+    };
+    let (xds, admin, plain) =
+        (listen(config.xds).await?, listen(config.admin).await?, listen(config.metrics).await?);
     let advertised = config.advertise.clone().map_or_else(|| xds.local_addr().map(|a| a.to_string()), Ok)?;
     let ads = Ads {
         joins,
