@@ -246,8 +246,7 @@ async fn stats(admin: &Admin, asked: &Asked) -> Answer {
     let chosen =
         traffic.values.into_iter().filter(|(name, value)| wanted(name) && !(used_only && *value == 0));
     if asked.parameter("format") == Some("json") {
-        let stats: Vec<_> =
-            chosen.map(|(name, value)| json!({ "name": name, "value": value })).collect();
+        let stats: Vec<_> = chosen.map(|(name, value)| json!({ "name": name, "value": value })).collect();
         return json_reply(&json!({ "stats": stats }));
     }
     text(chosen.map(|(name, value)| format!("{name}: {value}\n")).collect::<String>())

@@ -72,7 +72,8 @@ pub fn parse(text: &str, now: jiff::Timestamp) -> Result<Config, BootstrapError>
     let mut config = Config::new(pb.node.unwrap_or_default());
     config.admin = admin(pb.admin).map_err(BootstrapError::Invalid)?;
     let dynamic = pb.dynamic_resources.unwrap_or_default();
-    config.xds = xds(dynamic, &static_resources).under("dynamic_resources").map_err(BootstrapError::Invalid)?;
+    config.xds =
+        xds(dynamic, &static_resources).under("dynamic_resources").map_err(BootstrapError::Invalid)?;
     config.static_resources = static_resources;
     config.bootstrap = Some(kept);
     Ok(config)

@@ -93,7 +93,8 @@ impl NodeFacts {
     #[must_use]
     pub fn new(node: &Node) -> Self {
         let metadata = json(node.metadata.clone().unwrap_or_default());
-        let text = |key: &str| -> Arc<str> { metadata.get(key).and_then(|v| v.as_str()).unwrap_or_default().into() };
+        let text =
+            |key: &str| -> Arc<str> { metadata.get(key).and_then(|v| v.as_str()).unwrap_or_default().into() };
         let labels = metadata.get("LABELS").and_then(|l| l.as_object());
         let labels = labels.into_iter().flatten();
         let labels = labels.filter_map(|(k, v)| Some((k.as_str().into(), v.as_str()?.into()))).collect();

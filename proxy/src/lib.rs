@@ -6,27 +6,27 @@
 //! asking [`authz`] and [`router`] on the way and sending it [`upstream`]. [`admin`] shows all of it; [`drain`] ends
 //! it.
 
+pub mod access_log;
+pub mod admin;
+pub mod authz;
 pub mod bootstrap;
 pub mod config;
-pub mod xds;
-pub mod tables;
-pub mod sockets;
-pub mod worker;
-pub mod listener;
-pub mod tls;
-pub mod http;
-pub mod authz;
-pub mod ratelimit;
-pub mod router;
-pub mod retry;
-pub mod upstream;
-pub mod lb;
-pub mod tcp;
-pub mod access_log;
-pub mod metrics;
-pub mod admin;
-pub mod telemetry;
 pub mod drain;
+pub mod http;
+pub mod lb;
+pub mod listener;
+pub mod metrics;
+pub mod ratelimit;
+pub mod retry;
+pub mod router;
+pub mod sockets;
+pub mod tables;
+pub mod tcp;
+pub mod telemetry;
+pub mod tls;
+pub mod upstream;
+pub mod worker;
+pub mod xds;
 mod run;
 
 pub use run::{Bound, Proxy, StartError, run};

@@ -213,7 +213,9 @@ async fn renew(identity: Arc<Identity>, mut source: IdentityWatch, stop: Cancell
         }
         match publish(&identity, &source) {
             Ok(()) => tracing::info!("certificate renewed"),
-            Err(error) => tracing::error!(%error, "the renewed certificate cannot be used; the old one stays"),
+            Err(error) => {
+                tracing::error!(%error, "the renewed certificate cannot be used; the old one stays")
+            }
         }
     }
 }

@@ -274,7 +274,9 @@ impl Tables {
     fn activate_listeners(&mut self, touched: &Touched) {
         for (name, held) in &self.known.listeners {
             let listener = &held.value;
-            if !touched.listeners.contains(name) && !listener.rds.iter().any(|r| touched.routes.contains(&r.name)) {
+            if !touched.listeners.contains(name)
+                && !listener.rds.iter().any(|r| touched.routes.contains(&r.name))
+            {
                 continue;
             }
             let found = listener.rds.iter().map(|r| self.known.routes_named(&r.name));
@@ -359,11 +361,13 @@ impl Known {
         if !listener.bind_to_port {
             return None;
         }
-        let others = self.listeners.values().filter(|h| h.value.bind_to_port && h.value.name != listener.name);
+        let others =
+            self.listeners.values().filter(|h| h.value.bind_to_port && h.value.name != listener.name);
         for other in others {
-            let shared = listener.addresses.iter().find(|a| {
-                other.value.addresses.contains(a) && a.socket().is_none_or(|a| a.port() != 0)
-            });
+            let shared = listener
+                .addresses
+                .iter()
+                .find(|a| other.value.addresses.contains(a) && a.socket().is_none_or(|a| a.port() != 0));
             if let Some(address) = shared {
                 let reason = format!("{address} is taken by listener `{}`", other.value.name);
                 return Some(Invalid::new("address", reason));

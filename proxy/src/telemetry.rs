@@ -182,7 +182,8 @@ fn line(out: &mut String, text: std::fmt::Arguments<'_>) {
 #[must_use]
 pub fn resident_bytes() -> u64 {
     let pages = std::fs::read_to_string("/proc/self/statm").ok();
-    let pages = pages.as_deref().and_then(|s| s.split_whitespace().nth(1)).and_then(|s| s.parse::<u64>().ok());
+    let pages =
+        pages.as_deref().and_then(|s| s.split_whitespace().nth(1)).and_then(|s| s.parse::<u64>().ok());
     pages.unwrap_or(0) * 4096
 }
 

@@ -9,8 +9,8 @@ use serde_json::{Map, Value, json};
 use super::{Admin, Answer, JSON, TEXT, json_reply, reply, text};
 use crate::tables::{Held, Tables};
 use crate::xds::cluster::endpoint::Health;
-use crate::xds::listener::hcm::RouteSource;
 use crate::xds::listener::chain::Terminal;
+use crate::xds::listener::hcm::RouteSource;
 
 const TYPE: &str = "type.googleapis.com/envoy.admin.v3.";
 
@@ -20,7 +20,9 @@ pub(super) fn config(admin: &Admin, include_eds: bool, only: Option<&str>) -> An
     let mut configs = Vec::new();
     if let Some(bootstrap) = &admin.config.bootstrap {
         let bootstrap = wire::json::message_to_json(&**bootstrap).unwrap_or_default();
-        configs.push(json!({ "@type": format!("{TYPE}BootstrapConfigDump"), "bootstrap": blank_keys(bootstrap) }));
+        configs.push(
+            json!({ "@type": format!("{TYPE}BootstrapConfigDump"), "bootstrap": blank_keys(bootstrap) }),
+        );
     }
     configs.push(clusters_dump(&tables));
     if include_eds {
@@ -151,9 +153,16 @@ pub(super) fn clusters(admin: &Admin, as_json: bool) -> Answer {
     }
     let mut out = String::new();
     for (name, active) in &tables.clusters {
-        for (priority, limits) in [("default", &active.cluster.limits), ("high", &active.cluster.high_limits)] {
-            out.push_str(&format!("{name}::{priority}_priority::max_connections::{}\n", limits.max_connections));
-            out.push_str(&format!("{name}::{priority}_priority::max_pending_requests::{}\n", limits.max_pending));
+        for (priority, limits) in [("default", &active.cluster.limits), ("high", &active.cluster.high_limits)]
+        {
+            out.push_str(&format!(
+                "{name}::{priority}_priority::max_connections::{}\n",
+                limits.max_connections
+            ));
+            out.push_str(&format!(
+                "{name}::{priority}_priority::max_pending_requests::{}\n",
+                limits.max_pending
+            ));
             out.push_str(&format!("{name}::{priority}_priority::max_requests::{}\n", limits.max_requests));
             out.push_str(&format!("{name}::{priority}_priority::max_retries::{}\n", limits.max_retries));
         }
@@ -187,7 +196,9 @@ fn cluster_json(active: &crate::tables::ActiveCluster, tables: &Tables) -> Value
         .flat_map(|l| l.endpoints.iter().map(move |e| (l, e)))
         .map(|(l, e)| {
             let address = match e.address.socket() {
-                Some(a) => json!({ "socket_address": { "address": a.ip().to_string(), "port_value": a.port() } }),
+                Some(a) => {
+                    json!({ "socket_address": { "address": a.ip().to_string(), "port_value": a.port() } })
+                }
                 None => json!({ "pipe": { "path": e.address.to_string() } }),
             };
             json!({
@@ -248,7 +259,11 @@ pub(super) fn certificates(admin: &Admin) -> Answer {
         match Facts::parse(&der) {
             Ok(facts) => chain.push(facts_json(&facts)),
             Err(error) => {
-                return reply(StatusCode::INTERNAL_SERVER_ERROR, JSON, json!({ "error": error.to_string() }).to_string());
+                return reply(
+                    StatusCode::INTERNAL_SERVER_ERROR,
+                    JSON,
+                    json!({ "error": error.to_string() }).to_string(),
+                );
             }
         }
     }
@@ -258,7 +273,8 @@ pub(super) fn certificates(admin: &Admin) -> Answer {
 }
 
 fn facts_json(facts: &Facts) -> Value {
-    let time = |t: std::time::SystemTime| jiff::Timestamp::try_from(t).map(|t| t.to_string()).unwrap_or_default();
+    let time =
+        |t: std::time::SystemTime| jiff::Timestamp::try_from(t).map(|t| t.to_string()).unwrap_or_default();
     let names: Vec<Value> = facts
         .uris
         .iter()

@@ -13,7 +13,9 @@ use crate::xds::client::Protocol;
 use crate::xds::cluster::{Cluster, Discovery};
 use crate::xds::decode::{Invalid, Under as _};
 use crate::xds::matcher::StringMatcher;
-use crate::xds::tls::{CertSource, RootSource, SanKind, SanMatcher, Secret, TlsVersion, UpstreamTls, Validation};
+use crate::xds::tls::{
+    CertSource, RootSource, SanKind, SanMatcher, Secret, TlsVersion, UpstreamTls, Validation,
+};
 use crate::xds::transport::{ServerTls, Settings};
 
 /// Where the control plane is and how it is spoken to.
@@ -32,9 +34,9 @@ pub(super) fn settings(pb: core::ApiConfigSource, resources: &Update) -> Result<
         None => return Err(Invalid::missing("grpc_services[0].envoy_grpc")),
     };
     let field = "grpc_services[0].envoy_grpc.cluster_name";
-    let find = |c: &Change| match c {
-        Change::Cluster(held) if *held.value.name == *envoy.cluster_name => Some(Arc::clone(&held.value)),
-        _ => None,
+    let find = |c: &Change| {
+        let Change::Cluster(held) = c else { return None };
+        (*held.value.name == *envoy.cluster_name).then(|| Arc::clone(&held.value))
     };
     let cluster = resources
         .changes
@@ -74,9 +76,9 @@ fn server_tls(cluster: &Cluster, resources: &Update) -> Result<Option<ServerTls>
 }
 
 fn static_secret<'a>(name: &str, resources: &'a Update) -> Option<&'a Secret> {
-    resources.changes.iter().find_map(|c| match c {
-        Change::Secret(n, secret) if **n == *name => Some(&**secret),
-        _ => None,
+    resources.changes.iter().find_map(|c| {
+        let Change::Secret(n, secret) = c else { return None };
+        (**n == *name).then_some(&**secret)
     })
 }
 
@@ -86,7 +88,9 @@ fn own(tls: &UpstreamTls, resources: &Update) -> Result<Own, Invalid> {
         Some(CertSource::Pem(pems)) => pems.first(),
         Some(CertSource::Sds(name)) => match static_secret(name, resources) {
             Some(Secret::Certificate(pem)) => Some(pem),
-            _ => return Err(Invalid::new("tls_certificate_sds_secret_configs", format!("no secret `{name}`"))),
+            _ => {
+                return Err(Invalid::new("tls_certificate_sds_secret_configs", format!("no secret `{name}`")));
+            }
         },
     };
     let Some(pem) = pem else { return Ok(Own::Nothing) };
@@ -102,7 +106,12 @@ fn verify(validation: Option<&Validation>, resources: &Update) -> Result<Verify,
         RootSource::Pem(pem) => pem,
         RootSource::Sds(name) => match static_secret(name, resources) {
             Some(Secret::Validation(Validation { roots: RootSource::Pem(pem), .. })) => pem,
-            _ => return Err(Invalid::new("validation_context_sds_secret_config", format!("no secret `{name}`"))),
+            _ => {
+                return Err(Invalid::new(
+                    "validation_context_sds_secret_config",
+                    format!("no secret `{name}`"),
+                ));
+            }
         },
     };
     let anchors = Anchors::from_pem(pem).map_err(|e| Invalid::new("trusted_ca", e.to_string()))?;
@@ -115,11 +124,14 @@ fn name(san: &SanMatcher) -> Result<NameMatcher, Invalid> {
         SanKind::Dns => NameKind::Dns,
         SanKind::Uri => NameKind::Uri,
         SanKind::Any => NameKind::Any,
-        SanKind::Email | SanKind::Ip => return Err(Invalid::unsupported("match_typed_subject_alt_names.san_type")),
+        SanKind::Email | SanKind::Ip => {
+            return Err(Invalid::unsupported("match_typed_subject_alt_names.san_type"));
+        }
     };
-    let (value, ignore_case) = match &san.value {
-        StringMatcher::IgnoreCase(inner) => (&**inner, true),
-        other => (other, false),
+    let (value, ignore_case) = if let StringMatcher::IgnoreCase(inner) = &san.value {
+        (&**inner, true)
+    } else {
+        (&san.value, false)
     };
     let rule = match value {
         StringMatcher::Exact(s) => NameMatch::Exact(s.to_string()),

@@ -165,7 +165,10 @@ fn mistakes_are_told_all_together_and_by_name() {
     refused("{stattic_resources: {}}", "stattic_resources");
     refused("[", "not an Envoy v3 bootstrap");
     refused(&dynamic("REST"), "dynamic_resources.ads_config.api_type: must be GRPC or DELTA_GRPC");
-    refused(&dynamic("GRPC").replace("cluster_name: xds-grpc}}]", "cluster_name: nobody}}]"), "no static cluster `nobody`");
+    refused(
+        &dynamic("GRPC").replace("cluster_name: xds-grpc}}]", "cluster_name: nobody}}]"),
+        "no static cluster `nobody`",
+    );
     let two = "static_resources: {clusters: [{name: a, lb_policy: MAGLEV, maglev_lb_config: {table_size: 4}}, {name: b, type: EDS}]}";
     refused(two, "Cluster a: table_size: 4 is not a prime");
     refused(two, "Cluster b: eds_cluster_config: must be set");

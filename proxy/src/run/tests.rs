@@ -37,13 +37,18 @@ async fn get(address: SocketAddr, path: &str) -> String {
 }
 
 async fn post(address: SocketAddr, path: &str, header: &str) -> String {
-    ask(address, &format!("POST {path} HTTP/1.1\r\nhost: a\r\n{header}content-length: 0\r\nconnection: close\r\n\r\n")).await
+    ask(
+        address,
+        &format!("POST {path} HTTP/1.1\r\nhost: a\r\n{header}content-length: 0\r\nconnection: close\r\n\r\n"),
+    )
+    .await
 }
 
 async fn started() -> Proxy {
     let mut config = bootstrap::parse(DIRECT, jiff::Timestamp::UNIX_EPOCH).unwrap();
     let loopback: SocketAddr = "127.0.0.1:0".parse().unwrap();
-    (config.stats, config.ready, config.admin) = (Some(loopback), Some(loopback), Some(Address::Socket(loopback)));
+    (config.stats, config.ready, config.admin) =
+        (Some(loopback), Some(loopback), Some(Address::Socket(loopback)));
     config.workers = 2;
     config.drain = Duration::from_secs(5);
     Proxy::start(config, None).await.unwrap()
@@ -68,7 +73,8 @@ async fn it_serves_shows_itself_and_ends() {
 
     let dump = get(admin, "/config_dump").await;
     let json: serde_json::Value = serde_json::from_str(dump.split_once("\r\n\r\n").unwrap().1).unwrap();
-    let listeners = json["configs"].as_array().unwrap().iter().find(|c| c.get("static_listeners").is_some()).unwrap();
+    let listeners =
+        json["configs"].as_array().unwrap().iter().find(|c| c.get("static_listeners").is_some()).unwrap();
     assert_eq!(listeners["static_listeners"][0]["listener"]["name"], "in");
     assert!(get(admin, "/listeners").await.contains("in::127.0.0.1:0"));
     assert!(get(admin, "/server_info").await.contains("\"state\": \"LIVE\""));
@@ -91,7 +97,10 @@ async fn a_drain_lets_nobody_in_and_is_told() {
     let tasks = TaskTracker::new();
     let running = tasks.spawn(proxy.run(stop.clone()));
     assert!(post(admin, "/drain_listeners", "").await.starts_with("HTTP/1.1 200"));
-    tokio::time::timeout(Duration::from_secs(10), state.wait_for(|s| *s == State::Draining)).await.unwrap().unwrap();
+    tokio::time::timeout(Duration::from_secs(10), state.wait_for(|s| *s == State::Draining))
+        .await
+        .unwrap()
+        .unwrap();
     assert!(get(admin, "/ready").await.contains("503 Service Unavailable"));
     stop.cancel();
     tokio::time::timeout(Duration::from_secs(20), running).await.expect("ends in time").unwrap();

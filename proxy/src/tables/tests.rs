@@ -5,7 +5,9 @@ use crate::xds::parse::{Resource, parse};
 use envoy_types::pb::envoy::config;
 
 pub(crate) fn cluster(name: &str, service: &str) -> Any {
-    let yaml = format!("{{name: {name}, type: EDS, eds_cluster_config: {{eds_config: {{ads: {{}}}}, service_name: {service}}}}}");
+    let yaml = format!(
+        "{{name: {name}, type: EDS, eds_cluster_config: {{eds_config: {{ads: {{}}}}, service_name: {service}}}}}"
+    );
     wire::canonical::any(&wire::json::message_from_yaml::<config::cluster::v3::Cluster>(&yaml).unwrap())
 }
 
@@ -13,7 +15,9 @@ pub(crate) fn endpoints(name: &str, port: u16) -> Any {
     let yaml = format!(
         "{{cluster_name: {name}, endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}}}]}}]}}"
     );
-    wire::canonical::any(&wire::json::message_from_yaml::<config::endpoint::v3::ClusterLoadAssignment>(&yaml).unwrap())
+    wire::canonical::any(
+        &wire::json::message_from_yaml::<config::endpoint::v3::ClusterLoadAssignment>(&yaml).unwrap(),
+    )
 }
 
 pub(crate) fn listener(name: &str, port: u16, rds: &str) -> Any {
@@ -30,11 +34,15 @@ pub(crate) fn routes(name: &str, cluster: &str) -> Any {
     let yaml = format!(
         r#"{{name: "{name}", virtual_hosts: [{{name: v, domains: ["*"], routes: [{{match: {{prefix: /}}, route: {{cluster: "{cluster}"}}}}]}}]}}"#
     );
-    wire::canonical::any(&wire::json::message_from_yaml::<config::route::v3::RouteConfiguration>(&yaml).unwrap())
+    wire::canonical::any(
+        &wire::json::message_from_yaml::<config::route::v3::RouteConfiguration>(&yaml).unwrap(),
+    )
 }
 
 fn change(kind: Kind, any: Any) -> Change {
-    parse(kind, Resource { name: None, version: "1".into(), any }, jiff::Timestamp::UNIX_EPOCH).unwrap().change
+    parse(kind, Resource { name: None, version: "1".into(), any }, jiff::Timestamp::UNIX_EPOCH)
+        .unwrap()
+        .change
 }
 
 fn with(tables: &Tables, changes: Vec<Change>) -> Tables {
@@ -101,7 +109,10 @@ fn what_does_not_exist_is_not_waited_for() {
         &Tables::default(),
         vec![change(Kind::Cluster, cluster("a", "s")), change(Kind::Listener, listener("l", 80, "r"))],
     );
-    let t2 = with(&t1, vec![Change::Absent(Kind::Endpoints, "s".into()), Change::Absent(Kind::Routes, "r".into())]);
+    let t2 = with(
+        &t1,
+        vec![Change::Absent(Kind::Endpoints, "s".into()), Change::Absent(Kind::Routes, "r".into())],
+    );
     assert_eq!(t2.clusters["a"].endpoints.endpoints().count(), 0);
     assert!(t2.listeners["l"].routes[0].virtual_hosts.is_empty());
     let t3 = with(&t2, vec![change(Kind::Endpoints, endpoints("s", 1))]);
@@ -111,7 +122,8 @@ fn what_does_not_exist_is_not_waited_for() {
 #[test]
 fn discovery_does_not_touch_static_resources() {
     let any = cluster("a", "s");
-    let fixed = crate::xds::parse::parse_static(Kind::Cluster, any, jiff::Timestamp::UNIX_EPOCH).unwrap().change;
+    let fixed =
+        crate::xds::parse::parse_static(Kind::Cluster, any, jiff::Timestamp::UNIX_EPOCH).unwrap().change;
     let t1 = with(&Tables::default(), vec![fixed]);
     let t2 = with(&t1, vec![change(Kind::Cluster, cluster("a", "other"))]);
     assert_eq!(&**t2.known.clusters["a"].value.eds_service().unwrap(), "s");
@@ -132,14 +144,20 @@ fn an_address_that_is_taken_refuses_the_listener_by_name_and_keeps_the_rest() {
     let occupied = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = occupied.local_addr().unwrap().port();
     let (store, mut writer) = TableStore::new(2);
-    let changes = vec![bound_listener("bad", port), bound_listener("good", 0), change(Kind::Routes, routes("r", "a"))];
+    let changes =
+        vec![bound_listener("bad", port), bound_listener("good", 0), change(Kind::Routes, routes("r", "a"))];
     let rejected = writer.apply(&Update { changes });
     assert_eq!(rejected.len(), 1);
-    assert!(rejected[0].to_string().starts_with(&format!("Listener bad: address: cannot bind 127.0.0.1:{port}")));
+    assert!(
+        rejected[0].to_string().starts_with(&format!("Listener bad: address: cannot bind 127.0.0.1:{port}"))
+    );
     let tables = store.load();
     assert_eq!(tables.listeners.keys().map(|k| &**k).collect::<Vec<_>>(), ["good"]);
     let sockets = &tables.listeners["good"].sockets;
-    assert_eq!((sockets.of(0).unwrap().len(), sockets.of(1).unwrap().len(), sockets.of(2).unwrap().len()), (1, 1, 0));
+    assert_eq!(
+        (sockets.of(0).unwrap().len(), sockets.of(1).unwrap().len(), sockets.of(2).unwrap().len()),
+        (1, 1, 0)
+    );
     // The same address again: the sockets stay.
     let before = Arc::clone(sockets);
     assert_eq!(writer.apply(&Update { changes: vec![bound_listener("good", 0)] }), []);

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use envoy_types::pb::envoy::config::core::v3::Node;
 
-pub use self::message::{Request, Response};
 use self::message::{Incoming, Outgoing, request};
+pub use self::message::{Request, Response};
 use super::cluster::Discovery;
 use super::decode::{Kind, Rejected};
 use super::listener::RdsName;
@@ -132,7 +132,8 @@ impl Client {
     pub fn on_response(&mut self, response: Response, at: jiff::Timestamp) -> Option<Received> {
         let incoming = Incoming::new(response)?;
         let kind = incoming.kind;
-        let wanted = |name: &str| is_wildcard(kind) || self.types.get(&kind).is_some_and(|s| s.names.contains(name));
+        let wanted =
+            |name: &str| is_wildcard(kind) || self.types.get(&kind).is_some_and(|s| s.names.contains(name));
         let mut verdict = Verdict {
             kind,
             nonce: incoming.nonce,
@@ -296,7 +297,9 @@ impl Client {
     fn wanted(&self, kind: Kind) -> BTreeMap<Arc<str>, Option<Duration>> {
         match kind {
             Kind::Endpoints => self.services.values().cloned().collect(),
-            Kind::Routes => self.routes.values().flatten().map(|r| (Arc::clone(&r.name), r.fetch_timeout)).collect(),
+            Kind::Routes => {
+                self.routes.values().flatten().map(|r| (Arc::clone(&r.name), r.fetch_timeout)).collect()
+            }
             Kind::Cluster | Kind::Listener | Kind::Secret => BTreeMap::new(),
         }
     }

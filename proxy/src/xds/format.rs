@@ -222,10 +222,12 @@ fn operator(command: &str) -> Result<Part, String> {
 
 fn with_arguments(name: &str, arguments: &str) -> Result<Operator, String> {
     let metadata = |of| {
-        let mut keys = arguments.split(':').map(Box::from);
-        let filter = keys.next().filter(|f: &Box<str>| !f.is_empty());
-        let filter = filter.ok_or_else(|| format!("`{name}` needs a namespace"))?;
-        Ok(Operator::Metadata(of, filter, keys.collect()))
+        let (filter, keys) = arguments.split_once(':').unwrap_or((arguments, ""));
+        if filter.is_empty() {
+            return Err(format!("`{name}` needs a namespace"));
+        }
+        let keys = keys.split(':').filter(|k| !k.is_empty()).map(Box::from).collect();
+        Ok(Operator::Metadata(of, filter.into(), keys))
     };
     match name {
         "REQ" => header(Side::Request, arguments),

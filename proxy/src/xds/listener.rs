@@ -269,7 +269,7 @@ fn bindable(address: Result<Address, Invalid>) -> Result<Address, Invalid> {
             Err(Invalid::new("socket_address.address", format!("`{name}` is not an IP address")))
         }
         Address::Pipe(path) if path == PathBuf::new() => Err(Invalid::missing("pipe.path")),
-        address => Ok(address),
+        address @ (Address::Socket(_) | Address::Pipe(_)) => Ok(address),
     }
 }
 

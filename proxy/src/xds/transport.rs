@@ -207,7 +207,8 @@ impl Transport {
 
     async fn open(&self, server: &Address, opening: Vec<Request>) -> Result<Session, StreamError> {
         let channel = self.connect(server).await?;
-        let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+        let mut client =
+            AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
         let closed = |status| StreamError::Closed(Box::new(status));
         match self.settings.protocol {
             Protocol::Delta => {

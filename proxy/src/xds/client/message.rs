@@ -62,8 +62,11 @@ impl Incoming {
             }
             Response::Sotw(pb) => {
                 let version = pb.version_info;
-                let resources =
-                    pb.resources.into_iter().map(|any| Resource { name: None, version: version.clone(), any });
+                let resources = pb.resources.into_iter().map(|any| Resource {
+                    name: None,
+                    version: version.clone(),
+                    any,
+                });
                 Some(Self {
                     kind: Kind::from_url(&pb.type_url)?,
                     nonce: pb.nonce,

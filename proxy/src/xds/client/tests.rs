@@ -25,7 +25,8 @@ fn line(request: &Request) -> String {
     let (url, mut out) = match request {
         Request::Delta(r) => (&r.type_url, {
             let mut out = String::new();
-            let mut held: Vec<_> = r.initial_resource_versions.iter().map(|(n, v)| format!("{n}={v}")).collect();
+            let mut held: Vec<_> =
+                r.initial_resource_versions.iter().map(|(n, v)| format!("{n}={v}")).collect();
             held.sort();
             for (mark, names) in
                 [("+", &r.resource_names_subscribe), ("-", &r.resource_names_unsubscribe), ("held ", &held)]
@@ -38,8 +39,13 @@ fn line(request: &Request) -> String {
         }),
         Request::Sotw(r) => (&r.type_url, {
             let names: String = r.resource_names.iter().map(|n| format!(" {n}")).collect();
-            let version = if r.version_info.is_empty() { String::new() } else { format!(" v{}", r.version_info) };
-            names + &version + &nonce(&r.response_nonce) + &error(r.error_detail.as_ref()) + node(r.node.is_some())
+            let version =
+                if r.version_info.is_empty() { String::new() } else { format!(" v{}", r.version_info) };
+            names
+                + &version
+                + &nonce(&r.response_nonce)
+                + &error(r.error_detail.as_ref())
+                + node(r.node.is_some())
         }),
     };
     let kind = Kind::from_url(url).unwrap();
@@ -73,7 +79,13 @@ impl Conversation {
     }
 
     /// A delta response with resources of one version and names of removed ones.
-    fn delta(&mut self, kind: Kind, nonce: &str, resources: &[(&str, &str, Any)], removed: &[&str]) -> Vec<String> {
+    fn delta(
+        &mut self,
+        kind: Kind,
+        nonce: &str,
+        resources: &[(&str, &str, Any)],
+        removed: &[&str],
+    ) -> Vec<String> {
         let resources = resources.iter().map(|(name, version, any)| pb::Resource {
             name: (*name).into(),
             version: (*version).into(),
@@ -130,7 +142,10 @@ fn started() -> Conversation {
         c.delta(Kind::Endpoints, "n3", &[("s", "1", endpoints("s", 1))], &[]),
         ["ClusterLoadAssignment nonce n3"]
     );
-    assert_eq!(c.delta(Kind::Routes, "n4", &[("r", "1", routes("r", "a"))], &[]), ["RouteConfiguration nonce n4"]);
+    assert_eq!(
+        c.delta(Kind::Routes, "n4", &[("r", "1", routes("r", "a"))], &[]),
+        ["RouteConfiguration nonce n4"]
+    );
     assert!(c.client.is_initialized());
     c
 }
@@ -147,16 +162,22 @@ fn a_reconnect_tells_what_is_held_and_keeps_serving() {
     let mut c = started();
     assert_eq!(
         lines(c.client.on_connect()),
-        ["Cluster held a=1 node", "ClusterLoadAssignment +s held s=1", "Listener held l=1", "RouteConfiguration +r held r=1"]
+        [
+            "Cluster held a=1 node",
+            "ClusterLoadAssignment +s held s=1",
+            "Listener held l=1",
+            "RouteConfiguration +r held r=1"
+        ]
     );
     assert!(c.client.is_initialized());
     // Only what changed comes; what is gone meanwhile is told as removed.
-    assert_eq!(
-        c.delta(Kind::Cluster, "m1", &[("b", "2", cluster("b", "s"))], &["a"]),
-        ["Cluster nonce m1"]
-    );
+    assert_eq!(c.delta(Kind::Cluster, "m1", &[("b", "2", cluster("b", "s"))], &["a"]), ["Cluster nonce m1"]);
     let tables = c.tables();
-    assert_eq!(tables.clusters.keys().map(|k| &**k).collect::<Vec<_>>(), ["b"], "its endpoints were known already");
+    assert_eq!(
+        tables.clusters.keys().map(|k| &**k).collect::<Vec<_>>(),
+        ["b"],
+        "its endpoints were known already"
+    );
 }
 
 #[test]
@@ -189,7 +210,9 @@ fn what_the_tables_refuse_is_in_the_nack() {
     let mut c = started();
     let answer = c.delta(Kind::Listener, "n5", &[("x", "1", wire::canonical::any(&pb))], &[]);
     assert!(
-        answer[0].starts_with(&format!("Listener nonce n5 NACK 3: Listener x: address: cannot bind 127.0.0.1:{port}")),
+        answer[0].starts_with(&format!(
+            "Listener nonce n5 NACK 3: Listener x: address: cannot bind 127.0.0.1:{port}"
+        )),
         "{answer:?}"
     );
     assert_eq!(lines(c.client.on_connect())[2], "Listener held l=1", "a refused one is not held");
@@ -207,7 +230,12 @@ fn names_that_do_not_fit_or_come_twice_are_refused() {
         ["Cluster nonce n6 NACK 3: Cluster q: name: is twice in one response"]
     );
     let wrong_type = c.delta(Kind::Cluster, "n7", &[("q", "1", listener("q", 1, "r"))], &[]);
-    assert!(wrong_type[0].contains("NACK 3: Cluster q: is a `type.googleapis.com/envoy.config.listener.v3.Listener`") || wrong_type[0].contains("expected `envoy.config.cluster.v3.Cluster`"), "{wrong_type:?}");
+    assert!(
+        wrong_type[0]
+            .contains("NACK 3: Cluster q: is a `type.googleapis.com/envoy.config.listener.v3.Listener`")
+            || wrong_type[0].contains("expected `envoy.config.cluster.v3.Cluster`"),
+        "{wrong_type:?}"
+    );
 }
 
 #[test]
@@ -217,7 +245,11 @@ fn what_nothing_names_any_more_is_let_go() {
         c.delta(Kind::Listener, "n5", &[("l", "2", listener("l", 80, "r2"))], &[]),
         ["Listener nonce n5", "RouteConfiguration +r2 -r"]
     );
-    assert_eq!(&*c.tables().listeners["l"].routes[0].name, "r", "the old one serves until the new routes are there");
+    assert_eq!(
+        &*c.tables().listeners["l"].routes[0].name,
+        "r",
+        "the old one serves until the new routes are there"
+    );
     c.delta(Kind::Routes, "n6", &[("r2", "1", routes("r2", "a"))], &[]);
     assert_eq!(&*c.tables().listeners["l"].routes[0].name, "r2");
     assert_eq!(c.delta(Kind::Cluster, "n7", &[], &["a"]), ["Cluster nonce n7", "ClusterLoadAssignment -s"]);
@@ -259,7 +291,12 @@ fn state_of_the_world_is_spoken_too() {
         ["Cluster v1 nonce n1", "ClusterLoadAssignment sa sb"]
     );
     assert_eq!(
-        c.sotw(Kind::Endpoints, "1", "n2", vec![endpoints("sa", 1), endpoints("sb", 2), endpoints("other", 3)]),
+        c.sotw(
+            Kind::Endpoints,
+            "1",
+            "n2",
+            vec![endpoints("sa", 1), endpoints("sb", 2), endpoints("other", 3)]
+        ),
         ["ClusterLoadAssignment sa sb v1 nonce n2"]
     );
     // What is not named any more is gone; a bad one keeps its old value and the old version.
@@ -277,7 +314,8 @@ fn state_of_the_world_is_spoken_too() {
 #[test]
 fn a_type_that_was_not_asked_for_is_left_alone() {
     let mut c = started();
-    let response = pb::DeltaDiscoveryResponse { type_url: "type.googleapis.com/x.Y".into(), ..Default::default() };
+    let response =
+        pb::DeltaDiscoveryResponse { type_url: "type.googleapis.com/x.Y".into(), ..Default::default() };
     assert!(c.client.on_response(Response::Delta(Box::new(response)), jiff::Timestamp::UNIX_EPOCH).is_none());
 }
 
@@ -295,7 +333,7 @@ mod any_bytes {
             let kind = Kind::SUBSCRIBED[kind];
             let any = Any { type_url: kind.url().into(), value: bytes };
             let resource = crate::xds::parse::Resource { name: Some("x".into()), version: "1".into(), any };
-            let _ = crate::xds::parse::parse(kind, resource, jiff::Timestamp::UNIX_EPOCH);
+            drop(crate::xds::parse::parse(kind, resource, jiff::Timestamp::UNIX_EPOCH));
         }
 
         /// A valid resource with one byte changed either parses or is refused.
@@ -310,7 +348,7 @@ mod any_bytes {
             let at = at.index(any.value.len());
             any.value[at] = byte;
             let resource = crate::xds::parse::Resource { name: None, version: "1".into(), any };
-            let _ = crate::xds::parse::parse(kind, resource, jiff::Timestamp::UNIX_EPOCH);
+            drop(crate::xds::parse::parse(kind, resource, jiff::Timestamp::UNIX_EPOCH));
         }
     }
 }

@@ -227,7 +227,7 @@ fn endpoint(pb: pb::LbEndpoint, dns: bool) -> Result<Endpoint, Invalid> {
         Address::Name(name, _) if !dns => {
             Err(Invalid::new("address", format!("`{name}` is not an IP address; names need a DNS cluster")))
         }
-        address => Ok(address),
+        address @ (Address::Name(..) | Address::Socket(_) | Address::Pipe(_)) => Ok(address),
     };
     let own = address(inner.address).under("address").and_then(usable).under("endpoint")?;
     let additional_addresses = inner

@@ -1,5 +1,6 @@
 //! HTTP towards the endpoints.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use envoy_types::pb::envoy::config::cluster::v3 as pb;
@@ -46,7 +47,9 @@ const EXTENSION: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 pub(super) fn upstream_http(pb: &mut pb::Cluster) -> Result<UpstreamHttp, Invalid> {
     let mut options = None;
-    for (name, any) in std::mem::take(&mut pb.typed_extension_protocol_options) {
+    let sorted: BTreeMap<_, _> =
+        std::mem::take(&mut pb.typed_extension_protocol_options).into_iter().collect();
+    for (name, any) in sorted {
         if name != EXTENSION || !is::<http_pb::HttpProtocolOptions>(&any) {
             return Err(Invalid::unsupported(format!("typed_extension_protocol_options[{name}]")));
         }

@@ -152,7 +152,8 @@ fn ring_hash(min: Option<u64>, max: Option<u64>) -> Result<LbPolicy, Invalid> {
 
 fn maglev(table_size: Option<u64>) -> Result<LbPolicy, Invalid> {
     let table_size = table_size.unwrap_or(65_537);
-    let prime = table_size > 1 && (2..).take_while(|d| d * d <= table_size).all(|d| table_size % d != 0);
+    let prime =
+        table_size > 1 && (2..).take_while(|d| d * d <= table_size).all(|d| !table_size.is_multiple_of(d));
     if table_size > 5_000_011 || !prime {
         return Err(Invalid::new("table_size", format!("{table_size} is not a prime number up to 5000011")));
     }

@@ -12,10 +12,12 @@ fn parse(fields: &str) -> Result<Cluster, Rejected> {
 }
 
 fn endpoints(yaml: &str) -> Result<ClusterLoadAssignment, Rejected> {
-    ClusterLoadAssignment::try_from(wire::json::message_from_yaml::<
-        envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment,
-    >(yaml)
-    .unwrap_or_else(|e| panic!("{e}\n{yaml}")))
+    ClusterLoadAssignment::try_from(
+        wire::json::message_from_yaml::<envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment>(
+            yaml,
+        )
+        .unwrap_or_else(|e| panic!("{e}\n{yaml}")),
+    )
 }
 
 #[track_caller]
@@ -66,7 +68,11 @@ fn an_istio_outbound_cluster_is_taken() {
     )
     .unwrap();
     let both: Vec<_> = assignment.endpoints().collect();
-    assert!(cluster.transport(both[0].transport_metadata()).is_some_and(|t| t.sni.as_deref() == Some("outbound_.80_._.h")));
+    assert!(
+        cluster
+            .transport(both[0].transport_metadata())
+            .is_some_and(|t| t.sni.as_deref() == Some("outbound_.80_._.h"))
+    );
     assert!(cluster.transport(both[1].transport_metadata()).is_none());
     assert!(both[0].mesh_tls && !both[1].mesh_tls);
     assert_eq!((both[0].health, both[0].weight), (Health::Draining, 2));
@@ -77,8 +83,14 @@ fn an_istio_outbound_cluster_is_taken() {
 #[test]
 fn every_kind_of_discovery_and_balancing_is_taken() {
     let host = "load_assignment: {endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: a.example, port_value: 80}}}}]}]}";
-    assert!(matches!(parse(&format!("type: STRICT_DNS, {host}")).unwrap().discovery, Discovery::StrictDns(..)));
-    assert!(matches!(parse(&format!("type: LOGICAL_DNS, {host}")).unwrap().discovery, Discovery::LogicalDns(..)));
+    assert!(matches!(
+        parse(&format!("type: STRICT_DNS, {host}")).unwrap().discovery,
+        Discovery::StrictDns(..)
+    ));
+    assert!(matches!(
+        parse(&format!("type: LOGICAL_DNS, {host}")).unwrap().discovery,
+        Discovery::LogicalDns(..)
+    ));
     let original = parse("type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED").unwrap();
     assert!(matches!(original.discovery, Discovery::OriginalDst(_)));
     assert_eq!(parse("lb_policy: RANDOM").unwrap().lb, LbPolicy::Random);
@@ -97,23 +109,43 @@ fn every_kind_of_discovery_and_balancing_is_taken() {
 fn refused_clusters_name_the_field() {
     for (fields, expected) in [
         ("type: EDS", "Cluster c: eds_cluster_config: must be set"),
-        ("type: EDS, eds_cluster_config: {eds_config: {path: x}}", "eds_cluster_config.eds_config: only `ads`"),
+        (
+            "type: EDS, eds_cluster_config: {eds_config: {path: x}}",
+            "eds_cluster_config.eds_config: only `ads`",
+        ),
         ("type: ORIGINAL_DST", "lb_policy: CLUSTER_PROVIDED goes with ORIGINAL_DST"),
         ("type: LOGICAL_DNS", "LOGICAL_DNS needs exactly one endpoint"),
         ("connect_timeout: 0s", "connect_timeout: must be more than 0"),
         ("lb_policy: MAGLEV, maglev_lb_config: {table_size: 10}", "table_size: 10 is not a prime"),
-        ("lb_policy: RING_HASH, ring_hash_lb_config: {minimum_ring_size: 10, maximum_ring_size: 5}", "ring_hash_lb_config"),
+        (
+            "lb_policy: RING_HASH, ring_hash_lb_config: {minimum_ring_size: 10, maximum_ring_size: 5}",
+            "ring_hash_lb_config",
+        ),
         ("lb_subset_config: {subset_selectors: [{keys: [v]}]}", "lb_subset_config: not supported"),
         ("outlier_detection: {max_ejection_percent: 101}", "outlier_detection.max_ejection_percent: 101"),
-        ("health_checks: [{timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 0, tcp_health_check: {}}]", "health_checks[0].healthy_threshold"),
-        (r#"transport_socket: {name: x, typed_config: {"@type": type.googleapis.com/envoy.config.core.v3.Locality}}"#, "transport_socket.typed_config"),
-        ("load_assignment: {endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: a.b, port_value: 1}}}}]}]}", "names need a DNS cluster"),
+        (
+            "health_checks: [{timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 0, tcp_health_check: {}}]",
+            "health_checks[0].healthy_threshold",
+        ),
+        (
+            r#"transport_socket: {name: x, typed_config: {"@type": type.googleapis.com/envoy.config.core.v3.Locality}}"#,
+            "transport_socket.typed_config",
+        ),
+        (
+            "load_assignment: {endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: a.b, port_value: 1}}}}]}]}",
+            "names need a DNS cluster",
+        ),
     ] {
         refused(parse(fields), expected);
     }
-    refused(endpoints("{cluster_name: c, endpoints: [{priority: 1}]}"), "priority 0 is missing below priority 1");
     refused(
-        endpoints("{cluster_name: c, endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 10.0.0.1, port_value: 1}}}, load_balancing_weight: 0}]}]}"),
+        endpoints("{cluster_name: c, endpoints: [{priority: 1}]}"),
+        "priority 0 is missing below priority 1",
+    );
+    refused(
+        endpoints(
+            "{cluster_name: c, endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 10.0.0.1, port_value: 1}}}, load_balancing_weight: 0}]}]}",
+        ),
         "endpoints[0].lb_endpoints[0].load_balancing_weight",
     );
 }

@@ -47,7 +47,7 @@ pub struct HttpConnectionManager {
     /// Take a dot off the end of the authority.
     pub strip_trailing_host_dot: bool,
     /// Upgrades in lower case (`websocket`), allowed or not.
-    pub upgrades: Box<[(Box<str>, bool)]>,
+    pub upgrades: Upgrades,
     /// Timeouts.
     pub timeouts: Timeouts,
     /// The most bytes of request headers.
@@ -69,6 +69,9 @@ pub struct HttpConnectionManager {
     /// Write `x-forwarded-port`.
     pub append_x_forwarded_port: bool,
 }
+
+/// Kinds of upgrades in lower case, and whether they are allowed.
+pub type Upgrades = Box<[(Box<str>, bool)]>;
 
 /// An index into [`super::Listener::rds`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -285,7 +288,7 @@ impl HttpConnectionManager {
                 return Err(Invalid::new("server_header_transformation", format!("unknown value {other}")));
             }
         };
-        let common = pb.common_http_protocol_options.clone().unwrap_or_default();
+        let common = pb.common_http_protocol_options.unwrap_or_default();
         let underscores = match common.headers_with_underscores_action {
             0 => Underscores::Allow,
             1 => Underscores::Reject,
@@ -463,7 +466,7 @@ fn max_headers(kb: Option<u32>) -> Result<usize, Invalid> {
         .map_err(|_| Invalid::new("max_request_headers_kb", "is too large"))
 }
 
-fn upgrades(pb: Vec<pb::http_connection_manager::UpgradeConfig>) -> Result<Box<[(Box<str>, bool)]>, Invalid> {
+fn upgrades(pb: Vec<pb::http_connection_manager::UpgradeConfig>) -> Result<Upgrades, Invalid> {
     pb.into_iter()
         .enumerate()
         .map(|(i, u)| {

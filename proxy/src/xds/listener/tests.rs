@@ -9,7 +9,8 @@ use crate::xds::filter::FilterConfig;
 use crate::xds::format::Part;
 use crate::xds::tls::{CertSource, RootSource, TlsVersion};
 
-const HCM: &str = "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
+const HCM: &str =
+    "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
 const ROUTER: &str = r#"{name: envoy.filters.http.router, typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}"#;
 
 fn parse(yaml: &str) -> Result<Listener, Rejected> {
@@ -30,10 +31,12 @@ fn with_hcm(fields: &str) -> Result<Listener, Rejected> {
 }
 
 fn hcm(fields: &str) -> Arc<hcm::HttpConnectionManager> {
-    let fields = format!("rds: {{route_config_name: r, config_source: {{ads: {{}}}}}}, http_filters: [{ROUTER}], {fields}");
+    let fields = format!(
+        "rds: {{route_config_name: r, config_source: {{ads: {{}}}}}}, http_filters: [{ROUTER}], {fields}"
+    );
     match with_hcm(&fields).unwrap().chains[0].terminal.clone() {
         Terminal::Http(hcm) => hcm,
-        other => panic!("{other:?}"),
+        other @ (Terminal::Tcp(_) | Terminal::Close) => panic!("{other:?}"),
     }
 }
 
@@ -56,9 +59,8 @@ fn defaults_are_envoys() {
     assert!(matches!(hcm.routes, RouteSource::Rds(hcm::Rds(0))));
 }
 
-#[test]
-fn an_istio_inbound_chain_is_taken() {
-    let listener = parse(&format!(
+fn istio_inbound() -> String {
+    format!(
         r#"
 name: virtualInbound
 address: {{socket_address: {{address: 0.0.0.0, port_value: 15006}}}}
@@ -127,8 +129,12 @@ default_filter_chain:
       stat_prefix: t
       weighted_clusters: {{clusters: [{{name: a, weight: 1}}, {{name: b, weight: 3}}]}}
 "#
-    ))
-    .unwrap();
+    )
+}
+
+#[test]
+fn an_istio_inbound_chain_is_taken() {
+    let listener = parse(&istio_inbound()).unwrap();
     assert_eq!(listener.direction, Direction::Inbound);
     assert!(listener.use_original_dst && listener.bind_to_port);
     assert_eq!(listener.filters.len(), 3);
@@ -154,7 +160,10 @@ default_filter_chain:
 #[test]
 fn refused_listeners_name_the_field() {
     refused(parse("{name: l}"), "Listener l: address: must be set");
-    refused(parse("{name: l, address: {socket_address: {address: a.b, port_value: 80}}}"), "`a.b` is not an IP address");
+    refused(
+        parse("{name: l, address: {socket_address: {address: a.b, port_value: 80}}}"),
+        "`a.b` is not an IP address",
+    );
     refused(
         parse("{name: l, address: {socket_address: {address: 127.0.0.1, port_value: 80}}}"),
         "filter_chains: must be set",
@@ -163,13 +172,21 @@ fn refused_listeners_name_the_field() {
         parse("{name: l, address: {socket_address: {protocol: UDP, address: 127.0.0.1, port_value: 80}}}"),
         "address.socket_address.protocol: not supported",
     );
-    refused(with_chain("{}, {}"), "filter_chains[1].filter_chain_match: is the same as that of filter_chains[0]");
     refused(
-        with_chain(r#"{filters: [{name: x, typed_config: {"@type": type.googleapis.com/envoy.config.core.v3.Locality}}]}"#),
+        with_chain("{}, {}"),
+        "filter_chains[1].filter_chain_match: is the same as that of filter_chains[0]",
+    );
+    refused(
+        with_chain(
+            r#"{filters: [{name: x, typed_config: {"@type": type.googleapis.com/envoy.config.core.v3.Locality}}]}"#,
+        ),
         "filter_chains[0].filters[0].typed_config: filter `x` of type `type.googleapis.com/envoy.config.core.v3.Locality`",
     );
     refused(with_chain("{filter_chain_match: {server_names: ['a.*']}}"), "only a leading `*.`");
-    refused(with_chain("{filter_chain_match: {destination_port: 70000}}"), "destination_port: 70000 is not a port");
+    refused(
+        with_chain("{filter_chain_match: {destination_port: 70000}}"),
+        "destination_port: 70000 is not a port",
+    );
     refused(
         with_chain("{filter_chain_match: {prefix_ranges: [{address_prefix: 10.0.0.0, prefix_len: 33}]}}"),
         "prefix_ranges[0].prefix_len",
@@ -181,12 +198,18 @@ fn refused_connection_managers_name_the_field() {
     let rds = "rds: {route_config_name: r, config_source: {ads: {}}}";
     for (fields, expected) in [
         (format!("http_filters: [{ROUTER}]"), "route_specifier: must be set"),
-        (format!("{rds}, http_filters: []"), "the last filter, and no other, must be `envoy.filters.http.router`"),
+        (
+            format!("{rds}, http_filters: []"),
+            "the last filter, and no other, must be `envoy.filters.http.router`",
+        ),
         (format!("{rds}, http_filters: [{ROUTER}, {ROUTER}]"), "the last filter, and no other"),
         (format!("{rds}, codec_type: HTTP3, http_filters: [{ROUTER}]"), "codec_type: not supported"),
         (format!("{rds}, max_request_headers_kb: 9000, http_filters: [{ROUTER}]"), "max_request_headers_kb"),
         (format!("{rds}, stream_idle_timeout: -1s, http_filters: [{ROUTER}]"), "stream_idle_timeout"),
-        (format!("{rds}, proxy_status_config: {{}}, http_filters: [{ROUTER}]"), "proxy_status_config: not supported"),
+        (
+            format!("{rds}, proxy_status_config: {{}}, http_filters: [{ROUTER}]"),
+            "proxy_status_config: not supported",
+        ),
         (
             format!(
                 r#"{rds}, http_filters: [{{name: lua, typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.lua.v3.Lua}}}}, {ROUTER}]"#
@@ -211,7 +234,9 @@ fn tls_that_cannot_be_met_is_refused() {
     };
     refused(tls("common_tls_context: {}"), "tls_certificates: must be set");
     refused(
-        tls("common_tls_context: {tls_certificates: [{certificate_chain: {filename: /no/such}, private_key: {inline_string: k}}]}"),
+        tls(
+            "common_tls_context: {tls_certificates: [{certificate_chain: {filename: /no/such}, private_key: {inline_string: k}}]}",
+        ),
         "tls_certificates[0].certificate_chain.filename: cannot read /no/such",
     );
     let sds = "tls_certificate_sds_secret_configs: [{name: default}]";
@@ -238,10 +263,18 @@ fn rules_that_cannot_be_evaluated_are_refused() {
         with_hcm(&fields)
     };
     assert!(rbac("{policies: {p: {permissions: [{any: true}], principals: [{any: true}]}}}").is_ok());
-    refused(rbac("{policies: {p: {permissions: [], principals: [{any: true}]}}}"), "rules.policies[p]: filter `envoy.filters.http.rbac`: needs at least");
-    refused(rbac("{policies: {p: {permissions: [{}], principals: [{any: true}]}}}"), "permissions[0].rule: filter `envoy.filters.http.rbac`: must be set");
     refused(
-        rbac("{policies: {p: {permissions: [{url_path: {path: {safe_regex: {regex: '('}}}}], principals: [{any: true}]}}}"),
+        rbac("{policies: {p: {permissions: [], principals: [{any: true}]}}}"),
+        "rules.policies[p]: filter `envoy.filters.http.rbac`: needs at least",
+    );
+    refused(
+        rbac("{policies: {p: {permissions: [{}], principals: [{any: true}]}}}"),
+        "permissions[0].rule: filter `envoy.filters.http.rbac`: must be set",
+    );
+    refused(
+        rbac(
+            "{policies: {p: {permissions: [{url_path: {path: {safe_regex: {regex: '('}}}}], principals: [{any: true}]}}}",
+        ),
         "permissions[0].url_path.path.safe_regex.regex",
     );
     refused(

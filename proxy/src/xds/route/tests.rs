@@ -5,7 +5,8 @@ use super::*;
 use crate::xds::filter::FilterOverride;
 
 fn parse(yaml: &str) -> Result<RouteConfiguration, Rejected> {
-    let pb: pb::RouteConfiguration = wire::json::message_from_yaml(yaml).unwrap_or_else(|e| panic!("{e}\n{yaml}"));
+    let pb: pb::RouteConfiguration =
+        wire::json::message_from_yaml(yaml).unwrap_or_else(|e| panic!("{e}\n{yaml}"));
     RouteConfiguration::try_from(pb)
 }
 
@@ -24,7 +25,7 @@ fn forward(fields: &str) -> Box<action::Forward> {
     drop(routes);
     match Arc::into_inner(route).unwrap().action {
         Action::Forward(f) => f,
-        other => panic!("{other:?}"),
+        other @ (Action::Redirect(_) | Action::Direct(_) | Action::NonForwarding) => panic!("{other:?}"),
     }
 }
 
@@ -94,10 +95,13 @@ fn retries_rewrites_hashes_and_redirects_are_taken() {
     assert!(matches!(&forward.hash[0].on, HashOn::Header(..)) && forward.hash[1].terminal);
     assert_eq!(forward.mirrors[0].fraction.numerator, 50);
     assert_eq!(forward.grpc_timeout.unwrap().max, None);
-    let route = route("{match: {prefix: /}, redirect: {https_redirect: true, port_redirect: 444, path_redirect: /y}}");
+    let route = route(
+        "{match: {prefix: /}, redirect: {https_redirect: true, port_redirect: 444, path_redirect: /y}}",
+    );
     let Action::Redirect(redirect) = &route.action else { panic!() };
     assert_eq!((redirect.status.as_u16(), redirect.port), (301, Some(444)));
-    let route = self::route("{match: {prefix: /}, direct_response: {status: 418, body: {inline_string: tea}}}");
+    let route =
+        self::route("{match: {prefix: /}, direct_response: {status: 418, body: {inline_string: tea}}}");
     assert!(matches!(&route.action, Action::Direct(d) if d.status == 418 && d.body == "tea"));
 }
 
@@ -136,7 +140,9 @@ virtual_hosts:
 
 #[test]
 fn the_older_cors_field_is_the_filters_policy() {
-    let route = route("{match: {prefix: /}, route: {cluster: c, cors: {allow_origin_string_match: [{exact: a}], allow_methods: GET}}}");
+    let route = route(
+        "{match: {prefix: /}, route: {cluster: c, cors: {allow_origin_string_match: [{exact: a}], allow_methods: GET}}}",
+    );
     let Some(FilterOverride::Cors(cors)) = route.per_filter.get("envoy.filters.http.cors") else { panic!() };
     assert_eq!(cors.allow_methods.as_ref().unwrap(), "GET");
 }
@@ -151,15 +157,36 @@ fn refused_routes_name_the_field() {
         ("{match: {prefix: /}, route: {}}", format!("{at}.route.cluster: must be set")),
         ("{match: {safe_regex: {regex: '['}}, route: {cluster: c}}", format!("{at}.match.safe_regex.regex")),
         ("{match: {path_separated_prefix: /a/}, route: {cluster: c}}", "path_separated_prefix".into()),
-        ("{match: {prefix: /, headers: [{name: 'a b'}]}, route: {cluster: c}}", "match.headers[0].name".into()),
-        ("{match: {prefix: /}, route: {cluster: c, prefix_rewrite: /a, path_rewrite: /b}}", "only one of".into()),
-        ("{match: {prefix: /}, route: {cluster: c, hedge_policy: {}}}", "route.hedge_policy: not supported".into()),
+        (
+            "{match: {prefix: /, headers: [{name: 'a b'}]}, route: {cluster: c}}",
+            "match.headers[0].name".into(),
+        ),
+        (
+            "{match: {prefix: /}, route: {cluster: c, prefix_rewrite: /a, path_rewrite: /b}}",
+            "only one of".into(),
+        ),
+        (
+            "{match: {prefix: /}, route: {cluster: c, hedge_policy: {}}}",
+            "route.hedge_policy: not supported".into(),
+        ),
         ("{match: {prefix: /}, route: {cluster: c, timeout: -1s}}", "route.timeout: -1s".into()),
-        ("{match: {prefix: /}, route: {weighted_clusters: {clusters: [{name: a, weight: 0}]}}}", "sum of weights is 0".into()),
-        ("{match: {prefix: /}, route: {cluster: c, retry_policy: {retry_back_off: {base_interval: 0s}}}}", "base_interval".into()),
+        (
+            "{match: {prefix: /}, route: {weighted_clusters: {clusters: [{name: a, weight: 0}]}}}",
+            "sum of weights is 0".into(),
+        ),
+        (
+            "{match: {prefix: /}, route: {cluster: c, retry_policy: {retry_back_off: {base_interval: 0s}}}}",
+            "base_interval".into(),
+        ),
         ("{match: {prefix: /}, direct_response: {status: 99}}", "direct_response.status: 99".into()),
-        ("{match: {prefix: /}, request_headers_to_add: [{header: {key: ':path', value: x}}], route: {cluster: c}}", "use a rewrite".into()),
-        (r#"{match: {prefix: /}, route: {cluster: c}, typed_per_filter_config: {x: {"@type": type.googleapis.com/envoy.config.core.v3.Locality}}}"#, "typed_per_filter_config[x]".into()),
+        (
+            "{match: {prefix: /}, request_headers_to_add: [{header: {key: ':path', value: x}}], route: {cluster: c}}",
+            "use a rewrite".into(),
+        ),
+        (
+            r#"{match: {prefix: /}, route: {cluster: c}, typed_per_filter_config: {x: {"@type": type.googleapis.com/envoy.config.core.v3.Locality}}}"#,
+            "typed_per_filter_config[x]".into(),
+        ),
     ] {
         refused(with_route(route), &expected);
     }

@@ -109,7 +109,8 @@ async fn a_lost_stream_is_opened_again_with_what_is_held_and_tables_stay() {
     tasks.spawn(transport.run(stop.clone()));
 
     let reconnected = |seen: &[DeltaDiscoveryRequest]| {
-        seen.iter().any(|r| r.type_url == Kind::Endpoints.url() && r.initial_resource_versions.contains_key("s"))
+        seen.iter()
+            .any(|r| r.type_url == Kind::Endpoints.url() && r.initial_resource_versions.contains_key("s"))
     };
     let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
     while !reconnected(&seen.lock().unwrap()) {
