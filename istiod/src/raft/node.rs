@@ -113,14 +113,30 @@ impl<M: StateMachine> Driver<M> {
         for event in events {
             self.take(event, now, out)?;
         }
-        if let Some(context) = self.reads.next_round(now, self.settings.read_retry) {
-            self.raw.read_index(context);
-        }
+        self.ask_reads(now);
         self.settle(transport, out)?;
+        if self.ask_reads(now) {
+            self.settle(transport, out)?;
+        }
         self.show(now);
         self.reads.answer(self.applied.0, out);
         self.snapshot_if_due(out);
         Ok(())
+    }
+
+    /// Asks Raft what the waiting reads may see; true if it was asked. A leader that has not committed anything in its
+    /// term would drop the question without a word, so it waits for that.
+    fn ask_reads(&mut self, now: Instant) -> bool {
+        let raft = &self.raw.raft;
+        if raft.state == StateRole::Leader && !raft.commit_to_current_term() {
+            return false;
+        }
+        let round = self.reads.next_round(now, self.settings.read_retry);
+        let asked = round.is_some();
+        if let Some(context) = round {
+            self.raw.read_index(context);
+        }
+        asked
     }
 
     /// Everything that the raft crate has ready, in the order that keeps Raft's promises:

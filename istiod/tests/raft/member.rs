@@ -91,6 +91,15 @@ fn a_read_is_confirmed_and_covers_what_was_written() {
 }
 
 #[test]
+fn the_very_first_read_waits_for_the_leaders_own_entry_and_not_for_a_timer() {
+    let mut rig = Rig::new(1);
+    let mut driver = rig.start().expect("starts");
+    let mut out = Output::default();
+    driver.step(Event::Read { sequence: 900 }, now(), &mut NoPeers, &mut out).expect("steps");
+    assert!(matches!(out.answers.as_slice(), [(900, Answer::Readable(2))]));
+}
+
+#[test]
 fn what_was_acknowledged_survives_any_power_cut_at_any_sync() {
     for seed in 0..150 {
         let mut rig = Rig::new(seed);
