@@ -134,8 +134,10 @@ impl Status {
     pub fn connect(&self, proxy: Arc<Proxy>, variant: Variant, version: String, now: Instant) -> Connection {
         let (dumps, dump_requests) = mpsc::channel(DUMPS);
         let key = self.change(|table| {
-            for entry in table.connections.values_mut().filter(|entry| entry.proxy.id == proxy.id) {
-                entry.superseded = true;
+            // The node id is the client's word: a stream of another identity does not take this one's place.
+            let known = (proxy.id.as_str(), proxy.identity.as_ref());
+            for entry in table.connections.values_mut() {
+                entry.superseded |= (entry.proxy.id.as_str(), entry.proxy.identity.as_ref()) == known;
             }
             table.next += 1;
             let entry = Entry {
