@@ -178,9 +178,13 @@ impl Queue {
         self.rest(done.key);
     }
 
-    /// A translation ended without a result: it is done again when something changes.
+    /// A translation ended without a result: everything is translated again when something changes.
     pub fn failed(&mut self, key: u64) {
         self.rest(key);
+        if let Some(target) = self.targets.get_mut(&key) {
+            // What it covered is lost; endpoints alone, put on the old view, would pass for all of it.
+            target.due = Affected::Full;
+        }
     }
 
     fn prune(&mut self) {
@@ -434,6 +438,23 @@ mod tests {
         mesh.run_all();
         assert_eq!(mesh.revision(1), 3);
         assert!(mesh.queue.next_job().is_none());
+    }
+
+    #[test]
+    fn after_a_translation_that_failed_the_next_covers_everything() {
+        let mut mesh = Mesh::new();
+        mesh.join(1, "a");
+        mesh.apply("x", "10.1.0.1", "*");
+        mesh.queue.flush(mesh.now);
+        mesh.run_all();
+        mesh.apply("y", "10.1.0.2", "*");
+        mesh.queue.flush(mesh.now);
+        let failing = mesh.queue.next_job().unwrap();
+        mesh.queue.failed(failing.key());
+        assert!(mesh.queue.next_job().is_none(), "not again before something changes");
+        mesh.apply("x", "10.1.0.3", "*");
+        mesh.queue.flush(mesh.now);
+        assert_eq!(mesh.queue.next_job().unwrap().kind(), "full");
     }
 
     #[test]
