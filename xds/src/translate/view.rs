@@ -80,6 +80,12 @@ impl<'a> View<'a> {
 
     /// Only these hosts, without routing: enough for their endpoints.
     pub(super) fn of_hosts(snapshot: &'a Snapshot, proxy: &'a Proxy, hosts: &BTreeSet<Hostname>) -> Self {
+        if snapshot.sidecar_for(&proxy.namespace, &proxy.labels).is_some() {
+            // A Sidecar may take the service of another namespace than the proxy would see without it.
+            let mut services = snapshot.services_for(&proxy.namespace, &proxy.labels);
+            services.retain(|service| hosts.contains(&service.hostname));
+            return Self::over(snapshot, proxy, services);
+        }
         let of = |host: &Hostname| snapshot.service(host, Some(&proxy.namespace)).cloned();
         Self::over(snapshot, proxy, hosts.iter().filter_map(of).collect())
     }
