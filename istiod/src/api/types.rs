@@ -160,7 +160,7 @@ pub struct HistoryEntry {
     pub time: String,
     /// Who.
     pub author: String,
-    /// `created VirtualService default/reviews`, ...
+    /// `+VirtualService/default/reviews` (created), `~...` (changed), `-...` (deleted).
     pub changes: Vec<String>,
 }
 
@@ -289,7 +289,7 @@ pub struct Version {
     pub revision: u64,
     /// Raft member id.
     pub member: u64,
-    /// `leader`, `follower` or `candidate`.
+    /// `leader` or `follower`.
     pub role: String,
     /// Address of the xDS and certificate port.
     pub xds: String,
