@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use istiod::api::types::{ApplyReport, ApplyRequest, HistoryEntry, List, SourceFile, WaitReport};
+use registry::config::{Severity, validate_set};
 use serde_json::Value;
 
 use crate::cli::{Apply, Delete, Files, Get, History, Output};
@@ -20,12 +21,12 @@ use crate::output::{Rows, data, note, print};
 /// Files that cannot be read; mistakes in them are printed, and the exit code tells.
 pub(crate) fn validate(args: &Files) -> anyhow::Result<ExitCode> {
     let files = read_all(&args.files)?;
-    let mut valid = 0;
+    let mut valid = Vec::new();
     let mut mistakes = 0;
     for file in &files {
         match registry::config::parse_in(&args.namespace, &file.name, &file.text) {
             Ok((objects, warnings)) => {
-                valid += objects.len();
+                valid.extend(objects);
                 warnings.iter().for_each(|warning| note(&format!("warning: {warning}")));
             }
             Err(errors) => {
@@ -34,11 +35,17 @@ pub(crate) fn validate(args: &Files) -> anyhow::Result<ExitCode> {
             }
         }
     }
+    // What is only missing here may be in the mesh; what is wrong here is wrong there too.
+    let together = validate_set(&valid.iter().collect::<Vec<_>>());
+    for problem in together.iter().filter(|problem| problem.severity == Severity::Error) {
+        mistakes += 1;
+        note(&problem.to_string());
+    }
     if mistakes > 0 {
         note(&format!("{mistakes} mistake(s) in {} file(s)", files.len()));
         return Ok(ExitCode::FAILURE);
     }
-    data(&format!("{valid} object(s) in {} file(s) are valid\n", files.len()))?;
+    data(&format!("{} object(s) in {} file(s) are valid\n", valid.len(), files.len()))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -125,6 +132,9 @@ async fn wait(client: &Client, revision: u64, timeout: Duration) -> anyhow::Resu
     let path = format!("/wait/{revision}?timeoutMilliseconds={}", timeout.as_millis());
     let report: WaitReport = client.get_patiently(&path, timeout).await?;
     let total = report.acknowledged.len() + report.pending.len();
+    if total == 0 {
+        note("warning: no proxy is connected to this member, so nobody has confirmed the change");
+    }
     if report.pending.is_empty() {
         note(&format!("revision {revision} runs on {total} of {total} proxies"));
         return Ok(ExitCode::SUCCESS);
