@@ -125,7 +125,12 @@ pub async fn answer(admin: &Admin, asked: &Asked) -> Answer {
         "/ready" => ready(admin),
         "/stats" => stats(admin, asked).await,
         "/stats/prometheus" => prometheus(admin).await,
-        "/config_dump" => dump::config(admin, asked.flag("include_eds"), asked.parameter("resource")),
+        "/config_dump" => {
+            let answer = dump::config(admin, asked.flag("include_eds"), asked.parameter("resource"));
+            // Seldom asked for, so not worth keeping what it took.
+            wire::forget_descriptors();
+            answer
+        }
         "/clusters" => dump::clusters(admin, asked.parameter("format") == Some("json")),
         "/listeners" => dump::listeners(admin, asked.parameter("format") == Some("json")),
         "/init_dump" => dump::init(admin),
@@ -255,6 +260,7 @@ async fn stats(admin: &Admin, asked: &Asked) -> Answer {
 fn server_info(admin: &Admin) -> Answer {
     let config = &admin.config;
     let node = wire::json::message_to_json(&config.node).unwrap_or_default();
+    wire::forget_descriptors();
     let path = config.bootstrap_path.as_ref().map(|p| p.display().to_string()).unwrap_or_default();
     let uptime = format!("{}s", admin.uptime().as_secs());
     json_reply(&json!({

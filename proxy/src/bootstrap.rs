@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 use envoy_types::pb::envoy::config::bootstrap::v3 as pb;
 use envoy_types::pb::envoy::config::core::v3 as core;
+use envoy_types::pb::google::protobuf::Any;
+use prost::{Message, Name};
 
 use self::server::settings;
 use crate::config::Config;
@@ -64,8 +66,10 @@ pub fn load(path: &Path, now: jiff::Timestamp) -> Result<Config, BootstrapError>
 ///
 /// As [`load`].
 pub fn parse(text: &str, now: jiff::Timestamp) -> Result<Config, BootstrapError> {
-    let pb: pb::Bootstrap =
-        wire::json::message_from_yaml(text).map_err(|e| BootstrapError::Format(Box::new(e)))?;
+    let read = wire::json::message_from_yaml(text);
+    // A proxy reads one such file; what reading it took is worth more free.
+    wire::forget_descriptors();
+    let pb: pb::Bootstrap = read.map_err(|e| BootstrapError::Format(Box::new(e)))?;
     let kept = Arc::new(pb.clone());
     note_unused(&pb);
     let static_resources = static_resources(pb.static_resources.unwrap_or_default(), now)?;
@@ -114,8 +118,8 @@ fn static_resources(
             Err(invalid) => rejected.push(Rejected { kind: Kind::Secret, name, invalid }),
         }
     }
-    let clusters = pb.clusters.iter().map(|c| (Kind::Cluster, wire::canonical::any(c)));
-    let listeners = pb.listeners.into_iter().map(|l| (Kind::Listener, wire::canonical::any(&named(l))));
+    let clusters = pb.clusters.iter().map(|c| (Kind::Cluster, any(c)));
+    let listeners = pb.listeners.into_iter().map(|l| (Kind::Listener, any(&named(l))));
     for (kind, any) in clusters.chain(listeners) {
         match parse_static(kind, any, now) {
             Ok(parsed) => update.changes.push(parsed.change),
@@ -123,6 +127,10 @@ fn static_resources(
         }
     }
     if rejected.is_empty() { Ok(update) } else { Err(BootstrapError::Resources(rejected)) }
+}
+
+fn any<M: Message + Name>(message: &M) -> Any {
+    Any { type_url: M::type_url(), value: message.encode_to_vec() }
 }
 
 /// Envoy lets a static listener go without a name; its address stands in.

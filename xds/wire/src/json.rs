@@ -112,7 +112,7 @@ fn print(type_name: &str, bytes: &[u8]) -> Result<Value, JsonError> {
 
 fn descriptor(full_name: &str) -> Result<MessageDescriptor, JsonError> {
     pool()
-        .map_err(|e| JsonError::Descriptors(e.to_owned()))?
+        .map_err(JsonError::Descriptors)?
         .get_message_by_name(full_name)
         .ok_or_else(|| JsonError::UnknownType(full_name.to_owned()))
 }

@@ -8,6 +8,8 @@ pub mod canonical;
 pub mod json;
 mod pool;
 
+pub use pool::forget_descriptors;
+
 /// What agents say about their workloads (`istio.mesh.v1`, `proto/mesh.proto`).
 pub mod mesh {
     #![expect(
