@@ -260,7 +260,8 @@ fn json(format: &JsonFormat, facts: &Facts<'_>, omit_empty: bool) -> Option<Json
             _ => Some(Json::String(text(format, facts, if omit_empty { "" } else { "-" }))),
         },
         JsonFormat::Object(fields) => {
-            let filled = fields.iter().filter_map(|(k, f)| Some((k.to_string(), json(f, facts, omit_empty)?)));
+            let filled =
+                fields.iter().filter_map(|(k, f)| Some((k.to_string(), json(f, facts, omit_empty)?)));
             Some(Json::Object(filled.collect::<Map<_, _>>()))
         }
         JsonFormat::List(items) => Some(items.iter().filter_map(|f| json(f, facts, omit_empty)).collect()),
@@ -293,7 +294,9 @@ impl Facts<'_> {
                     HeaderKey::Path => return Some(told.path.clone()),
                     HeaderKey::Authority => return string(&told.authority),
                     HeaderKey::Scheme => {
-                        return Some(if self.connection.peer.is_some() { "https" } else { "http" }.to_owned());
+                        return Some(
+                            if self.connection.peer.is_some() { "https" } else { "http" }.to_owned(),
+                        );
                     }
                     HeaderKey::Name(_) => &told.headers,
                 }
@@ -368,7 +371,9 @@ impl Facts<'_> {
             MetadataOf::Route => self.route_metadata?,
         };
         let fields = metadata.filter(filter)?;
-        let Some((first, rest)) = keys.split_first() else { return Some(Json::Object(fields.clone()).to_string()) };
+        let Some((first, rest)) = keys.split_first() else {
+            return Some(Json::Object(fields.clone()).to_string());
+        };
         let found = rest.iter().try_fold(fields.get(&**first)?, |at, key| at.get(&**key))?;
         Some(found.as_str().map_or_else(|| found.to_string(), str::to_owned))
     }

@@ -68,9 +68,7 @@ fn permits(permission: &Permission, s: &Subject<'_>, every: bool) -> bool {
         Permission::UrlPath(m) => url_path(m, s),
         Permission::DestinationIp(net) => net.contains(&s.destination.ip()),
         Permission::DestinationPort(port) => s.destination.port() == *port,
-        Permission::DestinationPorts(start, end) => {
-            (*start..*end).contains(&u32::from(s.destination.port()))
-        }
+        Permission::DestinationPorts(start, end) => (*start..*end).contains(&u32::from(s.destination.port())),
         Permission::RequestedServerName(m) => m.matches(s.server_name.unwrap_or_default().as_bytes()),
         Permission::Metadata(m) => m.matches(s.metadata.unwrap_or(&Map::new())),
     }
@@ -99,7 +97,9 @@ fn is_principal(principal: &Principal, s: &Subject<'_>, every: bool) -> bool {
 /// Whether the answer hangs on an identity that the peer did not show.
 fn lacks_identity(principal: &Principal, s: &Subject<'_>) -> bool {
     match principal {
-        Principal::Authenticated(_) | Principal::PeerPrincipal(_) => !s.peer.is_some_and(|p| p.has_certificate),
+        Principal::Authenticated(_) | Principal::PeerPrincipal(_) => {
+            !s.peer.is_some_and(|p| p.has_certificate)
+        }
         Principal::And(all) | Principal::Or(all) => all.iter().any(|p| lacks_identity(p, s)),
         Principal::Not(inner) => lacks_identity(inner, s),
         Principal::Any(_)

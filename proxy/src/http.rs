@@ -103,11 +103,15 @@ pub struct Http {
 impl Http {
     /// Prepares a connection manager.
     #[must_use]
-    pub fn new(config: Arc<HttpConnectionManager>, worker: &Rc<Worker>, reporter: Option<Reporter>) -> Rc<Self> {
-        let router = config.filters.iter().find_map(|f| match f.config {
-            FilterConfig::Router(router) => Some(router),
-            _ => None,
-        });
+    pub fn new(
+        config: Arc<HttpConnectionManager>,
+        worker: &Rc<Worker>,
+        reporter: Option<Reporter>,
+    ) -> Rc<Self> {
+        let router = config
+            .filters
+            .iter()
+            .find_map(|f| if let FilterConfig::Router(router) = f.config { Some(router) } else { None });
         Rc::new(Self {
             logs: Logs::new(&config.access_logs, worker),
             reporter,
@@ -180,7 +184,7 @@ impl Decision {
 pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Request<Incoming>) -> HttpResponse {
     let mut call = match Call::begin(&http, &connection, request) {
         Ok(call) => call,
-        Err(answer) => return answer,
+        Err(answer) => return *answer,
     };
     let decision = decide(&http, &mut call);
     for filter in &http.config.filters {
@@ -330,7 +334,11 @@ fn request_ops(decision: &Decision, call: &mut Call) {
     let config = &decision.table.routes.config;
     let weighted = decision.weighted().map(|w| &w.request_headers);
     let (route, host) = (&decision.route.request_headers, &decision.host.request_headers);
-    if weighted.is_none_or(|w| w.is_empty()) && route.is_empty() && host.is_empty() && config.request_headers.is_empty() {
+    if weighted.is_none_or(|w| w.is_empty())
+        && route.is_empty()
+        && host.is_empty()
+        && config.request_headers.is_empty()
+    {
         return;
     }
     for ops in levels(decision, weighted, route, host, &config.request_headers) {
@@ -346,7 +354,10 @@ fn response_ops(decision: &Decision, call: &Call, map: &mut HeaderMap) {
     let config = &decision.table.routes.config;
     let weighted = decision.weighted().map(|w| &w.response_headers);
     let (route, host) = (&decision.route.response_headers, &decision.host.response_headers);
-    if weighted.is_none_or(|w| w.is_empty()) && route.is_empty() && host.is_empty() && config.response_headers.is_empty()
+    if weighted.is_none_or(|w| w.is_empty())
+        && route.is_empty()
+        && host.is_empty()
+        && config.response_headers.is_empty()
     {
         return;
     }
@@ -368,7 +379,12 @@ fn mirror(http: &Rc<Http>, decision: &Decision, call: &mut Call) {
 }
 
 /// Turns an upstream's answer into the client's.
-fn respond(http: &Rc<Http>, decision: &Decision, mut call: Box<Call>, answer: attempts::Answered) -> HttpResponse {
+fn respond(
+    http: &Rc<Http>,
+    decision: &Decision,
+    mut call: Box<Call>,
+    answer: attempts::Answered,
+) -> HttpResponse {
     let attempts::Answered { mut parts, reply, elapsed, cookie } = answer;
     let upgraded = call.upgrade && parts.status == StatusCode::SWITCHING_PROTOCOLS;
     headers::strip_response(&mut parts.headers, upgraded);

@@ -110,7 +110,7 @@ impl Balancer {
         }
         match self.policy {
             Policy::Random => Some(rng.usize(..hosts.len())),
-            Policy::RoundRobin if self.weighted => self.schedule.borrow_mut().next(hosts, |l| weight(l)),
+            Policy::RoundRobin if self.weighted => self.schedule.borrow_mut().next(hosts, weight),
             Policy::RoundRobin => {
                 let at = self.cursor.get();
                 self.cursor.set(at.wrapping_add(1));

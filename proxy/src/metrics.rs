@@ -290,7 +290,11 @@ mod tests {
         assert!(text.contains("# TYPE x_total counter\nx_total{k=\"v\\\"1\"} 3\n"), "{text}");
         assert!(text.contains("# TYPE open gauge\nopen 1\n"), "{text}");
         assert!(text.contains("ms_bucket{k=\"v\",le=\"5\"} 1\n"), "{text}");
-        assert!(text.contains("ms_bucket{k=\"v\",le=\"+Inf\"} 2\nms_sum{k=\"v\"} 1000000003\nms_count{k=\"v\"} 2\n"));
+        assert!(
+            text.contains(
+                "ms_bucket{k=\"v\",le=\"+Inf\"} 2\nms_sum{k=\"v\"} 1000000003\nms_count{k=\"v\"} 2\n"
+            )
+        );
     }
 
     #[test]

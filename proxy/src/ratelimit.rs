@@ -91,7 +91,8 @@ mod tests {
         let t0 = Instant::now();
         let at = |s| t0 + Duration::from_secs(s);
         let mut bucket = Bucket::new(&config, t0);
-        let taken: Vec<bool> = [0, 0, 0, 9, 10, 10, 100, 100, 100].map(|s| bucket.take(&config, at(s))).into();
+        let taken: Vec<bool> =
+            [0, 0, 0, 9, 10, 10, 100, 100, 100].map(|s| bucket.take(&config, at(s))).into();
         assert_eq!(taken, [true, true, false, false, true, false, true, true, false]);
     }
 }

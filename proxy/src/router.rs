@@ -135,10 +135,9 @@ fn matches(
     certificate: ClientCertificate,
     random: u64,
 ) -> bool {
-    let path_fits = match &wanted.path {
-        PathMatch::Connect => *head.method == Method::CONNECT,
-        other => *head.method != Method::CONNECT && other.matches(path),
-    };
+    let is_connect = *head.method == Method::CONNECT;
+    let wants_connect = matches!(wanted.path, PathMatch::Connect);
+    let path_fits = is_connect == wants_connect && (is_connect || wanted.path.matches(path));
     path_fits
         && wanted.headers.iter().all(|m| head.fulfils(m))
         && (wanted.query.is_empty() || query_fulfils(&wanted.query, head.query()))
@@ -244,13 +243,8 @@ mod tests {
         if let Some((name, value)) = header.and_then(|h| h.split_once('=')) {
             headers.insert(http::HeaderName::try_from(name).unwrap(), value.parse().unwrap());
         }
-        let head = Head {
-            method: &Method::GET,
-            path_and_query: path,
-            authority,
-            scheme: "http",
-            headers: &headers,
-        };
+        let head =
+            Head { method: &Method::GET, path_and_query: path, authority, scheme: "http", headers: &headers };
         let routes = routes(table, true);
         let got = match_route(&routes, &head, ClientCertificate::default(), 0);
         assert_eq!(got.map_or("none", |(_, r)| &*r.name), expected, "{request}");
@@ -265,7 +259,8 @@ mod tests {
 
     #[test]
     fn exact_domain_beats_suffix_beats_prefix_beats_any() {
-        let table = "a.b.c > / -> exact\n*.b.c > / -> suffix\n*.c > / -> short\na.* > / -> prefix\n* > / -> any";
+        let table =
+            "a.b.c > / -> exact\n*.b.c > / -> suffix\n*.c > / -> short\na.* > / -> prefix\n* > / -> any";
         check(table, "a.b.c/", "exact");
         check(table, "A.B.C:8080/", "exact");
         check(table, "a.b.c./", "exact");

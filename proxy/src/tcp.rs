@@ -88,10 +88,14 @@ pub async fn serve(
     session.end(series.as_ref());
 }
 
-async fn connect(session: &mut Session<'_>, upstream: &Rc<Upstream>, config: &TcpProxy) -> Option<(Io, Opened)> {
-    let hash = config.hash_source_ip.then(|| {
-        xxhash_rust::xxh64::xxh64(session.connection.remote.ip().to_string().as_bytes(), 0)
-    });
+async fn connect(
+    session: &mut Session<'_>,
+    upstream: &Rc<Upstream>,
+    config: &TcpProxy,
+) -> Option<(Io, Opened)> {
+    let hash = config
+        .hash_source_ip
+        .then(|| xxhash_rust::xxh64::xxh64(session.connection.remote.ip().to_string().as_bytes(), 0));
     for _ in 0..config.max_connect_attempts {
         let ask = Ask { hash, avoid: &[], attempts: 1, original: session.connection.local };
         let Some(host) = upstream.pick(ask) else {
@@ -151,7 +155,9 @@ impl Session<'_> {
         let standard = &self.worker.shared.standard;
         let nobody = &self.worker.nobody;
         let (peer, principals) = match reporter {
-            Reporter::Source => (self.host.as_ref().map(|h| &h.workload), Rc::clone(&self.worker.no_principals)),
+            Reporter::Source => {
+                (self.host.as_ref().map(|h| &h.workload), Rc::clone(&self.worker.no_principals))
+            }
             Reporter::Destination => (None, self.connection.principals(standard)),
         };
         let parties = Parties {

@@ -10,7 +10,7 @@ pub mod verify;
 use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
-use ca::tls::{IdentityWatch, provider};
+use ca::tls::provider;
 use ca::x509::{self, Facts};
 use rustls::client::ResolvesClientCert;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -23,7 +23,8 @@ use crate::tables::TableStore;
 use crate::tcp::io::{Io, Socket};
 use crate::xds::matcher::StringMatcher;
 use crate::xds::tls::{
-    CertSource, CommonTls, DownstreamTls, RootSource, SanKind, SanMatcher, Secret, TlsVersion, UpstreamTls, Validation,
+    CertSource, CommonTls, DownstreamTls, RootSource, SanKind, SanMatcher, Secret, TlsVersion, UpstreamTls,
+    Validation,
 };
 use verify::{Roots, Trust, Verifier};
 
@@ -70,20 +71,6 @@ impl Identity {
         let trust = Arc::new(Trust::new(roots)?);
         self.current.store(Some(Arc::new(Credentials { key, trust })));
         Ok(())
-    }
-
-    /// Takes over every certificate that `source` tells, until nobody tells any more.
-    pub async fn follow(&self, mut source: IdentityWatch) {
-        loop {
-            let current = Arc::clone(&source.borrow_and_update());
-            let taken = self.publish(current.chain.clone(), current.key.to_der(), &current.roots);
-            if let Err(error) = taken {
-                tracing::error!(%error, "new certificate cannot be used");
-            }
-            if source.changed().await.is_err() {
-                return;
-            }
-        }
     }
 
     /// Whether there is a certificate.
@@ -387,7 +374,12 @@ impl Secrets {
     /// # Errors
     ///
     /// When a secret is not known or a certificate does not parse.
-    pub fn connector(&self, tls: &UpstreamTls, name: Option<&str>, check_name: bool) -> Result<Connector, TlsError> {
+    pub fn connector(
+        &self,
+        tls: &UpstreamTls,
+        name: Option<&str>,
+        check_name: bool,
+    ) -> Result<Connector, TlsError> {
         let sni = name.or(tls.sni.as_deref()).unwrap_or_default();
         let mut settings = self.settings(&tls.common)?;
         if check_name {

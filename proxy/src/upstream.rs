@@ -17,7 +17,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ahash::AHashMap;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -155,6 +154,9 @@ impl ClusterStats {
     }
 }
 
+/// The endpoints of a locality: priority, weight, endpoints.
+type Placed = (u32, Option<u32>, Vec<Rc<Host>>);
+
 /// A cluster on one worker.
 #[derive(Debug)]
 pub struct Upstream {
@@ -168,7 +170,7 @@ pub struct Upstream {
     shared: Rc<Shared>,
     endpoints: RefCell<Arc<ClusterLoadAssignment>>,
     set: RefCell<Rc<HostSet>>,
-    original: RefCell<AHashMap<SocketAddr, Rc<Host>>>,
+    original: RefCell<BTreeMap<SocketAddr, Rc<Host>>>,
     connectors: RefCell<Vec<(Arc<UpstreamTls>, Connector)>>,
     requests: Cell<u32>,
     retries: Cell<u32>,
@@ -279,7 +281,9 @@ impl Upstream {
 
     fn host(&self, endpoint: &Arc<Endpoint>, outlier: Outlier) -> Rc<Host> {
         let workload = match &endpoint.workload {
-            Some(w) => Workload::from_endpoint(&[&*w.name, &w.namespace, &w.canonical_name, &w.canonical_revision, &w.cluster].join(";")),
+            Some(w) => Workload::from_endpoint(
+                &[&*w.name, &w.namespace, &w.canonical_name, &w.canonical_revision, &w.cluster].join(";"),
+            ),
             None => Workload::default(),
         };
         let tls = self.config.transport(endpoint.transport_metadata()).cloned();
@@ -301,7 +305,7 @@ impl Upstream {
         })
     }
 
-    fn arrange(&self, placed: Vec<(u32, Option<u32>, Vec<Rc<Host>>)>, endpoints: &ClusterLoadAssignment) {
+    fn arrange(&self, placed: Vec<Placed>, endpoints: &ClusterLoadAssignment) {
         let hosts: Vec<Rc<Host>> = placed.iter().flat_map(|(_, _, h)| h.iter().cloned()).collect();
         let count = placed.iter().map(|(p, _, _)| p + 1).max().unwrap_or(0);
         let mut priorities = Vec::new();
@@ -311,7 +315,8 @@ impl Upstream {
             let all: Vec<Rc<Host>> = of.iter().flat_map(|(_, _, h)| h.iter().cloned()).collect();
             let usable: Vec<Rc<Host>> = all.iter().filter(|h| h.is_usable()).cloned().collect();
             levels.push(Level { total: all.len(), healthy: usable.len() });
-            let localities = if self.config.lb_common.locality_weighted { self.localities(&of) } else { Vec::new() };
+            let localities =
+                if self.config.lb_common.locality_weighted { self.localities(&of) } else { Vec::new() };
             let locality_total = localities.iter().map(|(w, _)| w).sum();
             priorities.push(PriorityHosts {
                 all: self.group(all),
@@ -320,14 +325,18 @@ impl Upstream {
                 locality_total,
             });
         }
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a percentage from 0 to 100")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a percentage from 0 to 100"
+        )]
         let panic_below = self.config.lb_common.panic_threshold.clamp(0.0, 100.0) as u32;
         let factor = Some(endpoints.overprovisioning_factor).filter(|f| *f > 0);
         let load = locality::priority_load(&levels, panic_below, factor);
         *self.set.borrow_mut() = Rc::new(HostSet { hosts, priorities, load });
     }
 
-    fn localities(&self, of: &[&(u32, Option<u32>, Vec<Rc<Host>>)]) -> Vec<(u64, Group)> {
+    fn localities(&self, of: &[&Placed]) -> Vec<(u64, Group)> {
         of.iter()
             .map(|(_, weight, hosts)| {
                 let usable: Vec<Rc<Host>> = hosts.iter().filter(|h| h.is_usable()).cloned().collect();
@@ -464,7 +473,11 @@ impl Upstream {
         let limits = &self.config.limits;
         let most = match limits.retry_budget {
             Some((percent, least)) => {
-                #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a u32")]
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    clippy::cast_sign_loss,
+                    reason = "a share of a u32"
+                )]
                 let share = (f64::from(self.requests.get()) * percent / 100.0) as u32;
                 share.max(least)
             }

@@ -54,8 +54,8 @@ pub async fn run(
     forward: Option<&Forward>,
     upstream: &Rc<Upstream>,
     call: &mut Call,
-) -> Result<Answered, Local> {
-    let Some(forward) = forward else { return Err(Local::text(StatusCode::NOT_FOUND, "").flag(Flags::NO_ROUTE)) };
+) -> Result<Answered, Box<Local>> {
+    let Some(forward) = forward else { return Err(Box::new(unrouted())) };
     let policy = forward.retry.as_deref().filter(|p| !call.upgrade && retry::applies(p, &call.head()));
     let timeout = timeout_of(forward, call);
     let deadline = timeout.map(|t| call.exchange.started + t);
@@ -69,13 +69,13 @@ pub async fn run(
     loop {
         let attempt = call.exchange.attempts + 1;
         let ask = ask(policy, hash, &tried, call);
-        let Some(endpoint) = upstream.pick(ask) else { return Err(no_healthy_upstream()) };
+        let Some(endpoint) = upstream.pick(ask) else { return Err(Box::new(no_healthy_upstream())) };
         call.exchange.attempts = attempt;
         call.exchange.host = Some(Rc::clone(&endpoint));
         let more = policy.is_some_and(|p| attempt <= p.num_retries);
         let keep = more || call.replay.is_some();
         let limit = usize::try_from(upstream.config.buffer_limit).unwrap_or(usize::MAX);
-        let Some(mut outgoing) = call.outgoing(keep, limit) else { return Err(unrepeatable()) };
+        let Some(mut outgoing) = call.outgoing(keep, limit) else { return Err(Box::new(unrepeatable())) };
         dress(http, host, forward, &endpoint, attempt, &mut outgoing);
         let began = Instant::now();
         let result = one(upstream, &endpoint, outgoing, policy, deadline).await;
@@ -93,10 +93,10 @@ pub async fn run(
             if sleep_within(after, deadline).await {
                 continue;
             }
-            return Err(timed_out(upstream));
+            return Err(Box::new(timed_out()));
         }
         call.exchange.retrying = None;
-        return conclude(call, upstream, next, result, deadline, began, cookie);
+        return conclude(call, next, result, deadline, began, cookie).map_err(Box::new);
     }
 }
 
@@ -184,9 +184,9 @@ fn note(upstream: &Upstream, endpoint: &Rc<Host>, result: &Result<Answer, Miss>)
     upstream.on_result(endpoint, signal);
 }
 
+#[expect(clippy::result_large_err, reason = "boxed by the one caller")]
 fn conclude(
     call: &mut Call,
-    upstream: &Upstream,
     next: Next,
     result: Result<Answer, Miss>,
     deadline: Option<Instant>,
@@ -206,7 +206,7 @@ fn conclude(
             }
             Ok(Answered { parts, reply, elapsed: began.elapsed(), cookie })
         }
-        Err(Miss::Deadline | Miss::PerTryTimeout) => Err(timed_out(upstream)),
+        Err(Miss::Deadline | Miss::PerTryTimeout) => Err(timed_out()),
         Err(Miss::Failed(failure)) => {
             call.exchange.failure.clone_from(&failure.reason);
             Err(failed(&failure, call.exchange.attempts))
@@ -244,11 +244,14 @@ fn failed(failure: &Failure, attempts: u32) -> Local {
     local
 }
 
-fn timed_out(upstream: &Upstream) -> Local {
-    tracing::debug!(cluster = %upstream.config.name, "upstream request timed out");
+fn timed_out() -> Local {
     Local::text(StatusCode::GATEWAY_TIMEOUT, "upstream request timeout")
         .flag(Flags::UPSTREAM_TIMEOUT)
         .details("response_timeout")
+}
+
+fn unrouted() -> Local {
+    Local::text(StatusCode::NOT_FOUND, "").flag(Flags::NO_ROUTE)
 }
 
 fn no_healthy_upstream() -> Local {
@@ -258,7 +261,9 @@ fn no_healthy_upstream() -> Local {
 }
 
 fn unrepeatable() -> Local {
-    Local::text(StatusCode::INTERNAL_SERVER_ERROR, "").flag(Flags::LOCAL_RESET).details("request_payload_exceeded_retry_buffer_limit")
+    Local::text(StatusCode::INTERNAL_SERVER_ERROR, "")
+        .flag(Flags::LOCAL_RESET)
+        .details("request_payload_exceeded_retry_buffer_limit")
 }
 
 /// Waits, but not beyond the deadline; `false` when that comes first.
@@ -279,7 +284,7 @@ async fn sleep_within(pause: Duration, deadline: Option<Instant>) -> bool {
 fn ask<'a>(policy: Option<&RetryPolicy>, hash: Option<u64>, tried: &'a [Rc<Host>], call: &Call) -> Ask<'a> {
     let (avoid, attempts) = match policy {
         Some(p) if p.avoid_previous_hosts => (tried, p.host_selection_attempts),
-        _ => (&tried[..0], 1),
+        _ => (&[] as &[_], 1),
     };
     Ask { hash, avoid, attempts, original: call.exchange.connection.local }
 }
@@ -296,12 +301,14 @@ fn dress(
     if host.include_request_attempt_count {
         outgoing.headers.insert(headers::ATTEMPT_COUNT, headers::number(attempt.into()));
     }
-    if matches!(forward.host_rewrite, HostRewrite::Auto) && !endpoint.endpoint.hostname.is_empty()
+    if matches!(forward.host_rewrite, HostRewrite::Auto)
+        && !endpoint.endpoint.hostname.is_empty()
         && let Ok(name) = HeaderValue::from_str(&endpoint.endpoint.hostname)
     {
         outgoing.authority = name;
     }
-    if endpoint.endpoint.mesh_tls && http.reporter == Some(Reporter::Source)
+    if endpoint.endpoint.mesh_tls
+        && http.reporter == Some(Reporter::Source)
         && let Some((metadata, id)) = &http.worker.peer_headers
     {
         outgoing.headers.insert(headers::PEER_METADATA, metadata.clone());

@@ -76,7 +76,7 @@ impl Body for RequestBody {
             Self::Empty => SizeHint::with_exact(0),
             Self::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Self::Stream(incoming, _) => incoming.size_hint(),
-            Self::Replay(replay) => replay.shared.borrow().hint.clone(),
+            Self::Replay(replay) => replay.shared.borrow().hint,
         }
     }
 }

@@ -67,11 +67,12 @@ impl Call {
         http: &Rc<Http>,
         connection: &Rc<Connection>,
         request: Request<Incoming>,
-    ) -> Result<Box<Self>, HttpResponse> {
+    ) -> Result<Box<Self>, Box<HttpResponse>> {
         let (mut parts, body) = request.into_parts();
         let started = Instant::now();
         connection.requests.set(connection.requests.get().saturating_add(1));
-        let mut exchange = Box::new(Exchange::new(Rc::clone(http), Rc::clone(connection), started, parts.version));
+        let mut exchange =
+            Box::new(Exchange::new(Rc::clone(http), Rc::clone(connection), started, parts.version));
         exchange.is_grpc =
             parts.headers.get(header::CONTENT_TYPE).is_some_and(|v| router::is_grpc_type(v.as_bytes()));
         let taken = authority(&mut parts, http).and_then(|a| framing(&parts, http).map(|()| a));
@@ -83,16 +84,26 @@ impl Call {
             Ok(Some(path)) => path,
             Ok(None) => return Err(refuse(exchange, (BAD, "path_normalization_failed", Flags::NONE))),
             Err(location) => {
-                let mut local = Local::text(StatusCode::TEMPORARY_REDIRECT, "").details("path_normalization_failed");
+                let mut local =
+                    Local::text(StatusCode::TEMPORARY_REDIRECT, "").details("path_normalization_failed");
                 if let Ok(value) = HeaderValue::try_from(location) {
                     local.headers.insert(header::LOCATION, value);
                 }
-                return Err(local.into_response(exchange));
+                return Err(Box::new(local.into_response(exchange)));
             }
         };
         let https = connection.peer.is_some();
-        let mut call =
-            Box::new(Self { exchange, parts, body: Some(body), replay: None, path, authority, https, upgrade: false, cors: None });
+        let mut call = Box::new(Self {
+            exchange,
+            parts,
+            body: Some(body),
+            replay: None,
+            path,
+            authority,
+            https,
+            upgrade: false,
+            cors: None,
+        });
         if let Err(refusal) = call.clean_headers(http) {
             return Err(refuse(call.exchange, refusal));
         }
@@ -171,11 +182,11 @@ impl Call {
         }
         headers::strip_hop_by_hop(map, found, self.upgrade);
         headers::strip_internal(map, found);
-        if let Some(told) = map.remove(headers::PEER_METADATA) {
-            if http.reporter == Some(Reporter::Destination) {
-                let standard = &http.worker.shared.standard;
-                self.exchange.peer = self.exchange.connection.peer_workload(&told, standard);
-            }
+        if let Some(told) = map.remove(headers::PEER_METADATA)
+            && http.reporter == Some(Reporter::Destination)
+        {
+            let standard = &http.worker.shared.standard;
+            self.exchange.peer = self.exchange.connection.peer_workload(&told, standard);
         }
         map.remove(headers::PEER_METADATA_ID);
         map.remove(header::EXPECT);
@@ -264,13 +275,13 @@ impl Call {
     }
 }
 
-fn refuse(exchange: Box<Exchange>, (status, details, flags): Refusal) -> HttpResponse {
+fn refuse(exchange: Box<Exchange>, (status, details, flags): Refusal) -> Box<HttpResponse> {
     let text = if status == StatusCode::UPGRADE_REQUIRED { "Upgrade Required" } else { "" };
     let mut local = Local::text(status, text).flag(flags).details(details);
     if exchange.version < Version::HTTP_2 && status != StatusCode::FORBIDDEN {
         local.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
-    local.into_response(exchange)
+    Box::new(local.into_response(exchange))
 }
 
 /// The one authority of a request: HTTP/2's, or that of an absolute target, or `host`.
@@ -313,7 +324,8 @@ fn clean_authority<'a>(text: &'a str, http: &Http) -> std::borrow::Cow<'a, str> 
         StripPort::Any => true,
         StripPort::Matching => port.get(1..).is_some_and(|p| p == "80" || p == "443"),
     };
-    let host = if http.config.strip_trailing_host_dot { bare.strip_suffix('.').unwrap_or(bare) } else { bare };
+    let host =
+        if http.config.strip_trailing_host_dot { bare.strip_suffix('.').unwrap_or(bare) } else { bare };
     let port = if strip { "" } else { port };
     if host.len() + port.len() == text.len() { text.into() } else { format!("{host}{port}").into() }
 }
@@ -381,7 +393,8 @@ fn forward_certificate(http: &Http, connection: &Connection, map: &mut HeaderMap
     let adds = matches!(config.forward, ForwardClientCert::AppendForward | ForwardClientCert::SanitizeSet);
     let Some(peer) = connection.peer.as_ref().filter(|_| adds && mutual) else { return };
     let facts = CertFacts { subject: config.subject, uri: config.uri, dns: config.dns };
-    let mut text: String = map.get_all(&name).iter().filter_map(|v| v.to_str().ok()).collect::<Vec<_>>().join(",");
+    let mut text: String =
+        map.get_all(&name).iter().filter_map(|v| v.to_str().ok()).collect::<Vec<_>>().join(",");
     if !text.is_empty() {
         text.push(',');
     }

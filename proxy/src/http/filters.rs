@@ -13,7 +13,9 @@ use super::flags::Flags;
 use super::reply::Local;
 use super::{Http, headers};
 use crate::authz::{self, Subject, Verdict};
-use crate::xds::filter::{Abort, Cors, Fault, FilterConfig, FilterOverride, HttpFilter, LocalRateLimit, PerFilter};
+use crate::xds::filter::{
+    Abort, Cors, Fault, FilterConfig, FilterOverride, HttpFilter, LocalRateLimit, PerFilter,
+};
 use crate::xds::matcher::StringMatcher;
 use crate::xds::rbac::{Rbac, Rules};
 
@@ -46,13 +48,16 @@ pub fn ask(http: &Http, filter: &HttpFilter, per_route: Option<&PerFilter>, call
         (FilterConfig::Cors, Some(FilterOverride::Cors(cors))) => cross_origin(http, cors, call),
         (FilterConfig::JwtAuthn(_), _) => {
             // tokens are not verified here, and what cannot be verified is not let through
-            Pass::Answer(Box::new(Local::text(StatusCode::UNAUTHORIZED, "Jwt verification fails")
-                .flag(Flags::UNAUTHORIZED)
-                .details("jwt_authn_access_denied{Jwt_verification_fails}")))
+            Pass::Answer(Box::new(
+                Local::text(StatusCode::UNAUTHORIZED, "Jwt verification fails")
+                    .flag(Flags::UNAUTHORIZED)
+                    .details("jwt_authn_access_denied{Jwt_verification_fails}"),
+            ))
         }
-        (FilterConfig::Router(_) | FilterConfig::Cors | FilterConfig::GrpcWeb | FilterConfig::GrpcStats, _) => {
-            Pass::On
-        }
+        (
+            FilterConfig::Router(_) | FilterConfig::Cors | FilterConfig::GrpcWeb | FilterConfig::GrpcStats,
+            _,
+        ) => Pass::On,
     }
 }
 
@@ -148,7 +153,9 @@ const ALLOW_ORIGIN: HeaderName = header::ACCESS_CONTROL_ALLOW_ORIGIN;
 /// The origin of a request, if the policy allows it.
 fn allowed_origin(cors: &Cors, headers: &HeaderMap) -> Option<HeaderValue> {
     let origin = headers.get(header::ORIGIN)?;
-    let fits = |m: &StringMatcher| m.matches(origin.as_bytes()) || matches!(m, StringMatcher::Exact(s) if &**s == "*");
+    let fits = |m: &StringMatcher| {
+        m.matches(origin.as_bytes()) || matches!(m, StringMatcher::Exact(s) if &**s == "*")
+    };
     cors.origins.iter().any(fits).then(|| origin.clone())
 }
 

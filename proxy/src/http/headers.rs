@@ -85,7 +85,7 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap, found: Found, upgrade: bool) {
         .filter_map(|v| v.to_str().ok())
         .flat_map(|v| v.split(','))
         .filter_map(|name| name.trim().parse().ok())
-        .filter(|name| is_removable(name))
+        .filter(is_removable)
         .collect();
     for name in named {
         headers.remove(name);
@@ -108,7 +108,9 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap, found: Found, upgrade: bool) {
 /// A client may not use `connection` to take away headers that policies or the framing rest on.
 fn is_removable(name: &HeaderName) -> bool {
     let kept = [header::HOST, header::CONTENT_LENGTH, header::TE, header::UPGRADE, header::AUTHORIZATION];
-    !kept.contains(name) && !name.as_str().starts_with("x-forwarded-") && !name.as_str().starts_with("x-envoy-")
+    !kept.contains(name)
+        && !name.as_str().starts_with("x-forwarded-")
+        && !name.as_str().starts_with("x-envoy-")
 }
 
 /// Takes away Envoy's own request headers that a client sent: nobody outside this proxy may steer it by them, and
@@ -120,7 +122,9 @@ pub fn strip_internal(headers: &mut HeaderMap, found: Found) {
     let own: Vec<HeaderName> = headers
         .keys()
         .filter(|n| n.as_str().starts_with("x-envoy-"))
-        .filter(|n| **n != PEER_METADATA && **n != PEER_METADATA_ID && **n != ATTEMPT_COUNT && **n != EXPECTED_TIMEOUT)
+        .filter(|n| {
+            **n != PEER_METADATA && **n != PEER_METADATA_ID && **n != ATTEMPT_COUNT && **n != EXPECTED_TIMEOUT
+        })
         .cloned()
         .collect();
     for name in own {

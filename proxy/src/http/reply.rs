@@ -89,7 +89,8 @@ impl Local {
             let code = self.grpc.unwrap_or_else(|| grpc_of(self.status));
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
             headers.insert(GRPC_STATUS, HeaderValue::from(code));
-            let message = percent_encoding::utf8_percent_encode(&self.text, percent_encoding::CONTROLS).to_string();
+            let message =
+                percent_encoding::utf8_percent_encode(&self.text, percent_encoding::CONTROLS).to_string();
             if let Ok(message) = HeaderValue::try_from(message)
                 && !message.is_empty()
             {

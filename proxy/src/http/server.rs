@@ -126,7 +126,8 @@ impl Limits {
                 self.sleep = None;
                 return Poll::Ready(());
             }
-            let idle = self.idle.map(|d| if activity.open.get() > 0 { now + d } else { activity.last.get() + d });
+            let idle =
+                self.idle.map(|d| if activity.open.get() > 0 { now + d } else { activity.last.get() + d });
             if idle.is_some_and(|at| now >= at) {
                 self.sleep = None;
                 return Poll::Ready(());
@@ -161,8 +162,11 @@ async fn serve_h1(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
     let (activity, place) = (Activity::new(), Rc::new(place));
     let mut limits = Limits::new(&http, Instant::now());
     let service = {
-        let (worker, connection, activity) = (Rc::clone(&worker), Rc::clone(&connection), Rc::clone(&activity));
-        service_fn(move |r| request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), Rc::clone(&activity), r))
+        let (worker, connection, activity) =
+            (Rc::clone(&worker), Rc::clone(&connection), Rc::clone(&activity));
+        service_fn(move |r| {
+            request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), Rc::clone(&activity), r)
+        })
     };
     let mut builder = http1::Builder::new();
     builder
@@ -236,8 +240,11 @@ async fn serve_h2(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
     let (activity, place) = (Activity::new(), Rc::new(place));
     let mut limits = Limits::new(&http, Instant::now());
     let service = {
-        let (worker, connection, activity) = (Rc::clone(&worker), Rc::clone(&connection), Rc::clone(&activity));
-        service_fn(move |r| request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), Rc::clone(&activity), r))
+        let (worker, connection, activity) =
+            (Rc::clone(&worker), Rc::clone(&connection), Rc::clone(&activity));
+        service_fn(move |r| {
+            request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), Rc::clone(&activity), r)
+        })
     };
     let settings = &http.config.http2;
     let mut builder = http2::Builder::new(Local(worker.shared.tasks.clone()));

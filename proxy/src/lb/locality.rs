@@ -32,7 +32,7 @@ pub fn priority_load(levels: &[Level], panic_below: u32, overprovisioning: Optio
     let mut left = 100;
     let mut percent: Vec<u32> = Vec::with_capacity(levels.len());
     for h in &health {
-        let share = if sum == 0 { 0 } else { (h * 100 / sum).min(left) };
+        let share = (h * 100).checked_div(sum).unwrap_or(0).min(left);
         left -= share;
         percent.push(share);
     }
@@ -114,7 +114,8 @@ mod tests {
 
     #[track_caller]
     fn check(levels: &[(usize, usize)], panic_below: u32, percent: &[u32], panic: &[bool]) {
-        let levels: Vec<Level> = levels.iter().map(|(healthy, total)| Level { total: *total, healthy: *healthy }).collect();
+        let levels: Vec<Level> =
+            levels.iter().map(|(healthy, total)| Level { total: *total, healthy: *healthy }).collect();
         let got = priority_load(&levels, panic_below, None);
         assert_eq!((got.percent.as_slice(), got.panic.as_slice()), (percent, panic), "{levels:?}");
     }

@@ -87,8 +87,8 @@ pub async fn unix(slot: Rc<Slot>, worker: Rc<Worker>, socket: UnixListener, stop
                 let (slot, tracked) = (Rc::clone(&slot), Rc::clone(&worker));
                 worker.connections.spawn_local(async move {
                     let connection = Connection::new(tracked.connection_id(), nowhere, nowhere, nowhere);
-                    let seen = Seen { transport: "raw_buffer", ..Seen::default() };
-                    let served = Box::pin(dispatch(slot, tracked, connection, Socket::unix(stream), seen));
+                    let socket = Socket::unix(stream);
+                    let served = Box::pin(dispatch(slot, tracked, connection, socket, Seen::default()));
                     if let Err(error) = served.await {
                         tracing::debug!(%error, "connection refused");
                     }
@@ -103,11 +103,17 @@ pub async fn unix(slot: Rc<Slot>, worker: Rc<Worker>, socket: UnixListener, stop
 }
 
 /// What the first bytes told.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Seen {
     transport: &'static str,
     server_name: Option<String>,
     protocols: Vec<String>,
+}
+
+impl Default for Seen {
+    fn default() -> Self {
+        Self { transport: "raw_buffer", server_name: None, protocols: Vec::new() }
+    }
 }
 
 async fn serve(slot: Rc<Slot>, worker: Rc<Worker>, stream: TcpStream, remote: SocketAddr) -> io::Result<()> {
@@ -119,15 +125,16 @@ async fn serve(slot: Rc<Slot>, worker: Rc<Worker>, stream: TcpStream, remote: So
     let slot = if listener.use_original_dst { worker.listener_at(local).unwrap_or(slot) } else { slot };
     let listener = Arc::clone(&slot.runtime().active.listener);
     let mut stream = stream;
-    let looking = Box::pin(look(&listener, &mut stream, &mut connection));
-    let looked = match listener.filters_timeout {
+    let mut looked = Looked::default();
+    let looking = Box::pin(look(&listener, &mut stream, &mut connection, &mut looked));
+    match listener.filters_timeout {
         Some(timeout) => match tokio::time::timeout(timeout, looking).await {
-            Ok(looked) => looked?,
-            Err(_) if listener.continue_on_filters_timeout => Looked::default(),
+            Ok(done) => done?,
+            Err(_) if listener.continue_on_filters_timeout => {}
             Err(_) => return Err(io::Error::other("nothing came in time")),
         },
         None => looking.await?,
-    };
+    }
     let mut socket = Socket::tcp(stream);
     socket.put_back(looked.ahead.freeze());
     dispatch(slot, worker, connection, socket, looked.seen).await
@@ -149,10 +156,14 @@ struct Looked {
     seen: Seen,
 }
 
-/// Runs the listener filters.
-async fn look(listener: &Listener, stream: &mut TcpStream, connection: &mut Connection) -> io::Result<Looked> {
-    let mut ahead = BytesMut::new();
-    let mut seen = Seen { transport: "raw_buffer", ..Seen::default() };
+/// Runs the listener filters. What was read and told so far stays when this is given up in the middle.
+async fn look(
+    listener: &Listener,
+    stream: &mut TcpStream,
+    connection: &mut Connection,
+    looked: &mut Looked,
+) -> io::Result<()> {
+    let Looked { ahead, seen } = looked;
     let port = connection.local.port();
     for filter in &listener.filters {
         if filter.disabled.as_ref().is_some_and(|p| p.matches(port)) {
@@ -161,10 +172,10 @@ async fn look(listener: &Listener, stream: &mut TcpStream, connection: &mut Conn
         match filter.kind {
             ListenerFilterKind::OriginalDst => {}
             ListenerFilterKind::ProxyProtocol { optional, v1, v2 } => {
-                proxied(stream, &mut ahead, connection, optional, (v1, v2)).await?;
+                proxied(stream, ahead, connection, optional, (v1, v2)).await?;
             }
             ListenerFilterKind::TlsInspector => {
-                if let Some(hello) = tls_hello(stream, &mut ahead).await? {
+                if let Some(hello) = tls_hello(stream, ahead).await? {
                     seen.transport = "tls";
                     connection.server_name.clone_from(&hello.server_name);
                     (seen.server_name, seen.protocols) = (hello.server_name, hello.alpn);
@@ -172,14 +183,14 @@ async fn look(listener: &Listener, stream: &mut TcpStream, connection: &mut Conn
             }
             ListenerFilterKind::HttpInspector => {
                 if seen.transport != "tls"
-                    && let Some(protocol) = http_version(stream, &mut ahead).await?
+                    && let Some(protocol) = http_version(stream, ahead).await?
                 {
                     seen.protocols = vec![protocol.to_owned()];
                 }
             }
         }
     }
-    Ok(Looked { ahead, seen })
+    Ok(())
 }
 
 /// Reads more; `false` at the end of the stream.
@@ -241,7 +252,10 @@ async fn http_version(stream: &mut TcpStream, ahead: &mut BytesMut) -> io::Resul
                     return Ok(None);
                 }
             }
-            found => return Ok(found.application_protocol()),
+            found
+            @ (detect::Http::Http10 | detect::Http::Http11 | detect::Http::Http2 | detect::Http::No) => {
+                return Ok(found.application_protocol());
+            }
         }
     }
 }

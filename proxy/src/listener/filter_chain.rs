@@ -27,11 +27,14 @@ pub struct Shown<'a> {
     pub protocols: &'a [String],
 }
 
+/// How well a chain's condition fits; `None` when it does not.
+type Step<'a> = &'a dyn Fn(&FilterChainMatch) -> Option<usize>;
+
 /// The chain for a connection; `None` when none fits.
 #[must_use]
 pub fn find<'a>(chains: &'a [Arc<FilterChain>], shown: &Shown<'_>) -> Option<&'a Arc<FilterChain>> {
     let mut left: Vec<&Arc<FilterChain>> = chains.iter().collect();
-    let steps: [&dyn Fn(&FilterChainMatch) -> Option<usize>; 9] = [
+    let steps: [Step<'_>; 9] = [
         &|m| exact(m.destination_port.as_ref(), &shown.local.port()),
         &|m| longest(&m.prefix_ranges, shown.local.ip()),
         &|m| server_name(m, shown.server_name),

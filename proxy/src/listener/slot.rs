@@ -8,8 +8,8 @@ use std::sync::Arc;
 use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
 
-use super::connection::Connection;
 use super::accept;
+use super::connection::Connection;
 use crate::access_log::Logs;
 use crate::http::Http;
 use crate::metrics::standard::Reporter;
@@ -176,7 +176,9 @@ fn chain(worker: &Rc<Worker>, listener: &Listener, config: &Arc<FilterChain>) ->
         tracing::warn!(%error, listener = %listener.name, chain = %config.name, "tls of a filter chain cannot be prepared");
     }
     let (http, logs) = match &config.terminal {
-        Terminal::Http(hcm) => (Some(Http::new(Arc::clone(hcm), worker, reporter(listener))), Logs::default()),
+        Terminal::Http(hcm) => {
+            (Some(Http::new(Arc::clone(hcm), worker, reporter(listener))), Logs::default())
+        }
         Terminal::Tcp(tcp) => (None, Logs::new(&tcp.access_logs, worker)),
         Terminal::Close => (None, Logs::default()),
     };
@@ -209,7 +211,8 @@ impl Place {
             let successor = {
                 let old = self.chain.borrow();
                 current.chains.iter().find(|c| {
-                    c.config.matches == old.config.matches && c.config.tls.is_some() == old.config.tls.is_some()
+                    c.config.matches == old.config.matches
+                        && c.config.tls.is_some() == old.config.tls.is_some()
                 })
             }
             .and_then(|c| c.http.as_ref().map(|h| (Rc::clone(c), Rc::clone(h))));

@@ -104,8 +104,13 @@ mod tests {
         };
         change(&mut redirect);
         let headers = HeaderMap::new();
-        let head =
-            Head { method: &Method::GET, path_and_query: "/p?q", authority, scheme: "http", headers: &headers };
+        let head = Head {
+            method: &Method::GET,
+            path_and_query: "/p?q",
+            authority,
+            scheme: "http",
+            headers: &headers,
+        };
         assert_eq!(location(&redirect, &PathMatch::Prefix("/".into()), &head), to);
     }
 

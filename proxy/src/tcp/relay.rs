@@ -151,7 +151,11 @@ impl Half {
         }
     }
 
-    fn poll_fill<R: AsyncRead + Unpin>(&mut self, cx: &mut Context<'_>, from: &mut R) -> Poll<io::Result<()>> {
+    fn poll_fill<R: AsyncRead + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut R,
+    ) -> Poll<io::Result<()>> {
         (self.written, self.filled) = (0, 0);
         if self.buffer.is_empty() {
             self.buffer = SPARE.take();

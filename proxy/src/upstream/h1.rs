@@ -14,8 +14,8 @@ use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 
-use crate::http::body::{BodyError, RequestBody};
 use super::send::Opened;
+use crate::http::body::{BodyError, RequestBody};
 use crate::tcp::io::Io;
 
 type Connection = http1::Connection<TokioIo<Io>, RequestBody>;

@@ -12,8 +12,8 @@ use http::{Request, Response};
 use http_body::{Body as _, Frame};
 use tokio_util::task::TaskTracker;
 
-use crate::http::body::{BodyError, RequestBody};
 use super::send::Opened;
+use crate::http::body::{BodyError, RequestBody};
 use crate::tcp::io::Io;
 use crate::xds::listener::hcm::Http2;
 

@@ -29,7 +29,12 @@ impl Outlier {
         let local = signal == Signal::LocalFailure;
         if local && settings.split_external_local {
             self.local_failures += 1;
-            return reached(&mut self.local_failures, settings.consecutive_local, settings.enforcing_local, draw);
+            return reached(
+                &mut self.local_failures,
+                settings.consecutive_local,
+                settings.enforcing_local,
+                draw,
+            );
         }
         let status = match signal {
             Signal::Status(status) => status,
@@ -119,7 +124,12 @@ mod tests {
             max_jitter: Duration::ZERO,
             max_ejection_percent: 50,
             always_eject_one: false,
-            success_rate: SuccessRate { enforcing: 0, minimum_hosts: 5, request_volume: 100, stdev_factor: 1900 },
+            success_rate: SuccessRate {
+                enforcing: 0,
+                minimum_hosts: 5,
+                request_volume: 100,
+                stdev_factor: 1900,
+            },
             failure_percentage: FailurePercentage {
                 enforcing: 0,
                 threshold: 85,

@@ -212,7 +212,8 @@ impl Upstream {
         loop {
             let (dial, mine) = host.pool.dial();
             if mine {
-                let (this, host, name, dial) = (Rc::clone(self), Rc::clone(host), name.clone(), Rc::clone(&dial));
+                let (this, host, name, dial) =
+                    (Rc::clone(self), Rc::clone(host), name.clone(), Rc::clone(&dial));
                 self.shared.tasks.spawn_local(async move {
                     match this.start_h2(&host, &name).await {
                         Ok(connection) => host.pool.put_h2(connection, Instant::now()),
@@ -381,12 +382,13 @@ fn describe(error: &std::io::Error) -> String {
     if let Some(tls) = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()) {
         return format!("TLS_error: {tls}");
     }
-    match error.kind() {
-        std::io::ErrorKind::ConnectionRefused => "delayed connect error: Connection refused".to_owned(),
-        std::io::ErrorKind::HostUnreachable => "delayed connect error: No route to host".to_owned(),
-        std::io::ErrorKind::NetworkUnreachable => "immediate connect error: Network is unreachable".to_owned(),
-        _ => error.to_string(),
-    }
+    let known = [
+        (std::io::ErrorKind::ConnectionRefused, "delayed connect error: Connection refused"),
+        (std::io::ErrorKind::HostUnreachable, "delayed connect error: No route to host"),
+        (std::io::ErrorKind::NetworkUnreachable, "immediate connect error: Network is unreachable"),
+    ];
+    let words = known.iter().find(|(kind, _)| *kind == error.kind());
+    words.map_or_else(|| error.to_string(), |(_, words)| (*words).to_owned())
 }
 
 fn h1_request(outgoing: Outgoing) -> Request<RequestBody> {

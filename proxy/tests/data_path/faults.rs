@@ -42,7 +42,8 @@ async fn a_retry_finds_another_endpoint() {
     let (listener, bad) = listen().await;
     drop(listener);
     let retry = ", retry_policy: {retry_on: connect-failure, num_retries: 3, retry_host_predicate: [{name: envoy.retry_host_predicates.previous_hosts, typed_config: {\"@type\": type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate}}], host_selection_retry_max_attempts: 5}";
-    let text = bootstrap(&route(retry), "", &cluster("up", &[bad, good.address], "    lb_policy: ROUND_ROBIN"));
+    let text =
+        bootstrap(&route(retry), "", &cluster("up", &[bad, good.address], "    lb_policy: ROUND_ROBIN"));
     let proxy = Running::start(&text).await;
     for n in 0..6 {
         let request = Request::post("/").header("host", "h").body(Full::new(Bytes::from("again"))).unwrap();

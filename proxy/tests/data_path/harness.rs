@@ -53,7 +53,10 @@ impl Running {
     /// Ends the proxy, which must not take long.
     pub(crate) async fn end(self) {
         self.stop.cancel();
-        tokio::time::timeout(std::time::Duration::from_secs(20), self.task).await.expect("ends in time").unwrap();
+        tokio::time::timeout(std::time::Duration::from_secs(20), self.task)
+            .await
+            .expect("ends in time")
+            .unwrap();
     }
 }
 

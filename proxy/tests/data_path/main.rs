@@ -1,4 +1,10 @@
 //! The data path in one process: client, proxy, backend, over loopback.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "what fails in a helper fails the test that called it"
+)]
 
 mod backend;
 mod faults;

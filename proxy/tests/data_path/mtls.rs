@@ -103,7 +103,14 @@ static_resources:
 }
 
 /// The client's proxy: plain in, mutual TLS out, as `account`; it expects the server to be `expected`.
-async fn outbound(ca: &Authority, server: SocketAddr, account: &str, expected: &str, alpn: &str, http: &str) -> Running {
+async fn outbound(
+    ca: &Authority,
+    server: SocketAddr,
+    account: &str,
+    expected: &str,
+    alpn: &str,
+    http: &str,
+) -> Running {
     let tls = common(&ca.leaf(account), &ca.root(), &format!("{{exact: \"{}\"}}", id(expected)), alpn);
     let text = format!(
         r#"
@@ -164,7 +171,8 @@ async fn call(account: &str, expected: &str, path: &str) -> (Got, String, String
     let ca = Authority::new();
     let backend = Backend::start("app").await;
     let b = inbound(&ca, backend.address, "[h2, http/1.1]").await;
-    let a = outbound(&ca, b.address(), account, expected, "[istio-http/1.1, istio]", "http_protocol_options").await;
+    let a = outbound(&ca, b.address(), account, expected, "[istio-http/1.1, istio]", "http_protocol_options")
+        .await;
     let got = get(a.address(), path, &[("x-envoy-peer-metadata", "forged")]).await;
     let metrics = (a.metrics().await, b.metrics().await);
     a.end().await;
@@ -266,7 +274,8 @@ async fn http_2_goes_between_the_proxies() {
     let ca = Authority::new();
     let backend = Backend::start("app").await;
     let b = inbound(&ca, backend.address, "[h2, http/1.1]").await;
-    let a = outbound(&ca, b.address(), "friend", "server", "[istio-h2, istio, h2]", "http2_protocol_options").await;
+    let a = outbound(&ca, b.address(), "friend", "server", "[istio-h2, istio, h2]", "http2_protocol_options")
+        .await;
     for _ in 0..3 {
         assert_eq!(get(a.address(), "/open", &[]).await.status, 200);
     }

@@ -16,7 +16,8 @@ const H2: &str = "    typed_extension_protocol_options:\n      envoy.extensions.
 async fn a_request_goes_through_with_its_headers_put_right() {
     let backend = Backend::start("a").await;
     let proxy = Running::start(&bootstrap(TO_UP, "", &cluster("up", &[backend.address], ""))).await;
-    let headers = [("x-mine", "1"), ("connection", "x-hop, keep-alive"), ("x-hop", "1"), ("x-envoy-retry-on", "5xx")];
+    let headers =
+        [("x-mine", "1"), ("connection", "x-hop, keep-alive"), ("x-hop", "1"), ("x-envoy-retry-on", "5xx")];
     let got = get(proxy.address(), "/a/b?c=d", &headers).await;
     assert_eq!((got.status, got.text().as_str()), (200, "hello from a"));
     assert_eq!(got.header("x-path"), "/a/b?c=d");
@@ -42,12 +43,16 @@ async fn all_versions_meet_all_versions() {
     for extra in ["", H2] {
         let proxy = Running::start(&bootstrap(TO_UP, "", &cluster("up", &[backend.address], extra))).await;
         let post = |uri: &str| {
-            Request::post(uri).header("host", "h.local").body(Full::new(Bytes::from(vec![7; 300_000]))).unwrap()
+            Request::post(uri)
+                .header("host", "h.local")
+                .body(Full::new(Bytes::from(vec![7; 300_000])))
+                .unwrap()
         };
         let got = send(proxy.address(), post("/x")).await;
         assert_eq!((got.status, got.body.len()), (200, 300_000));
         let mut requests = vec![request("http://h2.local/y", &[])];
-        requests.push(Request::post("http://h2.local/z").body(Full::new(Bytes::from(vec![7; 300_000]))).unwrap());
+        requests
+            .push(Request::post("http://h2.local/z").body(Full::new(Bytes::from(vec![7; 300_000]))).unwrap());
         let got = send_h2(proxy.address(), requests).await;
         assert_eq!(got[0].text(), "hello from a");
         let seen = [got[0].header("x-authority"), got[0].header("x-got-host")].concat();
@@ -129,7 +134,6 @@ async fn malformed_requests_are_refused() {
         ("GET / HTTP/1.0\r\nhost: a\r\n\r\n", "426"),
         ("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\ncontent-length: 4\r\n\r\nabc", "400"),
         ("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: xchunked\r\n\r\nabc", "400"),
-        ("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", "400"),
         ("GET / HTTP/1.1\r\nhost: a\r\nx: a\0b\r\n\r\n", "400"),
         ("GET / HTTP/1.1\r\nhost : a\r\n\r\n", "400"),
         ("GET / HTTP/1.1\r\nhost: a/b\r\n\r\n", "400"),
@@ -141,6 +145,10 @@ async fn malformed_requests_are_refused() {
         assert!(refused, "{bytes:?}: {answer}");
     }
     assert_eq!(backend.hits(), 0);
+    // two framings: the codec goes by the chunks alone (RFC 9112, section 6.3), and sends on nothing else
+    let both = "POST / HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: 40\r\ntransfer-encoding: chunked\r\n\r\n";
+    let answer = raw(proxy.address(), &format!("{both}0\r\n\r\n")).await;
+    assert!(answer.starts_with("HTTP/1.1 200") && !answer.contains("x-got-content-length"), "{answer}");
     let got = get(proxy.address(), "//a/./b/../%61dmin?x=//", &[]).await;
     assert_eq!(got.header("x-path"), "/a/admin?x=//");
     proxy.end().await;
