@@ -237,3 +237,39 @@ async fn a_request_under_way_ends_before_the_proxy_does() {
     let ((), answer) = tokio::join!(ending, finishing);
     assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("abcd"), "{answer}");
 }
+
+#[tokio::test]
+async fn each_request_leaves_one_line_in_the_access_log() {
+    let backend = Backend::start("a").await;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("access.log");
+    let format = "[%START_TIME%] \\\"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%\\\" %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %BYTES_RECEIVED% %BYTES_SENT% \\\"%REQ(:AUTHORITY)%\\\" \\\"%UPSTREAM_HOST%\\\" %UPSTREAM_CLUSTER_RAW% %ROUTE_NAME%\\n";
+    let hcm = format!(
+        "          access_log: [{{name: f, typed_config: {{\"@type\": type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog, path: {}, log_format: {{text_format_source: {{inline_string: \"{format}\"}}}}}}}}]",
+        path.display()
+    );
+    let routes = "              - {name: known, match: {prefix: \"/yes\"}, route: {cluster: up}}";
+    let proxy = Running::start(&bootstrap(routes, &hcm, &cluster("up", &[backend.address], ""))).await;
+    let post =
+        Request::post("/yes?x").header("host", "log.local").body(Full::new(Bytes::from("four"))).unwrap();
+    assert_eq!(send(proxy.address(), post).await.status, 200);
+    assert_eq!(get(proxy.address(), "/no", &[]).await.status, 404);
+    proxy.end().await;
+    let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(10);
+    let lines = loop {
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        if text.lines().count() == 2 || tokio::time::Instant::now() > deadline {
+            break text;
+        }
+        tokio::task::yield_now().await;
+    };
+    let lines: Vec<&str> = lines.lines().map(|l| l.split_once("] ").unwrap().1).collect();
+    let host = backend.address;
+    assert_eq!(
+        lines,
+        [
+            format!("\"POST /yes?x HTTP/1.1\" 200 - via_upstream 4 4 \"log.local\" \"{host}\" up known"),
+            "\"GET /no HTTP/1.1\" 404 NR route_not_found 0 0 \"test.local\" \"-\" - -".to_owned(),
+        ]
+    );
+}
