@@ -5,12 +5,15 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use bytes::Bytes;
+use ca::tls::{
+    Anchors, ClientTls, ExpectedIdentities, MinVersion, NameKind, NameMatch, NameMatcher, Own, Trust, Verify,
+};
 use http::{Method, Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use istiod::api::types::Problem;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject};
+use rustls::pki_types::ServerName;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::TcpStream;
@@ -19,6 +22,9 @@ use crate::cli::Server;
 
 /// A connection is given up after this time without an answer, on top of what a call may wait on purpose.
 const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Identity of the control plane, in whatever trust domain it has.
+const CONTROL_PLANE: &str = "spiffe://[^/]+/ns/istio-system/sa/istiod";
 
 /// Characters that need no escape in a path segment (RFC 3986, section 3.3).
 const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
@@ -41,7 +47,7 @@ impl Client {
         let base: Uri = server.server.parse().with_context(|| format!("`{}` is not a URL", server.server))?;
         let tls = match base.scheme_str() {
             Some("http") => None,
-            Some("https") => Some(tls(server)?),
+            Some("https") => Some(tls(server, base.host().unwrap_or_default())?),
             _ => bail!("`{}`: write http://HOST:PORT or https://HOST:PORT", server.server),
         };
         let token = match (&server.token, &server.token_file) {
@@ -181,20 +187,22 @@ where
     }
 }
 
-fn tls(server: &Server) -> anyhow::Result<Arc<rustls::ClientConfig>> {
+/// TLS towards a member: it shows the control plane's SPIFFE identity and no host name; what stands in front of
+/// members may show the host's.
+fn tls(server: &Server, host: &str) -> anyhow::Result<Arc<rustls::ClientConfig>> {
     let file =
         server.ca.as_ref().context("https needs --ca FILE (ISTIOCTL_CA) with the certificate to trust")?;
     let pem = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let mut roots = rustls::RootCertStore::empty();
-    for certificate in CertificateDer::pem_slice_iter(&pem) {
-        roots.add(certificate.with_context(|| format!("{} is not PEM", file.display()))?)?;
-    }
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(Arc::new(config))
+    let roots = Anchors::from_pem(&pem).with_context(|| format!("{} has no certificates", file.display()))?;
+    let control_plane = NameMatcher {
+        kind: NameKind::Uri,
+        rule: NameMatch::regex(CONTROL_PLANE).context("the pattern of the control plane's identity")?,
+        ignore_case: false,
+    };
+    let expected = ExpectedIdentities::Names(vec![control_plane, NameMatcher::dns(host)]);
+    let verify = Verify::Peer { trust: Trust::Fixed(Arc::new(roots)), expected };
+    let client = ClientTls { own: Own::Nothing, verify, alpn: Vec::new(), min_version: MinVersion::Tls12 };
+    Ok(client.build()?)
 }
 
 /// What the server refused, with each mistake on a line of its own.
