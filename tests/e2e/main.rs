@@ -2,6 +2,7 @@
 
 mod commands;
 mod demo;
+mod member;
 mod refusal;
 mod security;
 mod survival;

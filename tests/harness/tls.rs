@@ -66,11 +66,24 @@ impl Authority {
     /// When keys cannot be made.
     pub fn new() -> anyhow::Result<Self> {
         let key = KeyPair::generate()?;
-        let mut params = CertificateParams::default();
-        params.distinguished_name.push(rcgen::DnType::OrganizationName, "another");
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let params = authority("root");
         let certificate = params.self_signed(&key)?;
+        Ok(Self {
+            certificate: certificate.pem(),
+            key: key.serialize_pem(),
+            issuer: Issuer::new(params, key),
+        })
+    }
+
+    /// An authority below this one.
+    ///
+    /// # Errors
+    ///
+    /// When keys cannot be made.
+    pub fn below(&self) -> anyhow::Result<Self> {
+        let key = KeyPair::generate()?;
+        let params = authority("below");
+        let certificate = params.signed_by(&key, &self.issuer)?;
         Ok(Self {
             certificate: certificate.pem(),
             key: key.serialize_pem(),
@@ -97,6 +110,14 @@ impl Authority {
             key: PrivateKeyDer::Pkcs8(key.serialize_der().into()),
         })
     }
+}
+
+fn authority(name: &str) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(rcgen::DnType::OrganizationName, name);
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params
 }
 
 /// Sends `GET /` with the host over mTLS as our proxies do, without looking at who answers.
