@@ -153,18 +153,14 @@ pub(super) fn clusters(admin: &Admin, as_json: bool) -> Answer {
     }
     let mut out = String::new();
     for (name, active) in &tables.clusters {
-        for (priority, limits) in [("default", &active.cluster.limits), ("high", &active.cluster.high_limits)]
-        {
-            out.push_str(&format!(
-                "{name}::{priority}_priority::max_connections::{}\n",
-                limits.max_connections
-            ));
-            out.push_str(&format!(
-                "{name}::{priority}_priority::max_pending_requests::{}\n",
-                limits.max_pending
-            ));
-            out.push_str(&format!("{name}::{priority}_priority::max_requests::{}\n", limits.max_requests));
-            out.push_str(&format!("{name}::{priority}_priority::max_retries::{}\n", limits.max_retries));
+        let limits = &active.cluster.limits;
+        for (key, value) in [
+            ("max_connections", limits.max_connections),
+            ("max_pending_requests", limits.max_pending),
+            ("max_requests", limits.max_requests),
+            ("max_retries", limits.max_retries),
+        ] {
+            out.push_str(&format!("{name}::default_priority::{key}::{value}\n"));
         }
         for locality in &active.endpoints.localities {
             for endpoint in &locality.endpoints {

@@ -89,7 +89,10 @@ fn own(tls: &UpstreamTls, resources: &Update) -> Result<Own, Invalid> {
         Some(CertSource::Sds(name)) => match static_secret(name, resources) {
             Some(Secret::Certificate(pem)) => Some(pem),
             _ => {
-                return Err(Invalid::new("tls_certificate_sds_secret_configs", format!("no secret `{name}`")));
+                return Err(Invalid::new(
+                    "tls_certificate_sds_secret_configs",
+                    format!("no secret `{name}`"),
+                ));
             }
         },
     };

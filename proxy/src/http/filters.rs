@@ -54,11 +54,19 @@ pub fn ask(http: &Http, filter: &HttpFilter, per_route: Option<&PerFilter>, call
                     .details("jwt_authn_access_denied{Jwt_verification_fails}"),
             ))
         }
-        (
-            FilterConfig::Router(_) | FilterConfig::Cors | FilterConfig::GrpcWeb | FilterConfig::GrpcStats,
-            _,
-        ) => Pass::On,
+        (FilterConfig::GrpcWeb, _) => grpc_web(call),
+        (FilterConfig::Router(_) | FilterConfig::Cors | FilterConfig::GrpcStats, _) => Pass::On,
     }
+}
+
+/// gRPC-Web is not translated; a server that expects gRPC must not get it as it is.
+fn grpc_web(call: &Call) -> Pass {
+    let kind = call.parts.headers.get(header::CONTENT_TYPE);
+    if !kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc-web")) {
+        return Pass::On;
+    }
+    let local = Local::text(StatusCode::NOT_IMPLEMENTED, "gRPC-Web is not supported by this proxy");
+    Pass::Answer(Box::new(local.details("grpc_web_not_supported")))
 }
 
 fn access(http: &Http, rbac: &Rbac, call: &Call) -> Pass {

@@ -12,7 +12,7 @@ use envoy_types::pb::envoy::config::cluster::v3 as pb;
 use envoy_types::pb::envoy::config::core::v3 as core;
 
 use self::endpoint::ClusterLoadAssignment;
-use self::health::{HealthCheck, OutlierDetection};
+use self::health::OutlierDetection;
 use self::http::{UpstreamHttp, upstream_http};
 use self::lb::{LbCommon, LbPolicy, lb_common, lb_policy};
 use super::decode::{Invalid, Kind, Metadata, Rejected, Under as _, ads_only, json, timeout, u32_or};
@@ -33,14 +33,10 @@ pub struct Cluster {
     pub lb_common: LbCommon,
     /// How long connecting may take.
     pub connect_timeout: Duration,
-    /// Limits for requests of default priority.
+    /// Circuit breakers.
     pub limits: Limits,
-    /// Limits for requests of high priority.
-    pub high_limits: Limits,
     /// Passive health checks.
     pub outlier: Option<OutlierDetection>,
-    /// Active health checks.
-    pub health_checks: Box<[HealthCheck]>,
     /// Which version of HTTP, and how.
     pub http: UpstreamHttp,
     /// Transport for endpoints that fit none of `transport_matches`.
@@ -53,10 +49,6 @@ pub struct Cluster {
     pub keepalive: Option<TcpKeepalive>,
     /// How many bytes of one connection may wait in memory.
     pub buffer_limit: u32,
-    /// Cut connections to endpoints that turn unhealthy.
-    pub close_on_health_failure: bool,
-    /// A pool for each downstream connection.
-    pub pool_per_downstream: bool,
     /// Free-form data.
     pub metadata: Metadata,
 }
@@ -127,8 +119,6 @@ pub struct Limits {
     pub max_retries: u32,
     /// In place of `max_retries`: the share of all requests (percent) that may be retries, and at least how many.
     pub retry_budget: Option<(f64, u32)>,
-    /// Connections to one endpoint.
-    pub max_connections_per_host: u32,
 }
 
 impl Default for Limits {
@@ -139,7 +129,6 @@ impl Default for Limits {
             max_requests: 1024,
             max_retries: 3,
             retry_budget: None,
-            max_connections_per_host: u32::MAX,
         }
     }
 }
@@ -205,12 +194,17 @@ impl TryFrom<pb::Cluster> for Cluster {
 }
 
 fn refuse_unsupported(pb: &pb::Cluster) -> Result<(), Invalid> {
+    let per_host = pb.circuit_breakers.as_ref().is_some_and(|b| !b.per_host_thresholds.is_empty());
     for (set, field) in [
         (pb.transport_socket_matcher.is_some(), "transport_socket_matcher"),
         (pb.lb_subset_config.as_ref().is_some_and(|s| !s.subset_selectors.is_empty()), "lb_subset_config"),
         (!pb.filters.is_empty(), "filters"),
         (pb.upstream_config.is_some(), "upstream_config"),
         (pb.queuing_policies.is_some(), "queuing_policies"),
+        (!pb.health_checks.is_empty(), "health_checks"),
+        (pb.close_connections_on_host_health_failure, "close_connections_on_host_health_failure"),
+        (pb.connection_pool_per_downstream_connection, "connection_pool_per_downstream_connection"),
+        (per_host, "circuit_breakers.per_host_thresholds"),
     ] {
         if set {
             return Err(Invalid::unsupported(field));
@@ -237,11 +231,6 @@ fn cluster(mut pb: pb::Cluster) -> Result<Cluster, Invalid> {
         .enumerate()
         .map(|(i, m)| transport_match(m).at("transport_socket_matches", i))
         .collect::<Result<_, _>>()?;
-    let health_checks = std::mem::take(&mut pb.health_checks)
-        .into_iter()
-        .enumerate()
-        .map(|(i, h)| HealthCheck::new(h).at("health_checks", i))
-        .collect::<Result<_, _>>()?;
     let default = Some(Duration::from_secs(5));
     let connect_timeout = match timeout(pb.connect_timeout, default, "connect_timeout")? {
         Some(t) => t,
@@ -258,23 +247,19 @@ fn cluster(mut pb: pb::Cluster) -> Result<Cluster, Invalid> {
         lb,
         lb_common,
         connect_timeout,
-        limits: limits(&breakers, core::RoutingPriority::Default),
-        high_limits: limits(&breakers, core::RoutingPriority::High),
+        limits: limits(&breakers),
         outlier: pb
             .outlier_detection
             .take()
             .map(OutlierDetection::new)
             .transpose()
             .under("outlier_detection")?,
-        health_checks,
         http: upstream_http(&mut pb)?,
         tls: upstream(pb.transport_socket.take()).under("transport_socket")?,
         transport_matches,
         source_address: source_address(pb.upstream_bind_config.take()).under("upstream_bind_config")?,
         keepalive: pb.upstream_connection_options.and_then(|o| o.tcp_keepalive).map(keepalive),
         buffer_limit: u32_or(pb.per_connection_buffer_limit_bytes, 1 << 20),
-        close_on_health_failure: pb.close_connections_on_host_health_failure,
-        pool_per_downstream: pb.connection_pool_per_downstream_connection,
         metadata: Metadata::new(pb.metadata),
     })
 }
@@ -359,7 +344,8 @@ fn original_dst(pb: &pb::Cluster) -> Result<OriginalDst, Invalid> {
     Ok(OriginalDst { header, port: port.transpose().under(field)? })
 }
 
-fn limits(pb: &pb::CircuitBreakers, priority: core::RoutingPriority) -> Limits {
+fn limits(pb: &pb::CircuitBreakers) -> Limits {
+    let priority = core::RoutingPriority::Default;
     let mut limits = Limits::default();
     if let Some(t) = pb.thresholds.iter().find(|t| t.priority == priority as i32) {
         limits.max_connections = u32_or(t.max_connections, 1024);
@@ -369,9 +355,6 @@ fn limits(pb: &pb::CircuitBreakers, priority: core::RoutingPriority) -> Limits {
         limits.retry_budget = t.retry_budget.as_ref().map(|b| {
             (b.budget_percent.as_ref().map_or(20.0, |p| p.value), u32_or(b.min_retry_concurrency, 3))
         });
-    }
-    if let Some(t) = pb.per_host_thresholds.iter().find(|t| t.priority == priority as i32) {
-        limits.max_connections_per_host = u32_or(t.max_connections, u32::MAX);
     }
     limits
 }

@@ -47,7 +47,7 @@ pub enum FilterConfig {
     JwtAuthn(Arc<JwtAuthn>),
     /// A token bucket.
     LocalRateLimit(Arc<LocalRateLimit>),
-    /// gRPC-Web to gRPC and back.
+    /// Between gRPC-Web and gRPC: not translated here, so gRPC-Web requests are answered with 501.
     GrpcWeb,
     /// Counts gRPC messages.
     GrpcStats,
@@ -58,8 +58,6 @@ pub enum FilterConfig {
 pub struct Router {
     /// Leave out `x-envoy-*` headers.
     pub suppress_envoy_headers: bool,
-    /// Believe `x-envoy-expected-rq-timeout-ms` of the client.
-    pub respect_expected_timeout: bool,
 }
 
 /// Injected faults.
@@ -233,14 +231,14 @@ fn router(pb: pb::router::v3::Router) -> Result<Router, Invalid> {
     if !pb.upstream_log.is_empty() {
         return Err(Invalid::unsupported("upstream_log"));
     }
+    if pb.respect_expected_rq_timeout {
+        return Err(Invalid::unsupported("respect_expected_rq_timeout"));
+    }
     let codec = "envoy.filters.http.upstream_codec";
     if pb.upstream_http_filters.iter().any(|f| f.name != codec) {
         return Err(Invalid::unsupported("upstream_http_filters"));
     }
-    Ok(Router {
-        suppress_envoy_headers: pb.suppress_envoy_headers,
-        respect_expected_timeout: pb.respect_expected_rq_timeout,
-    })
+    Ok(Router { suppress_envoy_headers: pb.suppress_envoy_headers })
 }
 
 fn fault(pb: pb::fault::v3::HttpFault) -> Result<Fault, Invalid> {

@@ -1,13 +1,11 @@
-//! Health checks of a cluster, passive and active.
+//! Passive health checks of a cluster.
 
 use std::time::Duration;
 
 use envoy_types::pb::envoy::config::cluster::v3 as pb;
-use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::google::protobuf::UInt32Value;
 
-use crate::xds::decode::{Invalid, Under as _, bool_or, opt_duration, u32_or};
-use crate::xds::mutation::HeaderOps;
+use crate::xds::decode::{Invalid, bool_or, opt_duration, u32_or};
 
 /// Passive health checks: endpoints that fail are left out for a while. Percentages are 0 to 100.
 #[derive(Debug, Clone, PartialEq)]
@@ -123,144 +121,5 @@ impl OutlierDetection {
                 request_volume: u32_or(pb.failure_percentage_request_volume, 50),
             },
         })
-    }
-}
-
-/// An active health check.
-#[derive(Debug, Clone)]
-pub struct HealthCheck {
-    /// What is asked.
-    pub probe: Probe,
-    /// How long an answer may take.
-    pub timeout: Duration,
-    /// Between two checks.
-    pub interval: Duration,
-    /// Bad answers in a row until an endpoint is unhealthy.
-    pub unhealthy_threshold: u32,
-    /// Good answers in a row until it is healthy again.
-    pub healthy_threshold: u32,
-    /// Another port than the endpoint's own.
-    pub port: Option<u16>,
-}
-
-/// What is asked.
-#[derive(Debug, Clone)]
-pub enum Probe {
-    /// A request.
-    Http {
-        /// Its authority; `None`: the cluster's name.
-        host: Option<Box<str>>,
-        /// Its path.
-        path: Box<str>,
-        /// Good statuses, from (inclusive) to (exclusive); empty: 200.
-        expected: Box<[(i64, i64)]>,
-        /// Headers of the request.
-        headers: HeaderOps,
-        /// Over HTTP/2.
-        http2: bool,
-    },
-    /// A connection, and bytes.
-    Tcp {
-        /// What is sent.
-        send: Box<[u8]>,
-        /// What must come back, in this order.
-        receive: Box<[Box<[u8]>]>,
-    },
-    /// The gRPC health protocol.
-    Grpc {
-        /// The service asked about.
-        service: Box<str>,
-        /// The authority.
-        authority: Option<Box<str>>,
-    },
-}
-
-impl HealthCheck {
-    pub(super) fn new(pb: core::HealthCheck) -> Result<Self, Invalid> {
-        use core::health_check::HealthChecker as Pb;
-        for (set, field) in [
-            (pb.tls_options.is_some(), "tls_options"),
-            (pb.transport_socket_match_criteria.is_some(), "transport_socket_match_criteria"),
-            (pb.event_service.is_some(), "event_service"),
-        ] {
-            if set {
-                return Err(Invalid::unsupported(field));
-            }
-        }
-        let time = |d, field: &str| match opt_duration(d, field)? {
-            Some(d) if !d.is_zero() => Ok(d),
-            _ => Err(Invalid::new(field, "must be more than 0")),
-        };
-        let count = |n: Option<UInt32Value>, field: &str| {
-            n.map(|n| n.value).filter(|n| *n > 0).ok_or_else(|| Invalid::new(field, "must be 1 or more"))
-        };
-        let probe = match pb.health_checker {
-            None => return Err(Invalid::missing("health_checker")),
-            Some(Pb::CustomHealthCheck(_)) => return Err(Invalid::unsupported("custom_health_check")),
-            Some(Pb::HttpHealthCheck(h)) => http(h).under("http_health_check")?,
-            Some(Pb::TcpHealthCheck(t)) => Probe::Tcp {
-                send: t.send.map(payload).transpose().under("tcp_health_check.send")?.unwrap_or_default(),
-                receive: t
-                    .receive
-                    .into_iter()
-                    .map(payload)
-                    .collect::<Result<_, _>>()
-                    .under("tcp_health_check.receive")?,
-            },
-            Some(Pb::GrpcHealthCheck(g)) => Probe::Grpc {
-                service: g.service_name.into(),
-                authority: (!g.authority.is_empty()).then(|| g.authority.into()),
-            },
-        };
-        let port = pb.alt_port.map(|p| crate::xds::decode::port(p.value, "alt_port")).transpose()?;
-        Ok(Self {
-            probe,
-            timeout: time(pb.timeout, "timeout")?,
-            interval: time(pb.interval, "interval")?,
-            unhealthy_threshold: count(pb.unhealthy_threshold, "unhealthy_threshold")?,
-            healthy_threshold: count(pb.healthy_threshold, "healthy_threshold")?,
-            port,
-        })
-    }
-}
-
-fn http(pb: core::health_check::HttpHealthCheck) -> Result<Probe, Invalid> {
-    if pb.path.is_empty() {
-        return Err(Invalid::missing("path"));
-    }
-    if pb.send.is_some() || !pb.receive.is_empty() || !pb.retriable_statuses.is_empty() {
-        return Err(Invalid::unsupported("send"));
-    }
-    if pb.service_name_matcher.is_some() || pb.method != 0 {
-        return Err(Invalid::unsupported("method"));
-    }
-    Ok(Probe::Http {
-        host: (!pb.host.is_empty()).then(|| pb.host.into()),
-        path: pb.path.into(),
-        expected: pb.expected_statuses.iter().map(|r| (r.start, r.end)).collect(),
-        headers: HeaderOps::new(pb.request_headers_to_add, &pb.request_headers_to_remove, "request")?,
-        http2: pb.codec_client_type == 1,
-    })
-}
-
-fn payload(pb: core::health_check::Payload) -> Result<Box<[u8]>, Invalid> {
-    use core::health_check::payload::Payload as Pb;
-    match pb.payload {
-        None => Err(Invalid::missing("payload")),
-        Some(Pb::Binary(b)) => Ok(b.into()),
-        // Hexadecimal, as in Envoy.
-        Some(Pb::Text(text)) => {
-            let digits: Option<Vec<u32>> = text.chars().map(|c| c.to_digit(16)).collect();
-            let digits = digits.filter(|d| !d.is_empty() && d.len() % 2 == 0);
-            let digits =
-                digits.ok_or_else(|| Invalid::new("text", format!("`{text}` is not hexadecimal")))?;
-            Ok(digits
-                .chunks_exact(2)
-                .filter_map(|pair| match pair {
-                    [high, low] => u8::try_from(high * 16 + low).ok(),
-                    _ => None,
-                })
-                .collect())
-        }
     }
 }

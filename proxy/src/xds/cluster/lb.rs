@@ -43,7 +43,8 @@ pub enum LbPolicy {
     ClusterProvided,
 }
 
-/// New endpoints start with less than their share.
+/// New endpoints start with less than their share. Read and kept, but not carried out: here they get all of it at
+/// once, which spares nobody a cold start and misleads nobody either.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SlowStart {
     /// For how long.
@@ -63,21 +64,11 @@ pub struct LbCommon {
     pub locality_weighted: bool,
     /// Hash host names, not addresses.
     pub hash_hostname: bool,
-    /// With hashing: no endpoint gets more than this share (percent) of the average load.
-    pub hash_balance_factor: Option<u32>,
-    /// Cut connections when endpoints change.
-    pub close_on_host_set_change: bool,
 }
 
 impl Default for LbCommon {
     fn default() -> Self {
-        Self {
-            panic_threshold: 50.0,
-            locality_weighted: false,
-            hash_hostname: false,
-            hash_balance_factor: None,
-            close_on_host_set_change: false,
-        }
+        Self { panic_threshold: 50.0, locality_weighted: false, hash_hostname: false }
     }
 }
 
@@ -213,11 +204,15 @@ pub(super) fn lb_common(pb: Option<pb::cluster::CommonLbConfig>) -> Result<LbCom
     let locality_weighted =
         matches!(pb.locality_config_specifier, Some(Locality::LocalityWeightedLbConfig(_)));
     let hashing = pb.consistent_hashing_lb_config.unwrap_or_default();
+    if u32_or(hashing.hash_balance_factor, 0) > 0 {
+        return Err(Invalid::unsupported("consistent_hashing_lb_config.hash_balance_factor"));
+    }
+    if pb.close_connections_on_host_set_change {
+        return Err(Invalid::unsupported("close_connections_on_host_set_change"));
+    }
     Ok(LbCommon {
         panic_threshold: pb.healthy_panic_threshold.map_or(50.0, |p| p.value),
         locality_weighted,
         hash_hostname: hashing.use_hostname_for_hashing,
-        hash_balance_factor: hashing.hash_balance_factor.map(|n| n.value).filter(|n| *n > 0),
-        close_on_host_set_change: pb.close_connections_on_host_set_change,
     })
 }

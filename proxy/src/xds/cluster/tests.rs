@@ -124,8 +124,8 @@ fn refused_clusters_name_the_field() {
         ("lb_subset_config: {subset_selectors: [{keys: [v]}]}", "lb_subset_config: not supported"),
         ("outlier_detection: {max_ejection_percent: 101}", "outlier_detection.max_ejection_percent: 101"),
         (
-            "health_checks: [{timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 0, tcp_health_check: {}}]",
-            "health_checks[0].healthy_threshold",
+            "health_checks: [{timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: {}}]",
+            "health_checks: not supported",
         ),
         (
             r#"transport_socket: {name: x, typed_config: {"@type": type.googleapis.com/envoy.config.core.v3.Locality}}"#,

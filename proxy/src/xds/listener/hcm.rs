@@ -62,8 +62,6 @@ pub struct HttpConnectionManager {
     pub http1: Http1,
     /// HTTP/2 settings.
     pub http2: Http2,
-    /// Send `100 Continue` of the server on, instead of answering it here.
-    pub proxy_100_continue: bool,
     /// The scheme that requests get, whatever they came over.
     pub scheme_overwrite: Option<http::uri::Scheme>,
     /// Write `x-forwarded-port`.
@@ -211,8 +209,6 @@ pub struct Timeouts {
     pub request_headers: Option<Duration>,
     /// The life of a connection.
     pub max_connection_duration: Option<Duration>,
-    /// The life of a stream.
-    pub max_stream_duration: Option<Duration>,
     /// Between the two GOAWAYs of a draining HTTP/2 connection.
     pub drain: Duration,
     /// Between our last byte and closing.
@@ -252,8 +248,6 @@ pub struct Http2 {
     pub initial_stream_window: u32,
     /// Flow-control window of a connection, in bytes.
     pub initial_connection_window: u32,
-    /// Allow extended CONNECT (RFC 8441).
-    pub allow_connect: bool,
     /// Pings: how often, and how long for an answer.
     pub keepalive: Option<(Duration, Duration)>,
 }
@@ -264,7 +258,6 @@ impl Default for Http2 {
             max_concurrent_streams: 1024,
             initial_stream_window: 16 << 20,
             initial_connection_window: 24 << 20,
-            allow_connect: false,
             keepalive: None,
         }
     }
@@ -342,7 +335,6 @@ impl HttpConnectionManager {
                 .transpose()
                 .under("http2_protocol_options")?
                 .unwrap_or_default(),
-            proxy_100_continue: pb.proxy_100_continue,
             scheme_overwrite: scheme(pb.scheme_header_transformation)?,
             append_x_forwarded_port: pb.append_x_forwarded_port,
             upgrades: upgrades(pb.upgrade_configs)?,
@@ -355,9 +347,13 @@ impl HttpConnectionManager {
 }
 
 fn refuse_unsupported(pb: &pb::HttpConnectionManager) -> Result<(), Invalid> {
+    // `proxy_100_continue` asks to leave the 100 to the server: the HTTP library answers it when the body is first
+    // asked for, which is when the server has taken the request.
     // Tracing without a provider changes nothing but headers; with one, spans would be missed.
     let tracing = pb.tracing.as_ref().is_some_and(|t| t.provider.is_some());
     let local_reply = pb.local_reply_config.as_ref();
+    let stream_duration = pb.common_http_protocol_options.as_ref().and_then(|o| o.max_stream_duration);
+    let stream_duration = stream_duration.is_some_and(|d| d.seconds != 0 || d.nanos != 0);
     for (set, field) in [
         (tracing, "tracing.provider"),
         (local_reply.is_some_and(|l| !l.mappers.is_empty() || l.body_format.is_some()), "local_reply_config"),
@@ -369,6 +365,7 @@ fn refuse_unsupported(pb: &pb::HttpConnectionManager) -> Result<(), Invalid> {
         (pb.path_normalization_options.is_some(), "path_normalization_options"),
         (pb.forward_proto_config.is_some(), "forward_proto_config"),
         (bool_or(pb.add_user_agent, false), "add_user_agent"),
+        (stream_duration, "common_http_protocol_options.max_stream_duration"),
     ] {
         if set {
             return Err(Invalid::unsupported(field));
@@ -450,7 +447,6 @@ fn timeouts(pb: &pb::HttpConnectionManager, common: &core::HttpProtocolOptions) 
         request_headers: timeout(pb.request_headers_timeout, None, "request_headers_timeout")?,
         max_connection_duration: timeout(common.max_connection_duration, None, "max_connection_duration")
             .under(field)?,
-        max_stream_duration: timeout(common.max_stream_duration, None, "max_stream_duration").under(field)?,
         drain: opt_duration(pb.drain_timeout, "drain_timeout")?.unwrap_or(Duration::from_secs(5)),
         delayed_close: timeout(pb.delayed_close_timeout, secs(1), "delayed_close_timeout")?,
     })
@@ -532,6 +528,9 @@ pub fn http1(pb: core::Http1ProtocolOptions) -> Result<Http1, Invalid> {
 ///
 /// Settings this proxy does not carry out, or windows outside of RFC 9113, section 6.9.2.
 pub fn http2(pb: core::Http2ProtocolOptions) -> Result<Http2, Invalid> {
+    if pb.allow_connect {
+        return Err(Invalid::unsupported("allow_connect"));
+    }
     if pb.allow_metadata {
         return Err(Invalid::unsupported("allow_metadata"));
     }
@@ -567,7 +566,6 @@ pub fn http2(pb: core::Http2ProtocolOptions) -> Result<Http2, Invalid> {
             default.initial_connection_window,
             "initial_connection_window_size",
         )?,
-        allow_connect: pb.allow_connect,
         keepalive,
     })
 }

@@ -46,8 +46,6 @@ pub struct Forward {
     pub idle_timeout: Option<Duration>,
     /// The longest timeout that a `grpc-timeout` header may ask for, and what is taken off it.
     pub grpc_timeout: Option<GrpcTimeout>,
-    /// The longest a stream may live, whatever it does.
-    pub max_stream_duration: Option<Duration>,
     /// When it is tried again.
     pub retry: Option<Arc<RetryPolicy>>,
     /// The path that is sent on.
@@ -62,8 +60,6 @@ pub struct Forward {
     pub hash: Box<[HashPolicy]>,
     /// Upgrades that this route allows or forbids, on top of the connection manager's.
     pub upgrades: Box<[(Box<str>, bool)]>,
-    /// High priority has its own circuit breakers.
-    pub high_priority: bool,
 }
 
 /// A bound on the timeout a gRPC client asks for.
@@ -259,6 +255,7 @@ fn refuse_unsupported(pb: &pb::RouteAction) -> Result<(), Invalid> {
         (!pb.rate_limits.is_empty(), "rate_limits"),
         (pb.internal_redirect_policy.is_some() || redirects, "internal_redirect_policy"),
         (pb.hedge_policy.is_some(), "hedge_policy"),
+        (pb.priority != 0, "priority"),
     ] {
         if set {
             return Err(Invalid::unsupported(field));
@@ -282,7 +279,7 @@ fn forward(
             return Err(Invalid::new("cluster_not_found_response_code", format!("unknown value {other}")));
         }
     };
-    let (max_stream_duration, grpc_timeout) = stream_durations(&pb)?;
+    let grpc_timeout = grpc_timeout(&pb)?;
     let path_rewrite = path_rewrite(pb.prefix_rewrite, pb.regex_rewrite, pb.path_rewrite)?;
     let own_mirrors = mirrors(pb.request_mirror_policies, clusters)?;
     let retry = match pb.retry_policy {
@@ -311,7 +308,6 @@ fn forward(
         timeout: timeout(pb.timeout, Some(DEFAULT_TIMEOUT), "timeout")?,
         idle_timeout: opt_duration(pb.idle_timeout, "idle_timeout")?,
         grpc_timeout,
-        max_stream_duration,
         retry,
         path_rewrite,
         host_rewrite: host_rewrite(pb.host_rewrite_specifier)?,
@@ -319,14 +315,13 @@ fn forward(
         mirrors: if own_mirrors.is_empty() { above.mirrors.clone() } else { own_mirrors },
         hash,
         upgrades,
-        high_priority: pb.priority == 1,
     })
 }
 
-fn stream_durations(pb: &pb::RouteAction) -> Result<(Option<Duration>, Option<GrpcTimeout>), Invalid> {
+fn grpc_timeout(pb: &pb::RouteAction) -> Result<Option<GrpcTimeout>, Invalid> {
     #[expect(deprecated, reason = "older servers still send them")]
     let (old_max, old_offset) = (pb.max_grpc_timeout, pb.grpc_timeout_offset);
-    let (mut stream, mut grpc) = (None, None);
+    let mut grpc = None;
     if let Some(max) = old_max {
         let max = timeout(Some(max), None, "max_grpc_timeout")?;
         grpc = Some(GrpcTimeout {
@@ -336,7 +331,9 @@ fn stream_durations(pb: &pb::RouteAction) -> Result<(Option<Duration>, Option<Gr
     }
     if let Some(d) = &pb.max_stream_duration {
         let field = "max_stream_duration";
-        stream = timeout(d.max_stream_duration, None, "max_stream_duration").under(field)?;
+        if timeout(d.max_stream_duration, None, "max_stream_duration").under(field)?.is_some() {
+            return Err(Invalid::unsupported("max_stream_duration.max_stream_duration"));
+        }
         if let Some(max) = d.grpc_timeout_header_max {
             let max = timeout(Some(max), None, "grpc_timeout_header_max").under(field)?;
             let offset =
@@ -344,7 +341,7 @@ fn stream_durations(pb: &pb::RouteAction) -> Result<(Option<Duration>, Option<Gr
             grpc = Some(GrpcTimeout { max, offset: offset.unwrap_or_default() });
         }
     }
-    Ok((stream, grpc))
+    Ok(grpc)
 }
 
 fn path_rewrite(

@@ -107,16 +107,12 @@ pub struct RetryPolicy {
     pub num_retries: u32,
     /// How long one attempt may take; `None`: as long as the whole request.
     pub per_try_timeout: Option<Duration>,
-    /// How long one attempt may be silent.
-    pub per_try_idle_timeout: Option<Duration>,
     /// The first pause; it doubles each time, and a random share of it is waited.
     pub base_interval: Duration,
     /// The longest pause.
     pub max_interval: Duration,
     /// Do not pick a host that was tried already, if there is another.
     pub avoid_previous_hosts: bool,
-    /// Prefer other priorities than those tried, after this many attempts.
-    pub previous_priorities: Option<u32>,
     /// How often a host is picked anew to fulfil the above.
     pub host_selection_attempts: u32,
 }
@@ -130,6 +126,11 @@ impl RetryPolicy {
     pub fn new(pb: pb::RetryPolicy) -> Result<Self, Invalid> {
         if pb.rate_limited_retry_back_off.is_some() {
             return Err(Invalid::unsupported("rate_limited_retry_back_off"));
+        }
+        // `retry_priority` says which localities a retry prefers. It goes by health alone here, and a host that
+        // failed is left out by `retry_host_predicate`.
+        if pb.per_try_idle_timeout.is_some() {
+            return Err(Invalid::unsupported("per_try_idle_timeout"));
         }
         if !pb.retry_options_predicates.is_empty() {
             return Err(Invalid::unsupported("retry_options_predicates"));
@@ -161,15 +162,9 @@ impl RetryPolicy {
             request_headers: headers(pb.retriable_request_headers, "retriable_request_headers")?,
             num_retries: u32_or(pb.num_retries, 1),
             per_try_timeout: timeout(pb.per_try_timeout, None, "per_try_timeout")?,
-            per_try_idle_timeout: timeout(pb.per_try_idle_timeout, None, "per_try_idle_timeout")?,
             base_interval,
             max_interval,
             avoid_previous_hosts,
-            previous_priorities: pb
-                .retry_priority
-                .map(previous_priorities)
-                .transpose()
-                .under("retry_priority")?,
             host_selection_attempts: u32::try_from(pb.host_selection_retry_max_attempts.max(1))
                 .unwrap_or(u32::MAX),
         })
@@ -188,20 +183,6 @@ fn back_off(pb: pb::retry_policy::RetryBackOff) -> Result<(Duration, Duration), 
         return Err(Invalid::new("max_interval", "is below base_interval"));
     }
     Ok((base, max))
-}
-
-fn previous_priorities(pb: pb::retry_policy::RetryPriority) -> Result<u32, Invalid> {
-    use envoy_types::pb::envoy::extensions::retry::priority::previous_priorities::v3::PreviousPrioritiesConfig;
-    match pb.config_type {
-        Some(pb::retry_policy::retry_priority::ConfigType::TypedConfig(any)) => {
-            let config: PreviousPrioritiesConfig = crate::xds::decode::unpack(&any).under("typed_config")?;
-            u32::try_from(config.update_frequency)
-                .ok()
-                .filter(|n| *n > 0)
-                .ok_or_else(|| Invalid::new("typed_config.update_frequency", "must be more than 0"))
-        }
-        None => Err(Invalid::missing("typed_config")),
-    }
 }
 
 #[cfg(test)]
