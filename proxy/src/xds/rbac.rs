@@ -45,6 +45,46 @@ pub struct Policy {
     pub principals: Box<[Principal]>,
 }
 
+impl Policy {
+    /// Whether it cannot be answered for a plain connection.
+    fn asks_for_a_request(&self) -> bool {
+        self.permissions.iter().any(Permission::asks_for_a_request)
+            || self.principals.iter().any(Principal::asks_for_a_request)
+    }
+}
+
+impl Permission {
+    fn asks_for_a_request(&self) -> bool {
+        match self {
+            Self::And(all) | Self::Or(all) => all.iter().any(Self::asks_for_a_request),
+            Self::Not(inner) => inner.asks_for_a_request(),
+            Self::Header(_) | Self::UrlPath(_) => true,
+            Self::Any(_)
+            | Self::DestinationIp(_)
+            | Self::DestinationPort(_)
+            | Self::DestinationPorts(..)
+            | Self::RequestedServerName(_)
+            | Self::Metadata(_) => false,
+        }
+    }
+}
+
+impl Principal {
+    fn asks_for_a_request(&self) -> bool {
+        match self {
+            Self::And(all) | Self::Or(all) => all.iter().any(Self::asks_for_a_request),
+            Self::Not(inner) => inner.asks_for_a_request(),
+            Self::Header(_) | Self::UrlPath(_) => true,
+            Self::Any(_)
+            | Self::Authenticated(_)
+            | Self::DirectRemoteIp(_)
+            | Self::RemoteIp(_)
+            | Self::Metadata(_)
+            | Self::PeerPrincipal(_) => false,
+        }
+    }
+}
+
 /// What is done.
 #[derive(Debug, Clone)]
 pub enum Permission {
@@ -146,11 +186,18 @@ impl Rbac {
         if pb.enforcement_type != network_pb::rbac::EnforcementType::OneTimeOnFirstByte as i32 {
             return Err(Invalid::unsupported("enforcement_type"));
         }
-        Ok(Self {
+        let this = Self {
             rules: rules(pb.rules).under("rules")?,
             shadow_rules: rules(pb.shadow_rules).under("shadow_rules")?,
             shadow_prefix: pb.shadow_rules_stat_prefix.into(),
-        })
+        };
+        for (rules, field) in [(&this.rules, "rules"), (&this.shadow_rules, "shadow_rules")] {
+            if let Some(policy) = rules.iter().flat_map(|r| &r.policies).find(|p| p.asks_for_a_request()) {
+                let reason = format!("policy `{}` looks at a request, which a connection does not have", policy.name);
+                return Err(Invalid::new(field, reason));
+            }
+        }
+        Ok(this)
     }
 
     /// Whether nothing is asked.
@@ -252,8 +299,8 @@ fn principal(pb: pb::Principal, depth: u8) -> Result<Principal, Invalid> {
             let name = a.principal_name.map(StringMatcher::new).transpose();
             Principal::Authenticated(name.under("authenticated.principal_name")?)
         }
-        // Envoy reads `source_ip` from forwarding headers where it trusts them, as `remote_ip`.
-        Some(Identifier::SourceIp(c)) => Principal::RemoteIp(cidr(&c).under("source_ip")?),
+        // The older name of `direct_remote_ip`: what a request says of its sender must never count here.
+        Some(Identifier::SourceIp(c)) => Principal::DirectRemoteIp(cidr(&c).under("source_ip")?),
         Some(Identifier::RemoteIp(c)) => Principal::RemoteIp(cidr(&c).under("remote_ip")?),
         Some(Identifier::DirectRemoteIp(c)) => Principal::DirectRemoteIp(cidr(&c).under("direct_remote_ip")?),
         Some(Identifier::Header(h)) => Principal::Header(HeaderMatcher::new(h).under("header")?),
@@ -282,5 +329,39 @@ fn url_path(pb: matcher::PathMatcher) -> Result<StringMatcher, Invalid> {
     match pb.rule {
         Some(matcher::path_matcher::Rule::Path(m)) => StringMatcher::new(m).under("url_path.path"),
         None => Err(Invalid::missing("url_path.path")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn network(yaml: &str) -> Result<Rbac, Invalid> {
+        Rbac::network(wire::json::message_from_yaml::<network_pb::Rbac>(yaml).unwrap())
+    }
+
+    #[test]
+    fn a_source_address_is_the_other_end_of_the_connection() {
+        let rbac = network(
+            "{stat_prefix: s, rules: {policies: {p: {permissions: [{any: true}], principals: [{source_ip: {address_prefix: 10.0.0.0, prefix_len: 8}}]}}}}",
+        )
+        .unwrap();
+        let rules = rbac.rules.unwrap();
+        assert!(matches!(&*rules.policies[0].principals, [Principal::DirectRemoteIp(_)]));
+    }
+
+    #[test]
+    fn rules_about_requests_are_refused_for_plain_connections() {
+        for permission in [
+            "{url_path: {path: {exact: /}}}",
+            "{not_rule: {header: {name: x, present_match: true}}}",
+            "{and_rules: {rules: [{any: true}, {header: {name: x, present_match: true}}]}}",
+        ] {
+            let yaml = format!(
+                "{{stat_prefix: s, rules: {{action: DENY, policies: {{p: {{permissions: [{permission}], principals: [{{any: true}}]}}}}}}}}"
+            );
+            let error = network(&yaml).unwrap_err().to_string();
+            assert!(error.contains("policy `p` looks at a request"), "{error}");
+        }
     }
 }

@@ -338,7 +338,6 @@ fn validation(
         (pb.allow_expired_certificate, "allow_expired_certificate"),
         (pb.custom_validator_config.is_some(), "custom_validator_config"),
         (pb.ca_certificate_provider_instance.is_some(), "ca_certificate_provider_instance"),
-        (pb.system_root_certs.is_some(), "system_root_certs"),
         (bool_or(pb.require_signed_certificate_timestamp, false), "require_signed_certificate_timestamp"),
     ] {
         if set {
@@ -364,12 +363,26 @@ fn validation(
     let roots = match (roots, pb.trusted_ca) {
         (Some(roots), _) => roots,
         (None, Some(ca)) => RootSource::Pem(data_source(ca).under("trusted_ca")?.into()),
+        (None, None) if pb.system_root_certs.is_some() => RootSource::Pem(system_roots()?),
         (None, None) => RootSource::None,
     };
     if matches!(roots, RootSource::None) && !sans.is_empty() && !accept_untrusted {
         return Err(Invalid::new("trusted_ca", "must be set when names are matched"));
     }
     Ok(Validation { roots, sans: sans.into(), accept_untrusted })
+}
+
+/// The roots that this machine's administrator believes, where distributions keep them.
+fn system_roots() -> Result<Arc<[u8]>, Invalid> {
+    const FILES: [&str; 4] = [
+        "/etc/ssl/certs/ca-certificates.crt",
+        "/etc/pki/tls/certs/ca-bundle.crt",
+        "/etc/ssl/ca-bundle.pem",
+        "/etc/ssl/cert.pem",
+    ];
+    let found = FILES.into_iter().find_map(|path| std::fs::read(path).ok());
+    let reason = || Invalid::new("system_root_certs", format!("none of {} can be read", FILES.join(", ")));
+    found.map(Into::into).ok_or_else(reason)
 }
 
 fn typed_san(pb: pb::SubjectAltNameMatcher) -> Result<SanMatcher, Invalid> {
