@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use istiod::api::types::{
-    ApplyReport, ApplyRequest, ProxyRow, ServiceRow, SourceFile, TokenCreated, TokenRequest, WaitReport,
+    ApplyReport, ApplyRequest, ProxyRow, ServiceRow, SourceFile, TokenCreated, TokenRequest, Version,
+    WaitReport, WorkloadRow,
 };
 use tokio::time::Instant;
 
@@ -98,8 +99,8 @@ impl Mesh {
         for (service, version, calls) in WORKLOADS {
             mesh.workload(folder, service, version, calls).await?;
         }
-        mesh.connected().await?;
         mesh.first_answer(started).await?;
+        mesh.settled().await?;
         Ok(mesh)
     }
 
@@ -113,16 +114,7 @@ impl Mesh {
         let request = ApplyRequest { files, namespace: "default".to_owned(), dry_run: false };
         let started = Instant::now();
         let report: ApplyReport = self.client.post("/apply", &request).await?;
-        let path = format!("/wait/{}?timeoutMilliseconds={}", report.revision, PATIENCE.as_millis());
-        let waited: WaitReport = self.client.get_patiently(&path, PATIENCE).await?;
-        if let Some(pending) = waited.pending.first() {
-            bail!(
-                "{name}: {} does not run revision {}: {:?}",
-                pending.proxy,
-                report.revision,
-                pending.rejected
-            );
-        }
+        self.run_everywhere(name, report.revision).await?;
         Ok((report.revision, started.elapsed()))
     }
 
@@ -229,23 +221,39 @@ impl Mesh {
         }
     }
 
-    /// Waits until every proxy is connected and runs the newest revision.
-    async fn connected(&mut self) -> anyhow::Result<()> {
+    /// Waits until every workload is healthy, and every proxy is connected and knows it.
+    async fn settled(&mut self) -> anyhow::Result<()> {
         let deadline = Instant::now() + PATIENCE;
+        let served = WORKLOADS.iter().filter(|(_, version, _)| !version.is_empty()).count();
         loop {
             self.processes.iter_mut().try_for_each(Process::check)?;
-            let proxies = self.proxies().await?;
-            let synced = proxies
-                .iter()
-                .filter(|p| !p.types.is_empty() && p.types.values().all(|s| s == "SYNCED"))
-                .count();
-            if synced == WORKLOADS.len() {
-                return Ok(());
+            let workloads: Vec<WorkloadRow> = self.client.get("/workloads").await?;
+            let healthy = workloads.iter().filter(|w| w.health == "Healthy").count();
+            let connected = self.proxies().await?.len();
+            if healthy == served && connected == WORKLOADS.len() {
+                break;
             }
             if Instant::now() > deadline {
-                bail!("{synced} of {} proxies have their configuration after {PATIENCE:?}", WORKLOADS.len());
+                bail!(
+                    "{healthy} of {served} workloads are healthy, {connected} of {} proxies connected",
+                    WORKLOADS.len()
+                );
             }
             tokio::time::sleep(LOOK).await;
+        }
+        let version: Version = self.client.get("/version").await?;
+        self.run_everywhere("the start", version.revision).await
+    }
+
+    /// Waits until every proxy runs a revision.
+    async fn run_everywhere(&self, what: &str, revision: u64) -> anyhow::Result<()> {
+        let path = format!("/wait/{revision}?timeoutMilliseconds={}", PATIENCE.as_millis());
+        let waited: WaitReport = self.client.get_patiently(&path, PATIENCE).await?;
+        match waited.pending.first() {
+            None => Ok(()),
+            Some(pending) => {
+                bail!("{what}: {} does not run revision {revision}: {:?}", pending.proxy, pending.rejected)
+            }
         }
     }
 
