@@ -287,11 +287,13 @@ async fn stay(mesh: &Mesh, board: &mut Board, folder: &std::path::Path) -> anyho
         "\nThe mesh stays until Ctrl-C. Try:\n\n  \
          curl -H 'Host: productpage' http://{address}/\n  \
          curl -H 'Host: productpage' -H 'end-user: jason' http://{address}/\n  \
+         alias istioctl={}\n  \
          export ISTIOCTL_SERVER={}\n  \
          istioctl proxy-status\n  \
          istioctl proxy-config route productpage-v1.default\n  \
          istioctl get all -o yaml\n  \
          istioctl history\n\nData and logs are in {}.\n",
+        std::env::current_exe()?.display(),
         mesh.url,
         folder.display()
     ))?;

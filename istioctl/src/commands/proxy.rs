@@ -14,7 +14,8 @@ use crate::output::{Rows, data, note, print};
 
 /// Shows each proxy and what it has acknowledged.
 pub(super) async fn status(client: &Client, output: Output) -> anyhow::Result<ExitCode> {
-    let proxies: Vec<ProxyRow> = client.get("/proxies").await?;
+    let mut proxies: Vec<ProxyRow> = client.get("/proxies").await?;
+    proxies.sort_by(|a, b| a.name.cmp(&b.name));
     print(output, &proxies, |wide| {
         let mut header = vec!["name", "cds", "lds", "eds", "rds", "revision", "version"];
         header.extend(wide.then_some(["identity", "protocol", "connected", "id"]).into_iter().flatten());
