@@ -158,9 +158,10 @@ impl Tables {
         };
         let mut touched = Touched::default();
         let mut rejected = Vec::new();
-        // Removals first: what takes the place of a removed listener may use its address.
+        // Removals first: what takes the place of a removed listener may use its address. Secrets, too: others name
+        // them.
         let (removals, rest): (Vec<_>, Vec<_>) =
-            update.changes.iter().partition(|c| matches!(c, Change::Remove(..)));
+            update.changes.iter().partition(|c| matches!(c, Change::Remove(..) | Change::Secret(..)));
         for change in removals.into_iter().chain(rest) {
             rejected.extend(next.take(change, bound, &mut touched));
         }
@@ -189,20 +190,28 @@ impl Tables {
         match change {
             Change::Cluster(held) => {
                 let name = Arc::clone(&held.value.name);
-                if !replaceable(known.clusters.get(&name), held) {
+                if !replaceable(known.clusters.get(&name), held)
+                    || unchanged(known.clusters.get_mut(&name), held)
+                {
                     return None;
+                }
+                if let Err(invalid) = crate::tls::check_cluster(&held.value, &self.secrets) {
+                    return Some(Rejected { kind: Kind::Cluster, name: name.to_string(), invalid });
                 }
                 touched.references = true;
                 touched.clusters.insert(Arc::clone(&name));
                 known.clusters.insert(name, held.clone());
             }
             Change::Listener(held) => {
-                if !replaceable(known.listeners.get(&held.value.name), held) {
+                let name = &held.value.name;
+                if !replaceable(known.listeners.get(name), held)
+                    || unchanged(known.listeners.get_mut(name), held)
+                {
                     return None;
                 }
-                if let Some(invalid) = known.address_taken(&held.value) {
-                    let name = held.value.name.to_string();
-                    return Some(Rejected { kind: Kind::Listener, name, invalid });
+                let unfit = crate::tls::check_listener(&held.value, &self.secrets).err();
+                if let Some(invalid) = unfit.or_else(|| known.address_taken(&held.value)) {
+                    return Some(Rejected { kind: Kind::Listener, name: name.to_string(), invalid });
                 }
                 touched.references = true;
                 touched.listeners.insert(Arc::clone(&held.value.name));
@@ -214,12 +223,18 @@ impl Tables {
             Change::Endpoints(held) => {
                 let name = Arc::clone(&held.value.name);
                 known.absent.remove(&(Kind::Endpoints, Arc::clone(&name)));
+                if unchanged(known.endpoints.get_mut(&name), held) {
+                    return None;
+                }
                 touched.services.insert(Arc::clone(&name));
                 known.endpoints.insert(name, held.clone());
             }
             Change::Routes(held) => {
                 let name = Arc::clone(&held.value.name);
                 known.absent.remove(&(Kind::Routes, Arc::clone(&name)));
+                if unchanged(known.routes.get_mut(&name), held) {
+                    return None;
+                }
                 touched.routes.insert(Arc::clone(&name));
                 known.routes.insert(name, held.clone());
             }
@@ -325,6 +340,16 @@ fn replaceable<T>(old: Option<&Held<T>>, new: &Held<T>) -> bool {
         tracing::warn!("discovery may not change a static resource of the same name; left as it is");
     }
     !keep
+}
+
+/// A resource that came again as it is held: only its version is new, so that nothing that hangs on the value
+/// (connections, ejections, token buckets) begins anew.
+fn unchanged<T>(old: Option<&mut Held<T>>, new: &Held<T>) -> bool {
+    let Some(old) = old.filter(|old| old.raw == new.raw && old.is_static == new.is_static) else {
+        return false;
+    };
+    old.version = Arc::clone(&new.version);
+    true
 }
 
 impl Known {

@@ -7,6 +7,7 @@
 
 pub mod verify;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
@@ -21,6 +22,9 @@ use tokio_rustls::{LazyConfigAcceptor, TlsConnector, TlsStream};
 
 use crate::tables::TableStore;
 use crate::tcp::io::{Io, Socket};
+use crate::xds::cluster::Cluster;
+use crate::xds::decode::{Invalid, Under as _};
+use crate::xds::listener::Listener;
 use crate::xds::matcher::StringMatcher;
 use crate::xds::tls::{
     CertSource, CommonTls, DownstreamTls, RootSource, SanKind, SanMatcher, Secret, TlsVersion, UpstreamTls,
@@ -45,8 +49,22 @@ pub enum TlsError {
 /// A certificate chain with its key, and the roots it comes with.
 #[derive(Debug)]
 struct Credentials {
-    key: Arc<CertifiedKey>,
+    own: Own,
     trust: Arc<Trust>,
+}
+
+/// A certificate of our own, and the URI names in it.
+#[derive(Clone, Debug)]
+pub struct Own {
+    key: Arc<CertifiedKey>,
+    uris: Arc<[String]>,
+}
+
+impl Own {
+    fn new(key: CertifiedKey) -> Self {
+        let facts = key.cert.first().and_then(|der| Facts::parse(der).ok());
+        Self { key: Arc::new(key), uris: facts.map(|f| f.uris).unwrap_or_default().into() }
+    }
 }
 
 /// The proxy's own certificate and roots, as the secrets `default` and `ROOTCA`. Renewed by whoever holds it.
@@ -67,9 +85,9 @@ impl Identity {
         key: PrivateKeyDer<'static>,
         roots: &[CertificateDer<'static>],
     ) -> Result<(), TlsError> {
-        let key = Arc::new(CertifiedKey::from_der(chain, key, &provider())?);
+        let own = Own::new(CertifiedKey::from_der(chain, key, &provider())?);
         let trust = Arc::new(Trust::new(roots)?);
-        self.current.store(Some(Arc::new(Credentials { key, trust })));
+        self.current.store(Some(Arc::new(Credentials { own, trust })));
         Ok(())
     }
 
@@ -82,15 +100,15 @@ impl Identity {
     /// The certificates in use, leaf first; empty when there is none yet.
     #[must_use]
     pub fn chain(&self) -> Vec<CertificateDer<'static>> {
-        self.current.load().as_ref().map(|c| c.key.cert.clone()).unwrap_or_default()
+        self.current.load().as_ref().map(|c| c.own.key.cert.clone()).unwrap_or_default()
     }
 
     fn trust(&self) -> Option<Arc<Trust>> {
         self.current.load().as_ref().map(|c| Arc::clone(&c.trust))
     }
 
-    fn key(&self) -> Option<Arc<CertifiedKey>> {
-        self.current.load().as_ref().map(|c| Arc::clone(&c.key))
+    fn own(&self) -> Option<Own> {
+        self.current.load().as_ref().map(|c| c.own.clone())
     }
 }
 
@@ -100,7 +118,7 @@ pub enum CertificateSource {
     /// The proxy's own identity.
     Identity(Arc<Identity>),
     /// A fixed one.
-    Fixed(Arc<CertifiedKey>),
+    Fixed(Own),
 }
 
 impl CertificateSource {
@@ -112,14 +130,18 @@ impl CertificateSource {
     pub fn from_pem(chain: &[u8], key: &[u8]) -> Result<Self, TlsError> {
         let chain = x509::certificates_from_pem(chain).map_err(|e| TlsError::Certificates(e.to_string()))?;
         let key = x509::key_from_pem(key).map_err(|e| TlsError::Certificates(e.to_string()))?;
-        Ok(Self::Fixed(Arc::new(CertifiedKey::from_der(chain, key, &provider())?)))
+        Ok(Self::Fixed(Own::new(CertifiedKey::from_der(chain, key, &provider())?)))
+    }
+
+    fn own(&self) -> Option<Own> {
+        match self {
+            Self::Identity(identity) => identity.own(),
+            Self::Fixed(own) => Some(own.clone()),
+        }
     }
 
     fn key(&self) -> Option<Arc<CertifiedKey>> {
-        match self {
-            Self::Identity(identity) => identity.key(),
-            Self::Fixed(key) => Some(Arc::clone(key)),
-        }
+        self.own().map(|own| own.key)
     }
 }
 
@@ -228,10 +250,8 @@ impl Acceptor {
 
     /// URI names of our own certificate.
     #[must_use]
-    pub fn own_uris(&self) -> Vec<String> {
-        let key = self.certificate.as_ref().and_then(CertificateSource::key);
-        let leaf = key.as_ref().and_then(|k| k.cert.first());
-        leaf.and_then(|der| Facts::parse(der).ok()).map(|f| f.uris).unwrap_or_default()
+    pub fn own_uris(&self) -> Arc<[String]> {
+        self.certificate.as_ref().and_then(CertificateSource::own).map(|own| own.uris).unwrap_or_default()
     }
 }
 
@@ -365,7 +385,7 @@ impl Secrets {
     ///
     /// When a secret is not known or a certificate does not parse.
     pub fn acceptor(&self, tls: &DownstreamTls) -> Result<Acceptor, TlsError> {
-        Acceptor::new(self.settings(&tls.common)?, tls.require_client_certificate)
+        Named { identity: &self.identity, secrets: &self.tables.load().secrets }.acceptor(tls)
     }
 
     /// Prepares a cluster's TLS. `name` replaces the configured server name; with `check_name` the server's
@@ -375,6 +395,75 @@ impl Secrets {
     ///
     /// When a secret is not known or a certificate does not parse.
     pub fn connector(
+        &self,
+        tls: &UpstreamTls,
+        name: Option<&str>,
+        check_name: bool,
+    ) -> Result<Connector, TlsError> {
+        let secrets = &self.tables.load().secrets;
+        Named { identity: &self.identity, secrets }.connector(tls, name, check_name)
+    }
+}
+
+/// Static secrets by name, as the tables hold them.
+pub type StaticSecrets = BTreeMap<Arc<str>, Arc<Secret>>;
+
+/// Whether a listener's TLS contexts can be prepared: its secrets are there, its certificates parse and fit.
+///
+/// # Errors
+///
+/// The filter chain that cannot serve, and why.
+pub fn check_listener(listener: &Listener, secrets: &StaticSecrets) -> Result<(), Invalid> {
+    let identity = Arc::default();
+    let named = Named { identity: &identity, secrets };
+    for (i, chain) in listener.chains.iter().chain(&listener.default_chain).enumerate() {
+        if let Some(tls) = &chain.tls {
+            named.acceptor(tls).map_err(invalid).under("transport_socket").at("filter_chains", i)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a cluster's TLS contexts can be prepared.
+///
+/// # Errors
+///
+/// The transport socket that cannot connect, and why.
+pub fn check_cluster(cluster: &Cluster, secrets: &StaticSecrets) -> Result<(), Invalid> {
+    let identity = Arc::default();
+    let named = Named { identity: &identity, secrets };
+    if let Some(tls) = &cluster.tls {
+        named.connector(tls, None, tls.auto_sni_san).map_err(invalid).under("transport_socket")?;
+    }
+    for (i, wanted) in cluster.transport_matches.iter().enumerate() {
+        if let Some(tls) = &wanted.tls {
+            let prepared = named.connector(tls, None, tls.auto_sni_san);
+            prepared.map_err(invalid).under("transport_socket").at("transport_socket_matches", i)?;
+        }
+    }
+    Ok(())
+}
+
+fn invalid(error: TlsError) -> Invalid {
+    let reason = match &error {
+        TlsError::Settings(cause) => format!("{error}: {cause}"),
+        TlsError::Certificates(_) | TlsError::NoIdentity => error.to_string(),
+    };
+    Invalid::new("", reason)
+}
+
+/// What names of secrets stand for.
+struct Named<'a> {
+    identity: &'a Arc<Identity>,
+    secrets: &'a StaticSecrets,
+}
+
+impl Named<'_> {
+    fn acceptor(&self, tls: &DownstreamTls) -> Result<Acceptor, TlsError> {
+        Acceptor::new(self.settings(&tls.common)?, tls.require_client_certificate)
+    }
+
+    fn connector(
         &self,
         tls: &UpstreamTls,
         name: Option<&str>,
@@ -403,9 +492,9 @@ impl Secrets {
 
     fn certificate(&self, source: &CertSource) -> Result<CertificateSource, TlsError> {
         match source {
-            CertSource::Sds(name) => match self.tables.load().secrets.get(name).map(Arc::as_ref) {
+            CertSource::Sds(name) => match self.secrets.get(name).map(Arc::as_ref) {
                 Some(Secret::Certificate(pem)) => CertificateSource::from_pem(&pem.chain, &pem.key),
-                None if &**name == "default" => Ok(CertificateSource::Identity(Arc::clone(&self.identity))),
+                None if &**name == "default" => Ok(CertificateSource::Identity(Arc::clone(self.identity))),
                 Some(Secret::Validation(_)) | None => Err(unknown(name)),
             },
             CertSource::Pem(list) => match list.first() {
@@ -422,12 +511,12 @@ impl Secrets {
             _ if validation.accept_untrusted => Roots::Unverified,
             RootSource::None => return Ok(None),
             RootSource::Pem(pem) => Roots::Fixed(trust_from_pem(pem)?),
-            RootSource::Sds(name) => match self.tables.load().secrets.get(name).map(Arc::as_ref) {
+            RootSource::Sds(name) => match self.secrets.get(name).map(Arc::as_ref) {
                 Some(Secret::Validation(v)) => {
                     let inner = self.verifier(v)?;
                     return Ok(inner.map(|i| if names.is_empty() { i } else { i.with_names(names) }));
                 }
-                None if &**name == "ROOTCA" => Roots::Identity(Arc::clone(&self.identity)),
+                None if &**name == "ROOTCA" => Roots::Identity(Arc::clone(self.identity)),
                 Some(Secret::Certificate(_)) | None => return Err(unknown(name)),
             },
         };

@@ -70,8 +70,12 @@ fn parsed(text: &str) -> Result<Config, BootstrapError> {
 
 fn certificates() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    for file in ["server.pem", "server.key", "client.pem", "client.key", "ca.pem"] {
-        std::fs::write(dir.path().join(file), "-----BEGIN X-----\n").unwrap();
+    let write = |file: &str, text: String| std::fs::write(dir.path().join(file), text).unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let certificate = rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&key).unwrap();
+    for name in ["server", "client", "ca"] {
+        write(&format!("{name}.pem"), certificate.pem());
+        write(&format!("{name}.key"), key.serialize_pem());
     }
     dir
 }

@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 use http::HeaderValue;
@@ -28,7 +29,7 @@ pub struct Connection {
     /// Server name of the TLS hello, also when somebody else terminates it.
     pub server_name: Option<String>,
     /// URI names of our own certificate.
-    pub own_uris: Vec<String>,
+    pub own_uris: Arc<[String]>,
     /// Requests so far.
     pub requests: Cell<u32>,
     draining: Cell<bool>,
@@ -48,7 +49,7 @@ impl Connection {
             direct_remote,
             peer: None,
             server_name: None,
-            own_uris: Vec::new(),
+            own_uris: Arc::default(),
             requests: Cell::new(0),
             draining: Cell::new(false),
             bucket: RefCell::new(None),

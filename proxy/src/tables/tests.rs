@@ -94,6 +94,54 @@ fn what_did_not_change_is_shared() {
 }
 
 #[test]
+fn what_comes_again_unchanged_stays_the_same_thing_and_takes_the_new_version() {
+    let all = || {
+        vec![
+            change(Kind::Cluster, cluster("a", "s")),
+            change(Kind::Endpoints, endpoints("s", 1)),
+            change(Kind::Listener, listener("l", 80, "r")),
+            change(Kind::Routes, routes("r", "a")),
+        ]
+    };
+    let t1 = with(&Tables::default(), all());
+    let mut again = all();
+    for change in &mut again {
+        let version = Arc::from("2");
+        match change {
+            Change::Cluster(held) => held.version = version,
+            Change::Endpoints(held) => held.version = version,
+            Change::Listener(held) => held.version = version,
+            Change::Routes(held) => held.version = version,
+            Change::Secret(..) | Change::Remove(..) | Change::Absent(..) => {}
+        }
+    }
+    let t2 = with(&t1, again);
+    assert!(Arc::ptr_eq(&t1.clusters["a"], &t2.clusters["a"]));
+    assert!(Arc::ptr_eq(&t1.listeners["l"], &t2.listeners["l"]));
+    assert!(Arc::ptr_eq(&t1.known.endpoints["s"].value, &t2.known.endpoints["s"].value));
+    assert_eq!((&*t2.known.clusters["a"].version, &*t2.known.routes["r"].version), ("2", "2"));
+}
+
+#[test]
+fn tls_that_cannot_be_prepared_refuses_the_cluster_by_name_and_keeps_the_last_good_one() {
+    let with_secret = |name: &str| {
+        let yaml = format!(
+            r#"{{name: a, type: STATIC, load_assignment: {{cluster_name: a}}, transport_socket: {{name: tls, typed_config: {{
+              "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext, sni: a,
+              common_tls_context: {{tls_certificate_sds_secret_configs: [{{name: "{name}"}}]}}}}}}}}"#
+        );
+        let pb = wire::json::message_from_yaml::<config::cluster::v3::Cluster>(&yaml).unwrap();
+        change(Kind::Cluster, wire::canonical::any(&pb))
+    };
+    let t1 = with(&Tables::default(), vec![with_secret("default")]);
+    let update = Update { changes: vec![with_secret("not-there")] };
+    let (t2, rejected) = t1.with(&update, &BoundSockets::new());
+    assert_eq!(rejected[0].name, "a");
+    assert!(rejected[0].to_string().contains("no secret `not-there`"), "{rejected:?}");
+    assert!(Arc::ptr_eq(&t1.clusters["a"], &t2.clusters["a"]));
+}
+
+#[test]
 fn endpoints_and_routes_go_with_the_last_that_names_them() {
     let t1 = with(
         &Tables::default(),

@@ -101,6 +101,10 @@ impl Verifier {
     fn check_names(&self, leaf: &CertificateDer<'_>) -> Result<(), Error> {
         let facts =
             Facts::parse(leaf).map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
+        // one workload, one name (SPIFFE X.509-SVID, section 2)
+        if matches!(self.roots, Roots::Identity(_)) && facts.uris.len() > 1 {
+            return Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure));
+        }
         if self.names.is_empty() || self.names.iter().any(|m| san_matches(m, &facts)) {
             return Ok(());
         }
