@@ -182,6 +182,8 @@ pub struct Facts<'a> {
     pub route: &'a str,
     /// The route's metadata.
     pub route_metadata: Option<&'a Metadata>,
+    /// What filters found out.
+    pub dynamic: Option<&'a Map<String, Json>>,
 }
 
 impl Exchange {
@@ -212,6 +214,7 @@ impl Exchange {
             attempts: self.attempts,
             route: self.route.as_ref().map_or("", |r| &r.name),
             route_metadata: self.route.as_ref().map(|r| &r.metadata),
+            dynamic: self.metadata.as_deref(),
         }
     }
 }
@@ -364,13 +367,12 @@ impl Facts<'_> {
     }
 
     fn metadata(&self, of: MetadataOf, filter: &str, keys: &[Box<str>]) -> Option<String> {
-        let metadata = match of {
-            MetadataOf::Dynamic => return None,
-            MetadataOf::Cluster => &self.upstream?.config.metadata,
-            MetadataOf::Upstream => &self.host?.endpoint.metadata,
-            MetadataOf::Route => self.route_metadata?,
+        let fields = match of {
+            MetadataOf::Dynamic => self.dynamic?.get(filter)?.as_object()?,
+            MetadataOf::Cluster => self.upstream?.config.metadata.filter(filter)?,
+            MetadataOf::Upstream => self.host?.endpoint.metadata.filter(filter)?,
+            MetadataOf::Route => self.route_metadata?.filter(filter)?,
         };
-        let fields = metadata.filter(filter)?;
         let Some((first, rest)) = keys.split_first() else {
             return Some(Json::Object(fields.clone()).to_string());
         };

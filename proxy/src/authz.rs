@@ -3,6 +3,8 @@
 //! A policy that cannot be evaluated is refused when it is configured, so here every rule has an answer. A missing
 //! identity, header or request fulfils no condition on it.
 
+pub mod jwt;
+
 use std::net::SocketAddr;
 
 use serde_json::{Map, Value};
@@ -98,7 +100,7 @@ fn is_principal(principal: &Principal, s: &Subject<'_>, every: bool) -> bool {
 fn lacks_identity(principal: &Principal, s: &Subject<'_>) -> bool {
     match principal {
         Principal::Authenticated(_) | Principal::PeerPrincipal(_) => {
-            !s.peer.is_some_and(|p| p.has_certificate)
+            s.peer.and_then(Peer::spiffe_id).is_none()
         }
         Principal::And(all) | Principal::Or(all) => all.iter().any(|p| lacks_identity(p, s)),
         Principal::Not(inner) => lacks_identity(inner, s),
@@ -211,6 +213,9 @@ mod tests {
         assert!(denied(&not(Action::Allow), "/", &[], &[]));
         assert!(denied(&not(Action::Deny), "/", &[], &[]));
         assert!(!denied(&not(Action::Allow), "/", &[], &["spiffe://cluster.local/ns/a/sa/c"]));
+        let several = ["spiffe://cluster.local/ns/a/sa/c", "spiffe://cluster.local/ns/a/sa/d"];
+        assert!(denied(&not(Action::Allow), "/", &[], &several), "who has several names has no identity");
+        assert!(denied(&not(Action::Deny), "/", &[], &["https://example.com"]));
     }
 
     #[test]

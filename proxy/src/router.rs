@@ -80,8 +80,6 @@ impl Routes {
             authority
         };
         let host = if self.config.ignore_port_in_host_matching { without_port(host) } else { host };
-        let host = without_last_dot(host);
-        let host: &str = &host;
         if let Some(index) = self.exact.get(host) {
             return Some(*index);
         }
@@ -103,15 +101,21 @@ pub fn without_port(authority: &str) -> &str {
     }
 }
 
-/// `a.b.` and `a.b.:80` name the same host as `a.b` and `a.b:80`.
-fn without_last_dot(authority: &str) -> std::borrow::Cow<'_, str> {
-    if let Some(host) = authority.strip_suffix('.') {
-        return host.into();
+/// The one form of an authority that policies, routes and servers see: no dot at the end of its name, no colon
+/// without a port. `None` when no name is left.
+#[must_use]
+pub fn canonical_authority(authority: &str) -> Option<std::borrow::Cow<'_, str>> {
+    let bare = without_port(authority);
+    let port = authority.get(bare.len()..).filter(|p| p.len() > 1).unwrap_or_default();
+    let host = bare.trim_end_matches('.');
+    if host.is_empty() {
+        return None;
     }
-    match authority.split_once(".:") {
-        Some((host, port)) => format!("{host}:{port}").into(),
-        None => authority.into(),
-    }
+    Some(if host.len() + port.len() == authority.len() {
+        authority.into()
+    } else {
+        format!("{host}{port}").into()
+    })
 }
 
 /// The first route that matches; `random` decides about shares of requests.
@@ -126,6 +130,12 @@ pub fn match_route<'a>(
     let path = head.path();
     let route = host.routes.iter().find(|r| matches(&r.matches, head, path, certificate, random))?;
     Some((host, route))
+}
+
+/// Whether a request fulfils a match that stands alone, outside of a route.
+#[must_use]
+pub fn fits(wanted: &RouteMatch, head: &Head<'_>, certificate: ClientCertificate, random: u64) -> bool {
+    matches(wanted, head, head.path(), certificate, random)
 }
 
 fn matches(
@@ -263,14 +273,32 @@ mod tests {
             "a.b.c > / -> exact\n*.b.c > / -> suffix\n*.c > / -> short\na.* > / -> prefix\n* > / -> any";
         check(table, "a.b.c/", "exact");
         check(table, "A.B.C:8080/", "exact");
-        check(table, "a.b.c./", "exact");
-        check(table, "a.b.c.:80/", "exact");
         check(table, "x.b.c/", "suffix");
         check(table, "x.c/", "short");
         check(table, "a.d/", "prefix");
         check(table, "d/", "any");
         check("a.b > / -> only", "c.d/", "none");
         check("[::1] > / -> v6", "[::1]:80/", "v6");
+    }
+
+    #[test]
+    fn an_authority_has_one_form() {
+        let form = |text| canonical_authority(text).map(std::borrow::Cow::into_owned);
+        for (text, expected) in [
+            ("a.b", Some("a.b")),
+            ("a.b:80", Some("a.b:80")),
+            ("a.b.", Some("a.b")),
+            ("a.b..:80", Some("a.b:80")),
+            ("a.b:", Some("a.b")),
+            ("a.b.:", Some("a.b")),
+            ("[::1]:", Some("[::1]")),
+            ("[::1]:80", Some("[::1]:80")),
+            ("::1", Some("::1")),
+            (".", None),
+            (":80", None),
+        ] {
+            assert_eq!(form(text).as_deref(), expected, "{text}");
+        }
     }
 
     #[test]

@@ -200,6 +200,7 @@ impl Session<'_> {
                 attempts: 1,
                 route: "",
                 route_metadata: None,
+                dynamic: None,
             },
             self.worker,
         );

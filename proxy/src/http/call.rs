@@ -309,25 +309,22 @@ fn authority(parts: &mut request::Parts, http: &Http) -> Result<HeaderValue, Ref
     if text.contains(['/', '?', '#', '\\', '@', ' ']) {
         return Err((BAD, "invalid_authority", Flags::NONE));
     }
-    let clean = clean_authority(text, http);
+    let clean = clean_authority(text, http).ok_or((BAD, "invalid_authority", Flags::NONE))?;
     if clean == text {
         return Ok(value);
     }
     HeaderValue::from_str(&clean).map_err(|_| (BAD, "invalid_authority", Flags::NONE))
 }
 
-fn clean_authority<'a>(text: &'a str, http: &Http) -> std::borrow::Cow<'a, str> {
-    let bare = router::without_port(text);
-    let port = text.get(bare.len()..).unwrap_or_default();
+fn clean_authority<'a>(text: &'a str, http: &Http) -> Option<std::borrow::Cow<'a, str>> {
+    let clean = router::canonical_authority(text)?;
+    let bare = router::without_port(&clean);
     let strip = match http.config.strip_port {
         StripPort::Never => false,
         StripPort::Any => true,
-        StripPort::Matching => port.get(1..).is_some_and(|p| p == "80" || p == "443"),
+        StripPort::Matching => matches!(clean.get(bare.len()..), Some(":80" | ":443")),
     };
-    let host =
-        if http.config.strip_trailing_host_dot { bare.strip_suffix('.').unwrap_or(bare) } else { bare };
-    let port = if strip { "" } else { port };
-    if host.len() + port.len() == text.len() { text.into() } else { format!("{host}{port}").into() }
+    if strip && bare.len() < clean.len() { Some(bare.to_owned().into()) } else { Some(clean) }
 }
 
 /// One interpretation of where the body ends, or none.

@@ -86,6 +86,8 @@ pub struct Exchange {
     pub trailers: Option<Box<HeaderMap>>,
     /// When the whole exchange must be over.
     pub deadline: Option<Pin<Box<Sleep>>>,
+    /// What filters found out about it, by their names.
+    pub metadata: Option<Box<serde_json::Map<String, serde_json::Value>>>,
     /// What the access log calls the client's address.
     pub remote: std::net::SocketAddr,
 }
@@ -123,6 +125,7 @@ impl Exchange {
             grpc_status: None,
             trailers: None,
             deadline: None,
+            metadata: None,
             remote,
         }
     }

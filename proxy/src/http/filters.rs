@@ -7,15 +7,19 @@ use std::time::Duration;
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, StatusCode};
+use serde_json::{Map, Value as Json};
 
 use super::call::Call;
 use super::flags::Flags;
 use super::reply::Local;
 use super::{Http, headers};
+use crate::authz::jwt::{self, Place, Problem, Verified};
 use crate::authz::{self, Subject, Verdict};
+use crate::router;
 use crate::xds::filter::{
     Abort, Cors, Fault, FilterConfig, FilterOverride, HttpFilter, LocalRateLimit, PerFilter,
 };
+use crate::xds::jwt::{JwtAuthn, JwtOverride};
 use crate::xds::matcher::StringMatcher;
 use crate::xds::rbac::{Rbac, Rules};
 
@@ -46,14 +50,7 @@ pub fn ask(http: &Http, filter: &HttpFilter, per_route: Option<&PerFilter>, call
         (FilterConfig::LocalRateLimit(_), Some(FilterOverride::LocalRateLimit(limit)))
         | (FilterConfig::LocalRateLimit(limit), _) => rate_limit(http, limit, call),
         (FilterConfig::Cors, Some(FilterOverride::Cors(cors))) => cross_origin(http, cors, call),
-        (FilterConfig::JwtAuthn(_), _) => {
-            // tokens are not verified here, and what cannot be verified is not let through
-            Pass::Answer(Box::new(
-                Local::text(StatusCode::UNAUTHORIZED, "Jwt verification fails")
-                    .flag(Flags::UNAUTHORIZED)
-                    .details("jwt_authn_access_denied{Jwt_verification_fails}"),
-            ))
-        }
+        (FilterConfig::JwtAuthn(authn), own) => tokens(http, authn, own, call),
         (FilterConfig::GrpcWeb, _) => grpc_web(call),
         (FilterConfig::Router(_) | FilterConfig::Cors | FilterConfig::GrpcStats, _) => Pass::On,
     }
@@ -94,9 +91,103 @@ fn judge<'r>(rules: &'r Rules, call: &Call) -> Verdict<'r> {
         peer: connection.peer.as_ref(),
         server_name: connection.server_name.as_deref(),
         request: Some(call.head()),
-        metadata: None,
+        metadata: call.exchange.metadata.as_deref(),
     };
     authz::allow(rules, &subject)
+}
+
+/// Asks for a token, and notes what a good one says.
+fn tokens(http: &Http, authn: &JwtAuthn, own: Option<&FilterOverride>, call: &mut Call) -> Pass {
+    for name in authn.own_headers() {
+        call.parts.headers.remove(name);
+    }
+    let preflight = call.parts.method == Method::OPTIONS
+        && call.parts.headers.contains_key(header::ORIGIN)
+        && call.parts.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
+    if authn.bypass_cors_preflight && preflight {
+        return Pass::On;
+    }
+    let wanted = match own {
+        Some(FilterOverride::Jwt(own)) => match &**own {
+            JwtOverride::Disabled => None,
+            JwtOverride::Requirement(name) => match authn.requirements.get(name) {
+                Some(requirement) => Some(requirement),
+                None => return no_token(StatusCode::FORBIDDEN, "Failed JWT authentication", call, false),
+            },
+        },
+        _ => {
+            let (head, certificate) = (call.head(), call.certificate());
+            let random = http.worker.random();
+            let rule = authn.rules.iter().find(|r| router::fits(&r.matches, &head, certificate, random));
+            rule.and_then(|r| r.requires.as_ref())
+        }
+    };
+    let Some(wanted) = wanted else { return Pass::On };
+    let since = crate::worker::wall_clock().duration_since(std::time::UNIX_EPOCH);
+    let now = since.map(|d| d.as_secs()).unwrap_or_default();
+    match jwt::check(authn, wanted, &call.head(), now) {
+        Ok(good) => {
+            good.into_iter().for_each(|token| take_token(token, call));
+            Pass::On
+        }
+        Err(problem) => {
+            let status = match problem {
+                Problem::Audience => StatusCode::FORBIDDEN,
+                _ => StatusCode::UNAUTHORIZED,
+            };
+            no_token(status, &problem.to_string(), call, problem != Problem::Missing)
+        }
+    }
+}
+
+fn no_token(status: StatusCode, reason: &str, call: &Call, invalid: bool) -> Pass {
+    let head = call.head();
+    let mut challenge = format!("Bearer realm=\"{}://{}{}\"", head.scheme, head.authority, head.path());
+    if invalid {
+        challenge.push_str(", error=\"invalid_token\"");
+    }
+    let mut local = Local::text(status, reason.to_owned())
+        .details(format!("jwt_authn_access_denied{{{}}}", reason.replace(' ', "_")));
+    if let Ok(value) = HeaderValue::try_from(challenge) {
+        local.headers.insert(header::WWW_AUTHENTICATE, value);
+    }
+    Pass::Answer(Box::new(local))
+}
+
+/// What a good token says goes where it is asked for; the token itself goes on only where it may.
+fn take_token(token: Verified<'_>, call: &mut Call) {
+    let provider = token.provider;
+    if let Some(key) = &provider.payload_in_metadata {
+        let metadata = call.exchange.metadata.get_or_insert_default();
+        let ours = metadata.entry(jwt::NAMESPACE).or_insert_with(|| Json::Object(Map::new()));
+        if let Json::Object(ours) = ours {
+            ours.insert(key.to_string(), Json::Object(token.listed_claims()));
+        }
+    }
+    let headers = &mut call.parts.headers;
+    if let Some((name, padded)) = &provider.forward_payload
+        && let Ok(value) = HeaderValue::try_from(token.payload_text(*padded))
+    {
+        headers.append(name, value);
+    }
+    for (name, claim) in &provider.claims_to_headers {
+        if let Some(Ok(value)) = token.claim_text(claim).map(HeaderValue::try_from) {
+            headers.append(name, value);
+        }
+    }
+    if provider.forward {
+        return;
+    }
+    match &token.place {
+        Place::Header(name) => drop(headers.remove(name)),
+        Place::Parameter(name) => {
+            if let Ok(path) = jwt::without_parameter(call.path.as_str(), name).as_str().try_into() {
+                call.path = path;
+            }
+        }
+        // other cookies share the header
+        Place::Cookie => {}
+    }
 }
 
 fn inject(http: &Http, fault: &Arc<Fault>, call: &Call) -> Pass {

@@ -7,9 +7,10 @@ use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::envoy::extensions::filters::http::jwt_authn::v3 as pb;
 use http::HeaderName;
 
-use super::decode::{Invalid, Under as _, data_source, header_name, opt_duration};
+use super::decode::{Invalid, Under as _, data_source, header_name};
 use super::matcher::StringMatcher;
 use super::route::RouteMatch;
+use crate::authz::jwt::KeySet;
 
 /// The token filter.
 #[derive(Debug, Clone)]
@@ -58,20 +59,14 @@ pub struct JwtProvider {
 /// Where an issuer's keys come from.
 #[derive(Debug, Clone)]
 pub enum JwksSource {
-    /// A JSON web key set, as it was configured.
-    Local(Box<str>),
-    /// Fetched from a URL through a cluster, and for how long one answer holds.
-    Remote {
-        /// The URL.
-        uri: Box<str>,
-        /// The cluster.
-        cluster: Box<str>,
-        /// How long the fetch may take.
-        timeout: Duration,
-        /// How long the answer holds.
-        cache: Duration,
-    },
+    /// A JSON web key set.
+    Local(KeySet),
+    /// From nowhere: no token of this issuer can be checked, so none is good.
+    Unavailable,
 }
+
+/// The cluster that leads nowhere. A server that does not know an issuer's keys has them fetched through it.
+const NOWHERE: &str = "BlackHoleCluster";
 
 /// What some requests need.
 #[derive(Debug, Clone)]
@@ -123,6 +118,16 @@ impl JwtOverride {
 }
 
 impl JwtAuthn {
+    /// Headers that only this filter may write: a client's are taken out.
+    pub fn own_headers(&self) -> impl Iterator<Item = &HeaderName> {
+        self.providers.values().flat_map(|p| {
+            p.forward_payload
+                .iter()
+                .map(|(name, _)| name)
+                .chain(p.claims_to_headers.iter().map(|(name, _)| name))
+        })
+    }
+
     /// From its proto.
     ///
     /// # Errors
@@ -168,6 +173,7 @@ fn provider(pb: pb::JwtProvider) -> Result<JwtProvider, Invalid> {
         (pb.require_expiration, "require_expiration"),
         (!pb.header_in_metadata.is_empty(), "header_in_metadata"),
         (!pb.failed_status_in_metadata.is_empty(), "failed_status_in_metadata"),
+        (pb.clear_route_cache, "clear_route_cache"),
     ] {
         if set {
             return Err(Invalid::unsupported(field));
@@ -223,24 +229,14 @@ fn keys(pb: Option<pb::jwt_provider::JwksSourceSpecifier>) -> Result<JwksSource,
         Some(Pb::LocalJwks(source)) => {
             let bytes = data_source(source).under("local_jwks")?;
             let text = String::from_utf8(bytes).map_err(|_| Invalid::new("local_jwks", "is not UTF-8"))?;
-            serde_json::from_str::<serde_json::Value>(&text)
-                .map_err(|e| Invalid::new("local_jwks", format!("is not JSON: {e}")))?;
-            Ok(JwksSource::Local(text.into()))
+            KeySet::parse(&text).map(JwksSource::Local).map_err(|e| Invalid::new("local_jwks", e))
         }
-        Some(Pb::RemoteJwks(remote)) => {
-            let uri = remote.http_uri.ok_or_else(|| Invalid::missing("remote_jwks.http_uri"))?;
-            let Some(core::http_uri::HttpUpstreamType::Cluster(cluster)) = uri.http_upstream_type else {
-                return Err(Invalid::missing("remote_jwks.http_uri.cluster"));
-            };
-            let timeout = opt_duration(uri.timeout, "remote_jwks.http_uri.timeout")?;
-            let cache = opt_duration(remote.cache_duration, "remote_jwks.cache_duration")?;
-            Ok(JwksSource::Remote {
-                uri: uri.uri.into(),
-                cluster: cluster.into(),
-                timeout: timeout.unwrap_or(Duration::from_secs(5)),
-                cache: cache.unwrap_or(Duration::from_secs(600)),
-            })
-        }
+        Some(Pb::RemoteJwks(remote)) => match remote.http_uri.and_then(|u| u.http_upstream_type) {
+            Some(core::http_uri::HttpUpstreamType::Cluster(cluster)) if cluster == NOWHERE => {
+                Ok(JwksSource::Unavailable)
+            }
+            _ => Err(Invalid::unsupported("remote_jwks")),
+        },
     }
 }
 

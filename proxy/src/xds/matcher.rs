@@ -127,6 +127,19 @@ impl StringMatcher {
         Ok(if pb.ignore_case { Self::IgnoreCase(Box::new(plain)) } else { plain })
     }
 
+    /// The same, but letters are compared without case. An expression says itself what it means by case.
+    fn without_case(self) -> Self {
+        let fold = |s: Box<str>| s.to_ascii_lowercase().into_boxed_str();
+        let folded = match self {
+            Self::Exact(s) => Self::Exact(fold(s)),
+            Self::Prefix(s) => Self::Prefix(fold(s)),
+            Self::Suffix(s) => Self::Suffix(fold(s)),
+            Self::Contains(s) => Self::Contains(fold(s)),
+            same @ (Self::Regex(_) | Self::IgnoreCase(_)) => return same,
+        };
+        Self::IgnoreCase(Box::new(folded))
+    }
+
     /// Whether the value is as it must be.
     #[must_use]
     pub fn matches(&self, value: &[u8]) -> bool {
@@ -237,12 +250,13 @@ impl HeaderMatcher {
                 HeaderTest::String(string(MatchPattern::SafeRegex(r)).under("safe_regex_match")?)
             }
         };
-        Ok(Self {
-            key: HeaderKey::new(&pb.name, "name")?,
-            test,
-            invert: pb.invert_match,
-            missing_is_empty: pb.treat_missing_header_as_empty,
-        })
+        let key = HeaderKey::new(&pb.name, "name")?;
+        // A host is the same in capital letters (RFC 9110, section 4.2.3), to routes and so to policies.
+        let test = match test {
+            HeaderTest::String(m) if key == HeaderKey::Authority => HeaderTest::String(m.without_case()),
+            other => other,
+        };
+        Ok(Self { key, test, invert: pb.invert_match, missing_is_empty: pb.treat_missing_header_as_empty })
     }
 
     /// Whether a header with this value (`None`: there is none) fulfils the condition.

@@ -193,7 +193,8 @@ impl Rbac {
         };
         for (rules, field) in [(&this.rules, "rules"), (&this.shadow_rules, "shadow_rules")] {
             if let Some(policy) = rules.iter().flat_map(|r| &r.policies).find(|p| p.asks_for_a_request()) {
-                let reason = format!("policy `{}` looks at a request, which a connection does not have", policy.name);
+                let reason =
+                    format!("policy `{}` looks at a request, which a connection does not have", policy.name);
                 return Err(Invalid::new(field, reason));
             }
         }

@@ -44,8 +44,6 @@ pub struct HttpConnectionManager {
     pub path: PathCleaning,
     /// How the authority is cleaned.
     pub strip_port: StripPort,
-    /// Take a dot off the end of the authority.
-    pub strip_trailing_host_dot: bool,
     /// Upgrades in lower case (`websocket`), allowed or not.
     pub upgrades: Upgrades,
     /// Timeouts.
@@ -314,7 +312,6 @@ impl HttpConnectionManager {
                 _ if pb.strip_matching_host_port => StripPort::Matching,
                 _ => StripPort::Never,
             },
-            strip_trailing_host_dot: pb.strip_trailing_host_dot,
             timeouts: timeouts(&pb, &common)?,
             max_request_headers: max_headers(pb.max_request_headers_kb.map(|n| n.value))?,
             max_headers_count: u32_or(common.max_headers_count, 100),
