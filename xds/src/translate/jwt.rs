@@ -1,24 +1,21 @@
 //! Request authentication: which tokens are believed. A request without a token passes; a bad token does not.
 
+use std::time::Duration;
+
+use envoy_types::pb::envoy::config::core::v3::{HttpUri, http_uri};
 use envoy_types::pb::envoy::config::route::v3::{RouteMatch, route_match};
 use envoy_types::pb::envoy::extensions::filters::http::jwt_authn::v3 as jwt;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::HttpFilter;
 use envoy_types::pb::google::protobuf::Empty;
 use registry::model::security::JwtRule;
 
-use super::pb;
+use super::{names, pb};
 
 /// Name of the filter, under which the claims of a verified token are found.
 pub(super) const FILTER: &str = "envoy.filters.http.jwt_authn";
 
-/// A key set whose private half was never kept: stands for keys that are not known, and so lets no token pass.
-const NO_KEYS: &str = concat!(
-    r#"{"keys":[{"kty":"RSA","use":"sig","alg":"RS256","kid":"none","e":"AQAB","n":""#,
-    "qn7eD0jz79xjcO_IebuFwp_eiEtkFNQpEDdIMbxh3rOVLrKkmQMzYHD0GBdBw78yCoNekaSgZouYkYzrHk3S6tgfC_REFgYbU0P62t4AHPj",
-    "1edP4t-nlGHXY3-Ah-g_zQwnw8OUSouK7_L8vF-gQlh70t-k6Pvg7NYmuL_YXJEtArsk1KDrDa9eVeQZgzeJ3brS6GwAJ3TrhSD6dNTHzVH",
-    "678k9aDCLgdUxUVgC6AVv8yn-y-HlC5PeKr_B48iHsGpx6ppF7wFrnKt3xm5YXwqjpMTkC_260rT1NOGcRB-xE0IVSCm1Nk6vN0-k1lMUxP",
-    r#"G6SklULA7Qrb61OdRVSkw"}]}"#,
-);
+/// A fetch of keys takes no longer.
+const FETCH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The filter for all rules that apply to the workload, or none when there is no rule.
 pub(super) fn filter(rules: &[&JwtRule]) -> Option<HttpFilter> {
@@ -54,7 +51,6 @@ pub(super) fn filter(rules: &[&JwtRule]) -> Option<HttpFilter> {
 }
 
 fn provider(rule: &JwtRule) -> jwt::JwtProvider {
-    let jwks = if rule.jwks.is_empty() { NO_KEYS } else { rule.jwks.as_str() };
     let from_headers = rule
         .from_headers
         .iter()
@@ -82,11 +78,26 @@ fn provider(rule: &JwtRule) -> jwt::JwtProvider {
             space_delimited_claims: space_delimited(rule),
         }),
         claim_to_headers,
-        jwks_source_specifier: Some(jwt::jwt_provider::JwksSourceSpecifier::LocalJwks(pb::inline_string(
-            jwks,
-        ))),
+        jwks_source_specifier: Some(keys(rule)),
         ..Default::default()
     }
+}
+
+/// Keys that are not written down are asked of nobody: a fetch that cannot succeed refuses every token of the issuer,
+/// and needs no key that could be somebody's.
+fn keys(rule: &JwtRule) -> jwt::jwt_provider::JwksSourceSpecifier {
+    if !rule.jwks.is_empty() {
+        return jwt::jwt_provider::JwksSourceSpecifier::LocalJwks(pb::inline_string(&rule.jwks));
+    }
+    let uri = if rule.jwks_uri.is_empty() { rule.issuer.clone() } else { rule.jwks_uri.clone() };
+    jwt::jwt_provider::JwksSourceSpecifier::RemoteJwks(jwt::RemoteJwks {
+        http_uri: Some(HttpUri {
+            uri,
+            timeout: Some(pb::duration(FETCH_TIMEOUT)),
+            http_upstream_type: Some(http_uri::HttpUpstreamType::Cluster(names::BLACKHOLE.to_owned())),
+        }),
+        ..Default::default()
+    })
 }
 
 /// Claims that hold several values in one string: the usual two, and those that the rule names.

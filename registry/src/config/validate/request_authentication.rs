@@ -58,10 +58,15 @@ fn check_keys(cx: &mut Checker, rule: &JwtRule) {
         "only one of jwks and jwksUri may be set",
     );
     if rule.jwks.is_empty() && rule.jwks_uri.is_empty() {
-        cx.warn("without jwks and jwksUri the keys are asked of the issuer's OpenID configuration");
+        cx.warn(
+            "the issuer's OpenID configuration is not fetched yet: without jwks, tokens of this issuer are refused",
+        );
     }
     if !rule.jwks_uri.is_empty() && !grammar::is_http_url(&rule.jwks_uri) {
         cx.error_at("jwksUri", "must be a URL that begins with https:// or http://");
+    }
+    if !rule.jwks_uri.is_empty() && rule.jwks.is_empty() {
+        cx.warn("jwksUri is not fetched yet: tokens of this issuer are refused; give its keys in jwks");
     }
     if !rule.jwks.is_empty() {
         let keys = serde_json::from_str::<Value>(&rule.jwks).ok();

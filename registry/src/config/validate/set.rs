@@ -228,8 +228,32 @@ fn virtual_service(cx: &mut About<'_, '_>, set: &Set<'_>, service: &VirtualServi
     for (index, gateway) in service.gateways.iter().enumerate().filter(|(_, gateway)| *gateway != "mesh") {
         gateway_of(cx, set, Path::spec().key("gateways").index(index), service, gateway);
     }
+    foreign_hosts(cx, service);
     for (index, route) in service.http.iter().enumerate() {
         delegate(cx, set, Path::spec().key("http").index(index).key("delegate"), route);
+    }
+}
+
+/// Routes for a host of another namespace hold for that host's callers wherever the object is exported to.
+fn foreign_hosts(cx: &mut About<'_, '_>, service: &VirtualService) {
+    let own_only = service.export_to.iter().all(|to| *to == "." || *to == cx.object.namespace);
+    if own_only && !service.export_to.is_empty() {
+        return;
+    }
+    for (index, host) in service.hosts.iter().enumerate() {
+        let host = full_host(host, &cx.object.namespace);
+        let Some(owner) = host.strip_suffix(".svc.cluster.local").and_then(|name| name.rsplit('.').next())
+        else {
+            continue;
+        };
+        if owner != cx.object.namespace && owner != "*" {
+            let message = format!(
+                "{host} belongs to namespace {owner}, and callers of other namespaces follow these routes too; \
+                 exportTo: [\".\"] keeps them to callers of namespace {}",
+                cx.object.namespace
+            );
+            cx.warn(Path::spec().key("hosts").index(index), message);
+        }
     }
 }
 
