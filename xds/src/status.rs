@@ -77,8 +77,9 @@ struct Entry {
     version: String,
     since: Instant,
     report: Report,
-    /// The newest revision that may concern this proxy; none before the push side knows it.
-    required: Option<u64>,
+    /// Spans of revisions (from, to] that may concern this proxy, oldest first: who has `to` runs all of them. Empty
+    /// before the push side knows the proxy.
+    required: VecDeque<(u64, u64)>,
     /// Spans of revisions (from, to] that changed what this proxy should hold, oldest first.
     changes: VecDeque<(u64, u64)>,
     /// A newer stream of the same node exists: this one is dead and does not know yet.
@@ -90,7 +91,23 @@ impl Entry {
     /// Whether the proxy runs `revision`, given that all its requirements up to there are known.
     fn runs(&self, revision: u64) -> bool {
         let synced = self.report.synced_revision;
-        synced > 0 && (synced >= revision || self.required.is_some_and(|required| synced >= required))
+        synced > 0 && (synced >= revision || self.due(revision).is_some_and(|due| synced >= due))
+    }
+
+    /// What the proxy must have to run `revision`; the oldest that is remembered, if that is newer.
+    fn due(&self, revision: u64) -> Option<u64> {
+        let before = self.required.iter().rev().find(|(from, _)| *from < revision);
+        before.or_else(|| self.required.front()).map(|(_, to)| *to)
+    }
+
+    fn require(&mut self, from: u64, to: u64) {
+        if self.required.back().is_some_and(|(_, newest)| *newest >= to) {
+            return;
+        }
+        if self.required.len() == REMEMBERED {
+            self.required.pop_front();
+        }
+        self.required.push_back((from, to));
     }
 
     /// The newest revision it runs.
@@ -104,7 +121,7 @@ impl Entry {
 
     /// Rejects something, and nothing is on its way that could make it good.
     fn refuses(&self, revision: u64) -> bool {
-        let due = self.required.map_or(revision, |required| required.min(revision));
+        let due = self.due(revision).map_or(revision, |due| due.min(revision));
         self.report.at_rest
             && self.report.view_revision >= due
             && self.report.types.values().any(|of_type| of_type.sync == Sync::Nacked)
@@ -146,7 +163,7 @@ impl Status {
                 version,
                 since: now,
                 report: Report::default(),
-                required: None,
+                required: VecDeque::new(),
                 changes: VecDeque::new(),
                 superseded: false,
                 dumps,
@@ -170,7 +187,7 @@ impl Status {
     pub fn require(&self, key: u64, revision: u64) {
         self.change(|table| {
             if let Some(entry) = table.connections.get_mut(&key) {
-                entry.required = entry.required.max(Some(revision));
+                entry.require(0, revision);
             }
         });
     }
@@ -191,9 +208,10 @@ impl Status {
     /// connections and no others.
     pub fn decide(&self, revision: u64, concerned: &[u64]) {
         self.change(|table| {
+            let from = table.processed.min(revision.saturating_sub(1));
             for key in concerned {
                 if let Some(entry) = table.connections.get_mut(key) {
-                    entry.required = entry.required.max(Some(revision));
+                    entry.require(from, revision);
                 }
             }
             table.processed = table.processed.max(revision);

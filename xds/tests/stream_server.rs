@@ -316,3 +316,49 @@ async fn ten_clients_converge_within_milliseconds() {
     println!("push to the last of {CLIENTS} acknowledgements: p50 {:?}, p99 {:?}", at(50), at(99));
     mesh.stop().await;
 }
+
+#[tokio::test]
+async fn a_proxy_that_leaves_while_somebody_waits_is_not_taken_for_done() {
+    let mut mesh = Mesh::start(Authentication::Optional, None).await;
+    let mut client = Client::connect(&mesh, 1).await;
+    client.ask(Type::Cluster, &[]).await;
+    client.ask(Type::Listener, &[]).await;
+    let proxy = mesh.joined().await;
+    mesh.push(&proxy, 1, &resources(&[(Type::Cluster, "a", 1)]));
+    client.ack_next(2).await;
+    assert!(mesh.status.wait(1, Instant::now() + TIMEOUT).await.pending.is_empty());
+
+    mesh.push(&proxy, 2, &resources(&[(Type::Cluster, "a", 2)]));
+    let leave = async {
+        drop(client.next().await);
+        drop(client);
+    };
+    let (report, ()) = tokio::join!(mesh.status.wait(2, Instant::now() + TIMEOUT), leave);
+    assert!(report.acknowledged.is_empty(), "{report:?}");
+    let gone: Vec<_> = report.pending.iter().map(|p| (p.proxy.id.as_str(), p.gone)).collect();
+    assert_eq!(gone, [(mesh::node_id(1).as_str(), true)]);
+    // Nobody misses it later.
+    assert!(mesh.status.wait(2, Instant::now() + TIMEOUT).await.pending.is_empty());
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_proxy_that_refuses_a_later_revision_runs_the_earlier_one() {
+    let mut mesh = Mesh::start(Authentication::Optional, None).await;
+    let mut client = Client::connect(&mesh, 1).await;
+    client.ask(Type::Cluster, &[]).await;
+    client.ask(Type::Listener, &[]).await;
+    let proxy = mesh.joined().await;
+    mesh.push(&proxy, 1, &resources(&[(Type::Cluster, "a", 1)]));
+    client.ack_next(2).await;
+    assert!(mesh.status.wait(1, Instant::now() + TIMEOUT).await.pending.is_empty());
+    // The second revision concerns nobody, and the third is refused.
+    mesh.status.decide(2, &[]);
+    mesh.push(&proxy, 3, &resources(&[(Type::Cluster, "a", 3)]));
+    let response = client.next().await;
+    client.nack(&response, "cluster a: no such thing").await;
+    assert_eq!(mesh.status.wait(3, Instant::now() + TIMEOUT).await.pending.len(), 1);
+    assert!(mesh.status.wait(2, Instant::now() + TIMEOUT).await.pending.is_empty());
+    assert!(mesh.status.wait(1, Instant::now() + TIMEOUT).await.pending.is_empty());
+    mesh.stop().await;
+}

@@ -1,6 +1,7 @@
 //! Waiting until every proxy runs a revision.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -31,23 +32,39 @@ pub struct Pending {
     pub types: Vec<Type>,
     /// What it refuses, with its words.
     pub nacks: Vec<Nack>,
+    /// It was connected when the waiting began, and has not come back.
+    pub gone: bool,
 }
+
+/// A proxy whose stream ends while somebody waits has this long to come back.
+const ABSENCE: Duration = Duration::from_secs(2);
 
 impl Status {
     /// Waits until every connected proxy runs `revision`, or refuses it, or until the deadline; then says who does.
+    /// A proxy that is connected at the beginning and leaves may have been ended by the very change: it counts as
+    /// pending, and is waited for a little.
     pub async fn wait(&self, revision: u64, deadline: Instant) -> WaitReport {
         let mut changed = self.shared.changed.subscribe();
+        let present: Vec<_> = self.table().live().map(|entry| entry.proxy.clone()).collect();
+        let mut missed = None;
         loop {
             changed.mark_unchanged();
-            if self.table().is_decided(revision) {
+            let (decided, complete) = {
+                let table = self.table();
+                (table.is_decided(revision), table.gone(&present).next().is_none())
+            };
+            let now = Instant::now();
+            missed = if complete { None } else { missed.or(Some(now + ABSENCE)) };
+            if decided && missed.is_none_or(|until| until <= now) {
                 break;
             }
+            let until = missed.filter(|_| decided).unwrap_or(deadline).min(deadline);
             tokio::select! {
-                () = tokio::time::sleep_until(deadline) => break,
+                () = tokio::time::sleep_until(until) => if until == deadline { break },
                 result = changed.changed() => if result.is_err() { break },
             }
         }
-        self.table().wait_report(revision)
+        self.table().wait_report(revision, &present)
     }
 }
 
@@ -57,7 +74,7 @@ impl Table {
         self.processed >= revision && self.live().all(|entry| entry.runs(revision) || entry.refuses(revision))
     }
 
-    fn wait_report(&self, revision: u64) -> WaitReport {
+    fn wait_report(&self, revision: u64, present: &[Arc<Proxy>]) -> WaitReport {
         let mut report = WaitReport { revision, ..WaitReport::default() };
         for entry in self.live() {
             if entry.was_changed_by(revision) {
@@ -69,10 +86,22 @@ impl Table {
                 report.pending.push(entry.pending());
             }
         }
+        report.pending.extend(self.gone(present).map(|proxy| Pending {
+            proxy: proxy.clone(),
+            types: Vec::new(),
+            nacks: Vec::new(),
+            gone: true,
+        }));
         report.affected.sort_unstable();
         report.acknowledged.sort_unstable();
         report.pending.sort_by(|a, b| a.proxy.id.cmp(&b.proxy.id));
         report
+    }
+
+    /// Those that have no stream now.
+    fn gone<'a>(&'a self, present: &'a [Arc<Proxy>]) -> impl Iterator<Item = &'a Arc<Proxy>> {
+        let same = |a: &Proxy, b: &Proxy| a.id == b.id && a.identity == b.identity;
+        present.iter().filter(move |proxy| !self.live().any(|entry| same(&entry.proxy, proxy)))
     }
 
     fn live(&self) -> impl Iterator<Item = &Entry> {
@@ -88,6 +117,7 @@ impl Entry {
             proxy: self.proxy.clone(),
             types: missing.map(|(t, _)| *t).collect(),
             nacks: types.filter_map(|(_, of_type)| of_type.nack.clone()).collect(),
+            gone: false,
         }
     }
 }
