@@ -9,6 +9,9 @@ use crate::config::Object;
 /// How many entries are kept unless the operator says otherwise.
 pub const DEFAULT_LIMIT: u32 = 1000;
 
+/// The most bytes of values, as JSON, that are kept; the newest entry is kept whatever its size.
+pub const MAX_BYTES: usize = 64 << 20;
+
 /// What a change of the settings set by command is about.
 pub(super) const MESH: &str = "MeshConfig";
 
@@ -57,6 +60,12 @@ impl Value {
 }
 
 impl Entry {
+    /// Bytes of its values as JSON: the same on every member.
+    fn weight(&self) -> usize {
+        let values = self.changes.iter().flat_map(|change| [&change.before, &change.after]);
+        values.flatten().map(|value| value.to_json().to_string().len()).sum()
+    }
+
     /// One line: what was created (`+`), changed (`~`) and deleted (`-`).
     #[must_use]
     pub fn summary(&self) -> String {
@@ -72,16 +81,19 @@ impl Entry {
     }
 }
 
-/// The remembered entries, oldest first, bounded in number.
+/// The remembered entries, oldest first, bounded in number and in bytes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct History {
     limit: u32,
     entries: VecDeque<Arc<Entry>>,
+    /// Bytes of each entry, and of all.
+    weights: VecDeque<usize>,
+    bytes: usize,
 }
 
 impl Default for History {
     fn default() -> Self {
-        Self { limit: DEFAULT_LIMIT, entries: VecDeque::new() }
+        Self { limit: DEFAULT_LIMIT, entries: VecDeque::new(), weights: VecDeque::new(), bytes: 0 }
     }
 }
 
@@ -106,13 +118,22 @@ impl History {
 
     /// The history with these entries.
     pub(super) fn restore(limit: u32, entries: BTreeMap<Revision, Entry>) -> Self {
-        Self { limit, entries: entries.into_values().map(Arc::new).collect() }
+        let mut history = Self { limit, ..Self::default() };
+        entries.into_values().for_each(|entry| history.add(entry));
+        history
     }
 
     /// Remembers `entry`; returns the revisions that are forgotten for it.
     pub(super) fn push(&mut self, entry: Entry) -> Vec<Revision> {
-        self.entries.push_back(Arc::new(entry));
+        self.add(entry);
         self.trim()
+    }
+
+    fn add(&mut self, entry: Entry) {
+        let weight = entry.weight();
+        self.bytes = self.bytes.saturating_add(weight);
+        self.weights.push_back(weight);
+        self.entries.push_back(Arc::new(entry));
     }
 
     /// Sets the bound; returns the revisions that are forgotten.
@@ -123,7 +144,34 @@ impl History {
 
     fn trim(&mut self) -> Vec<Revision> {
         let keep = usize::try_from(self.limit).unwrap_or(usize::MAX);
-        let excess = self.entries.len().saturating_sub(keep);
-        self.entries.drain(..excess).map(|entry| entry.revision).collect()
+        let mut forgotten = Vec::new();
+        while self.entries.len() > keep || self.bytes > MAX_BYTES && self.entries.len() > 1 {
+            let Some(entry) = self.entries.pop_front() else { break };
+            self.bytes = self.bytes.saturating_sub(self.weights.pop_front().unwrap_or_default());
+            forgotten.push(entry.revision);
+        }
+        forgotten
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn history_is_bounded_in_bytes_and_keeps_the_newest() {
+        let mut history = History::default();
+        let mut push = |revision: u64, bytes: usize| {
+            let after = Some(Value::Json(Arc::new("x".repeat(bytes).into())));
+            let changes = vec![Change { what: "a".to_owned(), before: None, after }];
+            history.push(Entry { revision: Revision(revision), time_ms: 0, author: String::new(), changes })
+        };
+        assert_eq!(push(1, MAX_BYTES / 2), []);
+        assert_eq!(push(2, MAX_BYTES / 4), []);
+        assert_eq!(push(3, MAX_BYTES / 2), [Revision(1)]);
+        assert_eq!(push(4, MAX_BYTES * 2), [Revision(2), Revision(3)]);
+        assert_eq!(history.entries().count(), 1);
+        assert_eq!(history.set_limit(0), [Revision(4)]);
+        assert_eq!((history.bytes, history.weights.len()), (0, 0));
     }
 }
