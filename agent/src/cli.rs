@@ -1,6 +1,7 @@
 //! What can be asked of the agent.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -14,6 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, ProxySeat, Seat};
+use crate::join;
 use crate::register::Workload;
 
 /// The node agent.
@@ -159,9 +161,12 @@ fn run_until_signal(config: Config, log: Option<LogLevel>) -> anyhow::Result<()>
 impl Member {
     fn config(&self, seat: Seat) -> anyhow::Result<Config> {
         let text = match &self.token_file {
-            Some(file) => Some(
-                std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?,
-            ),
+            Some(file) => match std::fs::read_to_string(file) {
+                Ok(text) => Some(text),
+                // Whoever is a member already needs no token, and its file may have been removed.
+                Err(error) if error.kind() == ErrorKind::NotFound && join::is_member(&self.data_dir) => None,
+                Err(error) => return Err(error).with_context(|| format!("cannot read {}", file.display())),
+            },
             None => self.token.clone(),
         };
         let token = text.map(|text| JoinToken::parse(&text)).transpose()?;

@@ -1,5 +1,6 @@
 //! The identity: with a token the first time, from the key store after that.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -45,6 +46,12 @@ impl Membership {
             service_account: token.service_account.clone(),
         }
     }
+}
+
+/// Whether an earlier start with this folder joined.
+#[must_use]
+pub fn is_member(data_dir: &Path) -> bool {
+    data_dir.join(MEMBERSHIP_FILE).exists()
 }
 
 /// Gets the identity and keeps renewing it on `tasks` until `stop`.

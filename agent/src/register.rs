@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use ca::identity::SpiffeId;
@@ -24,6 +24,31 @@ const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Longest pause between looks at whether the proxy takes connections.
 const LONGEST_LOOK: Duration = Duration::from_millis(250);
+
+/// How long a registration lives without a sign of life, when the control plane does not say.
+const USUAL_LEASE: Duration = Duration::from_secs(60);
+/// A shorter lease is not kept up.
+const SHORTEST_LEASE: Duration = Duration::from_millis(300);
+
+/// What the control plane made of a registration.
+#[derive(Debug)]
+struct Entered {
+    /// Name of the entry.
+    name: String,
+    /// How often it wants a sign of life.
+    every: Duration,
+}
+
+/// Whether the control plane knows this session's registration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Known {
+    Yes,
+    No,
+}
+
+/// Of what does not end by itself.
+#[derive(Debug)]
+enum Never {}
 
 /// What is registered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,26 +120,66 @@ impl Registration {
         Self { workload, control_plane }
     }
 
-    /// Registers, reports healthy when the proxy takes connections, and takes the workload out again at `stop`.
-    /// What fails is tried again until then.
+    /// Registers, reports healthy when the proxy takes connections, repeats that as a sign of life, and takes the
+    /// workload out again at `stop`. What fails is tried again until then.
     pub async fn keep(self, stop: CancellationToken) {
-        let entry = OnceLock::new();
-        if stop.run_until_cancelled(self.enter(&entry)).await.is_some() {
-            stop.cancelled().await;
-        }
-        let Some(entry) = entry.get() else { return };
-        if tokio::time::timeout(FAREWELL, self.leave(entry)).await.is_err() {
+        let entry = Mutex::new(None);
+        stop.run_until_cancelled(self.stay(&entry)).await;
+        let entry = entry.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let Some(entry) = entry else { return };
+        if tokio::time::timeout(FAREWELL, self.leave(&entry)).await.is_err() {
             tracing::warn!(workload = %self.workload.name, "left without telling the control plane");
         }
     }
 
-    async fn enter(&self, entry: &OnceLock<String>) {
-        let name = self.insist("register", |turn| self.register(turn)).await;
-        let name = entry.get_or_init(|| name);
-        for port in &self.workload.awaited_ports {
-            takes_connections(SocketAddr::new(self.workload.address, *port)).await;
+    /// Registers, and again whenever the control plane knows nothing of it any more.
+    async fn stay(&self, entry: &Mutex<Option<String>>) -> Never {
+        loop {
+            let entered = self.insist("register", |turn| self.register(turn)).await;
+            *entry.lock().unwrap_or_else(PoisonError::into_inner) = Some(entered.name.clone());
+            for port in &self.workload.awaited_ports {
+                takes_connections(SocketAddr::new(self.workload.address, *port)).await;
+            }
+            let healthy = self.insist("report healthy", |turn| self.report_healthy(&entered.name, turn));
+            if let Known::Yes = healthy.await {
+                self.stay_known(&entered).await;
+            }
+            tracing::info!(workload = %self.workload.name, "the control plane does not know this session, registering again");
         }
-        self.insist("report healthy", |turn| self.report_healthy(name, turn)).await;
+    }
+
+    /// Gives signs of life until the control plane does not know the registration.
+    async fn stay_known(&self, entered: &Entered) {
+        let (mut held, mut turn) = (None, 0_usize);
+        let mut pause = entered.every;
+        loop {
+            tokio::time::sleep(pause).await;
+            let sign = self.sign_of_life(&entered.name, turn, &mut held);
+            let outcome = tokio::time::timeout(CALL_TIMEOUT, sign).await;
+            match outcome.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time"))) {
+                Ok(Known::Yes) => pause = entered.every,
+                Ok(Known::No) => return,
+                Err(status) => {
+                    tracing::debug!(error = status.message(), "no sign of life given");
+                    (held, turn) = (None, turn.wrapping_add(1));
+                    pause = LONGEST_PAUSE.min(entered.every / 4);
+                }
+            }
+        }
+    }
+
+    /// Over one connection as long as it lasts.
+    async fn sign_of_life(
+        &self,
+        entry: &str,
+        turn: usize,
+        held: &mut Option<WorkloadServiceClient<Channel>>,
+    ) -> Result<Known, Status> {
+        let client = match held {
+            Some(client) => client,
+            None => held.insert(self.control_plane.client(turn).await?),
+        };
+        self.tell_healthy(client, entry).await
     }
 
     /// Tries until it succeeds, asking one member after the other.
@@ -141,8 +206,7 @@ impl Registration {
         }
     }
 
-    /// The name of the entry.
-    async fn register(&self, turn: usize) -> Result<String, Status> {
+    async fn register(&self, turn: usize) -> Result<Entered, Status> {
         let (namespace, service_account) = self.control_plane.namespace_and_account();
         let workload = self.workload.clone();
         let request = RegisterRequest {
@@ -157,15 +221,28 @@ impl Registration {
             weight: 0,
             session: workload.session,
         };
-        Ok(self.control_plane.client(turn).await?.register(request).await?.into_inner().name)
+        let answer = self.control_plane.client(turn).await?.register(request).await?.into_inner();
+        let lease = Duration::from_millis(answer.lease_milliseconds);
+        let lease = if lease.is_zero() { USUAL_LEASE } else { lease };
+        Ok(Entered { name: answer.name, every: (lease / 3).max(SHORTEST_LEASE / 3) })
     }
 
-    async fn report_healthy(&self, entry: &str, turn: usize) -> Result<(), Status> {
+    async fn report_healthy(&self, entry: &str, turn: usize) -> Result<Known, Status> {
+        self.tell_healthy(&mut self.control_plane.client(turn).await?, entry).await
+    }
+
+    async fn tell_healthy(
+        &self,
+        client: &mut WorkloadServiceClient<Channel>,
+        entry: &str,
+    ) -> Result<Known, Status> {
         let (namespace, _) = self.control_plane.namespace_and_account();
         let (name, session) = (entry.to_owned(), self.workload.session.clone());
-        let request = HealthRequest { name, namespace, session, healthy: true };
-        self.control_plane.client(turn).await?.report_health(request).await?;
-        Ok(())
+        match client.report_health(HealthRequest { name, namespace, session, healthy: true }).await {
+            Ok(_) => Ok(Known::Yes),
+            Err(status) if status.code() == Code::FailedPrecondition => Ok(Known::No),
+            Err(status) => Err(status),
+        }
     }
 
     async fn leave(&self, entry: &str) {

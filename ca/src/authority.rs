@@ -315,7 +315,7 @@ impl Authority {
         self.issue(csr, vec![uri_name(identity)?], requested, now, serial)
     }
 
-    /// Signs the control plane's own leaf: its identity, and DNS names by which other clients call it.
+    /// Signs the control plane's own leaf: its identity, and DNS names and IP addresses by which other clients call it.
     ///
     /// Only for use in the member's own process; the certificate service never calls it.
     ///
@@ -332,8 +332,12 @@ impl Authority {
     ) -> Result<Chain, SignError> {
         let mut names = vec![uri_name(&SpiffeId::control_plane(&self.domain))?];
         for name in dns_names {
-            let text = name.as_str().try_into().map_err(|_| SignError::Name(name.clone()))?;
-            names.push(SanType::DnsName(text));
+            names.push(match name.parse() {
+                Ok(address) => SanType::IpAddress(address),
+                Err(_) => {
+                    SanType::DnsName(name.as_str().try_into().map_err(|_| SignError::Name(name.clone()))?)
+                }
+            });
         }
         self.issue(csr, names, requested, now, serial)
     }

@@ -10,11 +10,13 @@ mod view;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use ca::authn::{Hash, JoinToken, TokenBinding};
 use ca::authority::Authority;
 use ca::renewal::Clock;
 use ca::state::{CaCommand, TokenRecord};
 use registry::config::{Kind, Object, Severity};
+use registry::model::mesh::MeshConfig;
 use registry::snapshot::Snapshot;
 use registry::state::{Batch, ObjectKey, ObjectResult};
 use serde_json::Value;
@@ -24,8 +26,8 @@ use xds::status::Status;
 
 use crate::raft::{Command, Outcome, ProposeError, Raft, View};
 use types::{
-    Action, Applied, ApplyReport, ApplyRequest, HistoryEntry, List, ListMeta, Problem, ProxyRow, ServiceRow, TokenCreated,
-    TokenRequest, TokenRow, Version, WaitReport, WorkloadRow,
+    Action, Applied, ApplyReport, ApplyRequest, HistoryEntry, List, ListMeta, Problem, ProxyRow, ServiceRow,
+    TokenCreated, TokenRequest, TokenRow, Version, WaitReport, WorkloadRow,
 };
 
 /// Longest time that a caller may wait for a revision.
@@ -33,6 +35,9 @@ pub const LONGEST_WAIT: Duration = Duration::from_secs(300);
 
 /// Longest lifetime of a join token.
 const LONGEST_TOKEN: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// The most machines that may join with one token: each leaves its key's hash in the state.
+const MOST_USES: u32 = 10_000;
 
 /// Why a call was not answered.
 #[derive(Debug, thiserror::Error)]
@@ -79,7 +84,13 @@ impl ApiError {
             Self::Unavailable(cause) => vec![cause.to_string()],
             Self::NotFound(_) | Self::Conflict(_) | Self::Internal(_) => Vec::new(),
         };
-        Problem { kind: "about:blank".to_owned(), title: title.to_owned(), status, detail: self.to_string(), errors }
+        Problem {
+            kind: "about:blank".to_owned(),
+            title: title.to_owned(),
+            status,
+            detail: self.to_string(),
+            errors,
+        }
     }
 }
 
@@ -93,7 +104,7 @@ pub struct Api {
     /// What proxies have acknowledged.
     pub status: Status,
     /// This member's authority.
-    pub authority: Arc<Authority>,
+    pub issuing: Arc<ArcSwap<Authority>>,
     /// What time it is.
     pub clock: Clock,
     /// Where agents reach the xDS port, `host:port`.
@@ -115,10 +126,15 @@ impl Api {
     /// # Errors
     ///
     /// Every mistake of every file.
-    pub async fn apply(&self, author: &str, request: &ApplyRequest) -> Result<ApplyReport, ApiError> {
-        let (objects, mut warnings) = read(request)?;
-        warnings.extend(self.check_together(&objects)?);
-        if request.dry_run {
+    pub async fn apply(&self, author: &str, request: ApplyRequest) -> Result<ApplyReport, ApiError> {
+        let (api, dry_run) = (self.clone(), request.dry_run);
+        let (objects, warnings) = aside(move || {
+            let (objects, mut warnings) = read(&request)?;
+            warnings.extend(api.check_together(&objects)?);
+            Ok((objects, warnings))
+        })
+        .await?;
+        if dry_run {
             return Ok(self.foresee(&objects, warnings));
         }
         let batch = Batch::put_objects(self.time_ms(), author, objects);
@@ -130,7 +146,13 @@ impl Api {
     /// # Errors
     ///
     /// [`ApiError::NotFound`] when it is not there.
-    pub async fn delete(&self, author: &str, kind: &str, namespace: &str, name: &str) -> Result<ApplyReport, ApiError> {
+    pub async fn delete(
+        &self,
+        author: &str,
+        kind: &str,
+        namespace: &str,
+        name: &str,
+    ) -> Result<ApplyReport, ApiError> {
         let key = key(kind, namespace, name)?;
         if self.snapshot().object(&key).is_none() {
             return Err(ApiError::NotFound(format!("there is no {key}")));
@@ -157,7 +179,7 @@ impl Api {
         let kept = snapshot.objects().filter(|o| !replaced.contains(&ObjectKey::of(o))).map(AsRef::as_ref);
         let all: Vec<&Object> = kept.chain(objects).collect();
         let changed: std::collections::BTreeSet<String> = objects.iter().map(Object::id).collect();
-        let (mut errors, mut warnings) = (Vec::new(), Vec::new());
+        let (mut errors, mut warnings) = (self.foreign_domains(objects), Vec::new());
         for problem in registry::config::validate_set(&all) {
             let ours = changed.contains(&problem.object);
             match problem.severity {
@@ -172,13 +194,33 @@ impl Api {
         Err(ApiError::Invalid { detail: format!("{} mistake(s)", errors.len()), errors })
     }
 
+    /// Identities are of the domain that the authority issues; settings cannot say otherwise.
+    fn foreign_domains(&self, objects: &[Object]) -> Vec<String> {
+        let issuing = self.issuing.load();
+        let ours = issuing.trust_domain().as_str();
+        let said = objects.iter().filter_map(|object| Some((object, object.get::<MeshConfig>()?)));
+        let foreign = said.filter(|(_, mesh)| !mesh.trust_domain.is_empty() && mesh.trust_domain != ours);
+        let told = foreign.map(|(object, mesh)| {
+            format!(
+                "error: {}: spec.trustDomain: is {}, the certificates of this mesh are of {ours}; that is set by trustDomain in the settings of istiod",
+                object.id(),
+                mesh.trust_domain
+            )
+        });
+        told.collect()
+    }
+
     fn foresee(&self, objects: &[Object], warnings: Vec<String>) -> ApplyReport {
         let snapshot = self.snapshot();
         let foreseen = objects.iter().map(|object| {
             let key = ObjectKey::of(object);
             let action = match snapshot.object(&key) {
                 None => Action::Created,
-                Some(old) if old.raw == object.raw && old.labels == object.labels && old.annotations == object.annotations => {
+                Some(old)
+                    if old.raw == object.raw
+                        && old.labels == object.labels
+                        && old.annotations == object.annotations =>
+                {
                     Action::Unchanged
                 }
                 Some(_) => Action::Configured,
@@ -195,7 +237,10 @@ impl Api {
     /// [`ApiError::NotFound`] when it is not there.
     pub fn get(&self, kind: &str, namespace: &str, name: &str) -> Result<Value, ApiError> {
         let key = key(kind, namespace, name)?;
-        self.snapshot().object(&key).map(|o| o.to_json()).ok_or_else(|| ApiError::NotFound(format!("there is no {key}")))
+        self.snapshot()
+            .object(&key)
+            .map(|o| o.to_json())
+            .ok_or_else(|| ApiError::NotFound(format!("there is no {key}")))
     }
 
     /// Objects of a kind, or of all kinds (`all`), in one namespace or in all.
@@ -203,14 +248,16 @@ impl Api {
     /// # Errors
     ///
     /// When the kind is unknown.
-    pub fn list(&self, kind: &str, namespace: Option<&str>) -> Result<List, ApiError> {
+    pub async fn list(&self, kind: &str, namespace: Option<String>) -> Result<List, ApiError> {
         let kind = if kind == "all" { None } else { Some(parse_kind(kind)?) };
         let snapshot = self.snapshot();
-        let items = snapshot
-            .objects()
-            .filter(|o| kind.is_none_or(|kind| o.kind == kind) && namespace.is_none_or(|ns| o.namespace == ns))
-            .map(|o| o.to_json())
-            .collect();
+        let read = snapshot.clone();
+        let items = aside(move || {
+            let of_kind = read.objects().filter(|o| kind.is_none_or(|kind| o.kind == kind));
+            let scoped = of_kind.filter(|o| namespace.as_deref().is_none_or(|ns| o.namespace == ns));
+            Ok(scoped.map(|o| o.to_json()).collect())
+        })
+        .await?;
         Ok(List {
             api_version: "v1".to_owned(),
             kind: "List".to_owned(),
@@ -222,7 +269,13 @@ impl Api {
     /// The newest changes, newest first.
     #[must_use]
     pub fn history(&self, limit: usize) -> Vec<HistoryEntry> {
-        self.snapshot().history().entries().rev().take(limit).map(|entry| view::history_entry(entry)).collect()
+        self.snapshot()
+            .history()
+            .entries()
+            .rev()
+            .take(limit)
+            .map(|entry| view::history_entry(entry))
+            .collect()
     }
 
     /// Connected proxies.
@@ -237,11 +290,14 @@ impl Api {
     ///
     /// When it is not connected, or the type is unknown.
     pub async fn proxy_config(&self, id: &str, kind: &str) -> Result<Value, ApiError> {
-        let types = view::types_named(kind)
-            .ok_or_else(|| ApiError::invalid(format!("`{kind}` is not one of listener, route, cluster, endpoint, all")))?;
+        let types = view::types_named(kind).ok_or_else(|| {
+            ApiError::invalid(format!("`{kind}` is not one of listener, route, cluster, endpoint, all"))
+        })?;
         let resources = self.status.resources(id).await;
-        let resources = resources.ok_or_else(|| ApiError::NotFound(format!("no proxy `{id}` is connected to this member")))?;
-        view::resources(&resources, &types).map_err(|e| ApiError::Internal(e.to_string()))
+        let resources = resources
+            .ok_or_else(|| ApiError::NotFound(format!("no proxy `{id}` is connected to this member")))?;
+        aside(move || view::resources(&resources, &types).map_err(|e| ApiError::Internal(e.to_string())))
+            .await
     }
 
     /// Waits until every connected proxy runs `revision` or refused it, at most `timeout`.
@@ -273,21 +329,26 @@ impl Api {
         if lifetime.is_zero() || lifetime > LONGEST_TOKEN {
             return Err(ApiError::invalid("ttlSeconds: from 1 to 2592000 (30 days)"));
         }
-        if request.uses == 0 {
-            return Err(ApiError::invalid("uses: at least 1"));
+        if request.uses == 0 || request.uses > MOST_USES {
+            return Err(ApiError::invalid(format!("uses: from 1 to {MOST_USES}")));
         }
+        let issuing = self.issuing.load_full();
         let binding = TokenBinding {
             namespace: request.namespace.clone(),
             service_account: request.service_account.clone(),
-            trust_domain: self.authority.trust_domain().clone(),
+            trust_domain: self.issuing.load().trust_domain().clone(),
         };
-        let root = self.authority.roots().first().ok_or_else(|| ApiError::Internal("no root".to_owned()))?;
+        let root = issuing.roots().first().ok_or_else(|| ApiError::Internal("no root".to_owned()))?;
         let token = JoinToken::generate(binding, vec![self.xds.clone()], Hash::of(root))
             .map_err(|e| ApiError::Internal(e.to_string()))?;
         let expires = (self.clock)() + lifetime;
         let record = TokenRecord::of(&token, expires, request.uses, author);
-        record.identity(self.authority.trust_domain()).map_err(|e| ApiError::invalid(e.to_string()))?;
-        let created = TokenCreated { id: token.id.clone(), token: token.to_text(), expires: view::rfc3339(record.expires_at) };
+        record.identity(self.issuing.load().trust_domain()).map_err(|e| ApiError::invalid(e.to_string()))?;
+        let created = TokenCreated {
+            id: token.id.clone(),
+            token: token.to_text(),
+            expires: view::rfc3339(record.expires_at),
+        };
         self.raft.propose(&Command::Ca(CaCommand::AddJoinToken(record))).await?;
         Ok(created)
     }
@@ -321,7 +382,7 @@ impl Api {
     /// The trust bundle in PEM.
     #[must_use]
     pub fn roots(&self) -> String {
-        ca::x509::certificates_to_pem(self.authority.roots())
+        ca::x509::certificates_to_pem(self.issuing.load().roots())
     }
 
     /// Who answers.
@@ -330,13 +391,21 @@ impl Api {
         let status = self.raft.status().borrow().clone();
         Version {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            trust_domain: self.authority.trust_domain().as_str().to_owned(),
+            trust_domain: self.issuing.load().trust_domain().as_str().to_owned(),
             revision: self.snapshot().revision().0,
             member: status.id,
             role: if status.leading { "leader" } else { "follower" }.to_owned(),
             xds: self.xds.clone(),
         }
     }
+}
+
+/// Work that takes as long as its input is large: off the tasks that serve everybody.
+async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|_| Err(ApiError::Internal("the work was not finished".to_owned())))
 }
 
 /// Every object of every file with warnings, or every mistake.

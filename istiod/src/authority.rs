@@ -2,9 +2,10 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
+use arc_swap::ArcSwap;
 use ca::authority::{Authority, Lifetimes, PluggedIn, Serial, SigningRoot};
 use ca::client::{CertificateSource, Local};
 use ca::identity::{SpiffeId, TrustDomain};
@@ -15,11 +16,23 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use zeroize::Zeroizing;
 
+use crate::config::Config;
+
 /// Names of the files of a plugged-in authority, as Istio's; a self-signed root is kept under the same names.
 const FILES: [&str; 4] = ["ca-cert.pem", "ca-key.pem", "cert-chain.pem", "root-cert.pem"];
 
-/// DNS names in the control plane's own certificate, by which agents of Istio call it.
-const NAMES: [&str; 3] = ["istiod.istio-system.svc", "istiod.istio-system.svc.cluster.local", "localhost"];
+/// Names in the control plane's own certificate, by which agents of Istio and programs on this machine call it.
+const NAMES: [&str; 4] =
+    ["istiod.istio-system.svc", "istiod.istio-system.svc.cluster.local", "localhost", "127.0.0.1"];
+
+/// The trust bundle, for clients such as `istioctl`, in the data folder.
+const ROOT_FILE: &str = "root-cert.pem";
+
+/// How often the age of the member's intermediate is looked at.
+const LOOK: Duration = Duration::from_secs(3600);
+
+/// The authority that signs at present: replaced when its intermediate has lived half its life.
+pub(crate) type Issuing = Arc<ArcSwap<Authority>>;
 
 /// What the authority is opened with.
 pub(crate) struct Settings<'a> {
@@ -40,12 +53,55 @@ pub(crate) struct Settings<'a> {
 /// # Errors
 ///
 /// When files cannot be read, do not belong together, or have ended.
-pub(crate) fn open(settings: &Settings<'_>, now: SystemTime) -> anyhow::Result<Arc<Authority>> {
+pub(crate) fn open(settings: &Settings<'_>, now: SystemTime) -> anyhow::Result<Issuing> {
+    let authority = issue(settings, now)?;
+    publish_root(settings.folder, &authority)?;
+    Ok(Arc::new(ArcSwap::new(authority)))
+}
+
+/// Replaces the intermediate when it has lived half its life, until `stop`. What it signed stays valid; peers trust
+/// the root.
+pub(crate) async fn keep(config: Config, issuing: Issuing, clock: Clock, stop: CancellationToken) {
+    while stop.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_some() {
+        let now = clock();
+        if !is_due(&issuing.load(), now) {
+            continue;
+        }
+        let settings = config.clone();
+        let issued = tokio::task::spawn_blocking(move || issue(&settings.authority(), now)).await;
+        match issued.map_err(anyhow::Error::from).flatten() {
+            Ok(next) => {
+                issuing.store(next);
+                tracing::info!("renewed this member's intermediate certificate");
+            }
+            Err(error) => {
+                tracing::error!(error = format!("{error:#}"), "this member's intermediate is not renewed");
+            }
+        }
+    }
+}
+
+fn is_due(authority: &Authority, now: SystemTime) -> bool {
+    let (begin, end) = authority.validity();
+    now >= begin + end.duration_since(begin).unwrap_or_default() / 2
+}
+
+/// Replaces the file as a whole, so that nobody reads half of it.
+fn publish_root(folder: &Path, authority: &Authority) -> anyhow::Result<()> {
+    let (path, next) = (folder.join(ROOT_FILE), folder.join(format!("{ROOT_FILE}.next")));
+    let pem = ca::x509::certificates_to_pem(authority.roots());
+    std::fs::write(&next, pem)
+        .and_then(|()| std::fs::rename(&next, &path))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn issue(settings: &Settings<'_>, now: SystemTime) -> anyhow::Result<Arc<Authority>> {
     let root = match settings.plugged_in {
         Some(folder) => plugged_in(folder, now)?,
         None => kept(settings, now)?,
     };
-    let authority = root.member(&settings.domain, &settings.member, settings.lifetimes, now, Serial::random()?)?;
+    let authority =
+        root.member(&settings.domain, &settings.member, settings.lifetimes, now, Serial::random()?)?;
     Ok(Arc::new(authority))
 }
 
@@ -71,12 +127,19 @@ fn kept(settings: &Settings<'_>, now: SystemTime) -> anyhow::Result<SigningRoot>
     // The key is written last, so that a first start that was cut short begins anew.
     if store.load(key)?.is_some() {
         let read = |name: &str| -> anyhow::Result<String> {
-            let bytes = store.load(name)?.with_context(|| format!("{} has no {name}", store.dir().display()))?;
+            let bytes =
+                store.load(name)?.with_context(|| format!("{} has no {name}", store.dir().display()))?;
             Ok(String::from_utf8(bytes.to_vec())?)
         };
-        let files =
-            PluggedIn { ca_cert: read(cert)?, ca_key: Zeroizing::new(read(key)?), cert_chain: read(chain)?, root_cert: read(root)? };
-        return files.check(now).with_context(|| format!("the root in {} cannot be used", store.dir().display()));
+        let files = PluggedIn {
+            ca_cert: read(cert)?,
+            ca_key: Zeroizing::new(read(key)?),
+            cert_chain: read(chain)?,
+            root_cert: read(root)?,
+        };
+        return files
+            .check(now)
+            .with_context(|| format!("the root in {} cannot be used", store.dir().display()));
     }
     let made = SigningRoot::generate(&settings.domain, now, Serial::random()?)?;
     let files = made.to_files();
@@ -94,15 +157,17 @@ fn kept(settings: &Settings<'_>, now: SystemTime) -> anyhow::Result<SigningRoot>
 ///
 /// When the authority cannot sign it.
 pub(crate) async fn own_identity(
-    authority: Arc<Authority>,
+    issuing: Issuing,
+    names: Vec<String>,
     clock: Clock,
     tasks: &TaskTracker,
     stop: CancellationToken,
 ) -> anyhow::Result<IdentityWatch> {
-    let expected = SpiffeId::control_plane(authority.trust_domain());
-    let dns_names = NAMES.map(str::to_owned).to_vec();
+    let expected = SpiffeId::control_plane(issuing.load().trust_domain());
+    let mut dns_names = NAMES.map(str::to_owned).to_vec();
+    dns_names.extend(names.into_iter().filter(|name| !NAMES.contains(&name.as_str())));
     let source = CertificateSource {
-        issuance: Local { authority: Box::new(move || authority.clone()), dns_names, clock: clock.clone() },
+        issuance: Local { authority: Box::new(move || issuing.load_full()), dns_names, clock: clock.clone() },
         clock,
         store: None,
         lifetime: None,
@@ -114,7 +179,7 @@ pub(crate) async fn own_identity(
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, UNIX_EPOCH};
+    use std::time::UNIX_EPOCH;
 
     use super::*;
 
@@ -126,7 +191,7 @@ mod tests {
             lifetimes: Lifetimes::default(),
             member: "1".to_owned(),
         };
-        open(&settings, UNIX_EPOCH + Duration::from_secs(1_800_000_000))
+        Ok(open(&settings, UNIX_EPOCH + Duration::from_secs(1_800_000_000))?.load_full())
     }
 
     #[test]
@@ -136,6 +201,17 @@ mod tests {
         let second = open_in(folder.path(), None).unwrap();
         assert_eq!(first.roots(), second.roots());
         assert_ne!(first.chain(), second.chain(), "every start has an intermediate of its own");
+    }
+
+    #[test]
+    fn an_intermediate_is_due_at_half_its_life_and_the_root_is_there_to_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = open_in(folder.path(), None).unwrap();
+        let (begin, end) = authority.validity();
+        let half = begin + end.duration_since(begin).unwrap() / 2;
+        assert!(!is_due(&authority, half - Duration::from_secs(1)) && is_due(&authority, half));
+        let pem = std::fs::read_to_string(folder.path().join(ROOT_FILE)).unwrap();
+        assert_eq!(pem, ca::x509::certificates_to_pem(authority.roots()));
     }
 
     #[test]

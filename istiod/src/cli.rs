@@ -50,6 +50,9 @@ struct DevArgs {
     /// Lifetime of workload certificates in seconds
     #[arg(long, default_value_t = 24 * 3600)]
     leaf_lifetime: u64,
+    /// Seconds without a sign of life after which a workload is sent no traffic
+    #[arg(long, default_value_t = 60)]
+    lease: u64,
 }
 
 /// Runs the program; its exit code (64 for wrong settings, 1 when it cannot go on).
@@ -89,8 +92,9 @@ fn settings(command: Command) -> Result<(Config, Option<Scratch>), Vec<String>> 
             let data_dir =
                 args.data_dir.or_else(|| scratch.as_ref().map(|s| s.0.clone())).unwrap_or_default();
             let leaf_lifetime = Duration::from_secs(args.leaf_lifetime);
-            let dev =
-                Dev { data_dir, admin: args.admin, xds: args.xds, metrics: args.metrics, leaf_lifetime };
+            let lease = Duration::from_secs(args.lease);
+            let DevArgs { admin, xds, metrics, .. } = args;
+            let dev = Dev { data_dir, admin, xds, metrics, leaf_lifetime, lease };
             Ok((Config::dev(dev)?, scratch))
         }
     }

@@ -5,11 +5,13 @@
 //! memberId: 1                     # from 1; never used again for another disk
 //! trustDomain: cluster.local
 //! xds: {address: 0.0.0.0:15012, advertise: istiod.example.com:15012}
-//! admin: {address: 127.0.0.1:15080, tls: true}
+//! admin: {address: 127.0.0.1:15080, tls: true, names: [mesh.example.com]}
 //! metrics: {address: 0.0.0.0:15014}
 //! ca: {directory: /etc/istio/cacerts, leafLifetime: 24h, maxLeafLifetime: 2160h}
 //! push: {debounceQuiet: 10ms, debounceLongest: 1s, workers: 2}
 //! raft: {electionTimeout: 1s, heartbeat: 200ms, snapshotEntries: 20000, snapshotBytes: 67108864, answerWithin: 5s}
+//! workloads: {lease: 60s, removeAfter: 10m}
+//! sources: {files: [/etc/istio/mesh]}
 //! log: {level: info, format: text}
 //! ```
 
@@ -24,7 +26,7 @@ use ca::authority::Lifetimes;
 use ca::identity::TrustDomain;
 use xds::debounce::Limits;
 
-use self::reader::{Reader, address, answer, host_port, span, whole};
+use self::reader::{Reader, address, answer, host_port, name, span, whole};
 use crate::{authority, push, raft};
 
 /// The settings of one member.
@@ -44,6 +46,8 @@ pub struct Config {
     pub admin: SocketAddr,
     /// The operator API is served over TLS.
     pub admin_tls: bool,
+    /// Names and addresses by which operators call it, besides those of [`advertise`](Self::advertise).
+    pub admin_names: Vec<String>,
     /// The operator API asks nobody who they are; only in `istiod dev`.
     pub open_admin: bool,
     /// Where `/metrics` is served.
@@ -58,10 +62,29 @@ pub struct Config {
     pub push_workers: usize,
     /// How the log of changes behaves.
     pub consensus: Consensus,
+    /// What becomes of workloads whose agents are silent.
+    pub silence: Silence,
+    /// Folders of Istio's objects that are watched.
+    pub folders: Vec<PathBuf>,
     /// `error`, `warn`, `info`, `debug`, `trace`, or a filter of `tracing`.
     pub log_level: String,
     /// Logs are JSON.
     pub log_json: bool,
+}
+
+/// What becomes of workloads whose agents are silent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Silence {
+    /// A workload whose agent was not heard for so long is sent no traffic.
+    pub lease: Duration,
+    /// After this time more it is removed.
+    pub remove_after: Duration,
+}
+
+impl Default for Silence {
+    fn default() -> Self {
+        Self { lease: Duration::from_secs(60), remove_after: Duration::from_secs(600) }
+    }
 }
 
 /// How the log of changes behaves.
@@ -112,9 +135,14 @@ pub const SETTINGS: &[Setting] = &[
     setting("memberId", "1", "this member's number, from 1; never used again for another disk"),
     setting("trustDomain", "cluster.local", "trust domain of every identity"),
     setting("xds.address", "0.0.0.0:15012", "where xDS and certificates are served"),
-    setting("xds.advertise", "", "how agents reach that, HOST:PORT; the address itself if not set"),
+    setting(
+        "xds.advertise",
+        "",
+        "how agents reach that, HOST:PORT; required when the address is 0.0.0.0 or [::]",
+    ),
     setting("admin.address", "127.0.0.1:15080", "where the operator API is served"),
     setting("admin.tls", "true", "the operator API is served over TLS; false only on loopback"),
+    setting("admin.names", "", "names and addresses by which operators call it, a list; for its certificate"),
     setting("metrics.address", "0.0.0.0:15014", "where /metrics is served"),
     setting("ca.directory", "", "folder with ca-cert.pem, ca-key.pem, cert-chain.pem and root-cert.pem"),
     setting("ca.leafLifetime", "24h", "how long a certificate is valid if its owner asks for nothing"),
@@ -127,6 +155,9 @@ pub const SETTINGS: &[Setting] = &[
     setting("raft.snapshotEntries", "20000", "a snapshot is taken after so many entries"),
     setting("raft.snapshotBytes", "67108864", "a snapshot is taken after so many bytes of entries"),
     setting("raft.answerWithin", "5s", "a request without an answer in this time is told so"),
+    setting("workloads.lease", "60s", "a workload whose agent is silent for this long is sent no traffic"),
+    setting("workloads.removeAfter", "10m", "after this time more a silent workload is removed"),
+    setting("sources.files", "", "folders with files of Istio's objects that are watched, a list"),
     setting("log.level", "info", "a level, or levels by module such as info,xds=debug"),
     setting("log.format", "text", "text or json"),
 ];
@@ -144,6 +175,8 @@ pub struct Dev {
     pub metrics: SocketAddr,
     /// Lifetime of leaves.
     pub leaf_lifetime: Duration,
+    /// How long an agent may be silent.
+    pub lease: Duration,
 }
 
 impl Config {
@@ -173,6 +206,10 @@ impl Config {
         if dev.leaf_lifetime.is_zero() || dev.leaf_lifetime > config.lifetimes.max {
             return Err(vec!["--leaf-lifetime: from 1 s to 90 days".to_owned()]);
         }
+        if dev.lease.is_zero() {
+            return Err(vec!["--lease: at least 1 s".to_owned()]);
+        }
+        config.silence.lease = dev.lease;
         Ok(config)
     }
 
@@ -210,6 +247,7 @@ impl Config {
             advertise: None,
             admin: address([127, 0, 0, 1], 15080),
             admin_tls: true,
+            admin_names: Vec::new(),
             open_admin: false,
             metrics: address([0, 0, 0, 0], 15014),
             ca_directory: None,
@@ -217,9 +255,23 @@ impl Config {
             debounce: Limits::default(),
             push_workers: 0,
             consensus: Consensus::default(),
+            silence: Silence::default(),
+            folders: Vec::new(),
             log_level: "info".to_owned(),
             log_json: false,
         }
+    }
+
+    /// What the control plane's certificate is for, besides its identity: where agents and operators call it.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let advertised = self.advertise.as_deref().and_then(|text| text.rsplit_once(':'));
+        let host = advertised.map(|(host, _)| host.trim_matches(['[', ']']).to_owned());
+        let bound = [self.xds.ip(), self.admin.ip()].into_iter().filter(|ip| !ip.is_unspecified());
+        let mut names: Vec<String> = self.admin_names.iter().cloned().chain(host).collect();
+        names.extend(bound.map(|ip| ip.to_string()));
+        names.sort_unstable();
+        names.dedup();
+        names
     }
 
     pub(crate) fn authority(&self) -> authority::Settings<'_> {
@@ -269,6 +321,7 @@ fn taken(reader: &mut Reader) -> Config {
         advertise: reader.take("xds.advertise", base.advertise, host_port),
         admin: reader.take("admin.address", base.admin, address),
         admin_tls: reader.take("admin.tls", base.admin_tls, answer),
+        admin_names: reader.take_list("admin.names", name),
         open_admin: base.open_admin,
         metrics: reader.take("metrics.address", base.metrics, address),
         ca_directory: reader.take("ca.directory", base.ca_directory, |text| Ok(Some(text.into()))),
@@ -285,6 +338,12 @@ fn taken(reader: &mut Reader) -> Config {
             usize::try_from(whole(text, 0)?).map_err(|error| error.to_string())
         }),
         consensus: consensus(reader, base.consensus),
+        silence: Silence {
+            lease: reader.take("workloads.lease", base.silence.lease, |text| span(text, second)),
+            remove_after: reader
+                .take("workloads.removeAfter", base.silence.remove_after, |text| span(text, second)),
+        },
+        folders: reader.take_list("sources.files", |text| Ok(text.into())),
         log_level: reader.take("log.level", base.log_level, level),
         log_json: reader.take("log.format", base.log_json, |text| match text {
             "text" => Ok(false),
@@ -334,6 +393,13 @@ fn check(reader: &mut Reader, config: &Config) {
             format!("must be at most a third of raft.electionTimeout: {beat} is too long for {timeout}");
         reader.wrong("raft.heartbeat", message);
     }
+    if config.xds.ip().is_unspecified() && !reader.has("xds.advertise") {
+        let message = format!(
+            "is required with xds.address {}: join tokens tell agents where to call, for example istiod.example.com:15012",
+            config.xds
+        );
+        reader.wrong("xds.advertise", message);
+    }
     if !config.admin_tls && !config.admin.ip().is_loopback() {
         reader.wrong("admin.tls", format!("false is only possible on loopback, not on {}", config.admin));
     }
@@ -357,6 +423,9 @@ impl fmt::Display for Config {
             writeln!(f, "  advertise: \"{advertise}\"")?;
         }
         writeln!(f, "admin:\n  address: \"{}\"\n  tls: {}", self.admin, self.admin_tls)?;
+        if !self.admin_names.is_empty() {
+            writeln!(f, "  names: {}", serde_json::Value::from(self.admin_names.clone()))?;
+        }
         writeln!(f, "metrics:\n  address: \"{}\"\nca:", self.metrics)?;
         if let Some(dir) = &self.ca_directory {
             writeln!(f, "  directory: {}", path(dir))?;
@@ -379,6 +448,12 @@ impl fmt::Display for Config {
         )?;
         writeln!(f, "  snapshotEntries: {snapshot_entries}\n  snapshotBytes: {snapshot_bytes}")?;
         writeln!(f, "  answerWithin: {}", Span(answer_within))?;
+        let Silence { lease, remove_after } = self.silence;
+        writeln!(f, "workloads:\n  lease: {}\n  removeAfter: {}", Span(lease), Span(remove_after))?;
+        if !self.folders.is_empty() {
+            let folders: serde_json::Value = self.folders.iter().map(|folder| path(folder)).collect();
+            writeln!(f, "sources:\n  files: {folders}")?;
+        }
         let level = serde_json::Value::from(self.log_level.as_str());
         writeln!(f, "log:\n  level: {level}\n  format: {}", if self.log_json { "json" } else { "text" })
     }

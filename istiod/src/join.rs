@@ -9,20 +9,26 @@ use ca::authority::Authority;
 use ca::identity::SpiffeId;
 use ca::renewal::Clock;
 use ca::service::{Backend, RedeemError};
-use ca::state::{CaCommand, CaOutcome};
+use ca::state::{CaCommand, CaOutcome, Redemption};
 use ca::tls::PeerCertificates;
+use registry::config::{Kind, Object};
+use registry::model::workload::WorkloadGroup;
+use registry::snapshot::Snapshot;
 use registry::source::vm::{self, Join};
-use registry::state::{Batch, Command as Change, CommandOutcome, WorkloadKey};
+use registry::state::{Batch, Command as Change, CommandOutcome, Registration, WorkloadKey};
+use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 use wire::mesh::workload_service_server::WorkloadService;
 use wire::mesh::{
     DeregisterRequest, DeregisterResponse, HealthRequest, HealthResponse, RegisterRequest, RegisterResponse,
 };
 
+use crate::authority::Issuing;
+use crate::liveness::Liveness;
 use crate::raft::{Command, Outcome, ProposeError, Raft};
 
-/// How long a registration outlives the last sign of life of its agent.
-const LEASE: Duration = Duration::from_secs(60);
+/// The most registrations of one service account.
+const MOST: usize = 1000;
 
 /// Label that names the workload to telemetry; the entry's own name has the address in it.
 const WORKLOAD_NAME_LABEL: &str = "service.istio.io/workload-name";
@@ -32,8 +38,12 @@ const WORKLOAD_NAME_LABEL: &str = "service.istio.io/workload-name";
 pub(crate) struct Joining {
     /// The log.
     pub(crate) raft: Raft,
+    /// The newest snapshot.
+    pub(crate) snapshots: watch::Receiver<Arc<Snapshot>>,
     /// This member's authority.
-    pub(crate) authority: Arc<Authority>,
+    pub(crate) issuing: Issuing,
+    /// Which agents are alive.
+    pub(crate) liveness: Liveness,
     /// What time it is.
     pub(crate) clock: Clock,
 }
@@ -43,22 +53,33 @@ impl Backend for Joining {
         let unavailable = |e: ProposeError| RedeemError::Unavailable(e.to_string());
         let now = (self.clock)();
         // Whoever has no good token writes nothing to the log.
-        self.raft.view().await.map_err(unavailable)?.ca.check_redeem(&token, key_hash, now)?;
+        let view = self.raft.view().await.map_err(unavailable)?;
+        if view.ca.check_redeem(&token, key_hash, now)? == Redemption::Repeated
+            && let Some(record) = view.ca.token(&token.id)
+        {
+            let identity = record.identity(self.authority().trust_domain()).map_err(RedeemError::from)?;
+            return Ok(Caller::from_redeemed_token(identity, token.id));
+        }
+        drop(view);
         let command = Command::Ca(CaCommand::redeem(&token, key_hash, now));
         match self.raft.propose(&command).await.map_err(unavailable)? {
             (_, Outcome::Ca(CaOutcome::Redeemed { namespace, service_account, .. })) => {
-                let identity = SpiffeId::workload(self.authority.trust_domain(), &namespace, &service_account);
+                let identity =
+                    SpiffeId::workload(self.authority().trust_domain(), &namespace, &service_account);
                 Ok(Caller::from_redeemed_token(identity.map_err(ca::state::TokenRefused::from)?, token.id))
             }
             (_, Outcome::Ca(CaOutcome::Refused(reason))) => Err(reason.into()),
-            (_, Outcome::Ca(CaOutcome::Changed | CaOutcome::Unchanged) | Outcome::Registry(_) | Outcome::Join { .. }) => {
-                Err(RedeemError::Unavailable("the log answered something else".to_owned()))
-            }
+            (
+                _,
+                Outcome::Ca(CaOutcome::Changed | CaOutcome::Unchanged)
+                | Outcome::Registry(_)
+                | Outcome::Join { .. },
+            ) => Err(RedeemError::Unavailable("the log answered something else".to_owned())),
         }
     }
 
     fn authority(&self) -> Arc<Authority> {
-        self.authority.clone()
+        self.issuing.load_full()
     }
 }
 
@@ -70,8 +91,16 @@ impl Joining {
         let caller = Caller::from_certificate(peer.chain(), (self.clock)())
             .map_err(|e| Status::unauthenticated(e.to_string()))?;
         let parts = caller.identity().workload_parts();
-        let (namespace, account) = parts.ok_or_else(|| Status::permission_denied("the certificate is not a workload's"))?;
+        let (namespace, account) =
+            parts.ok_or_else(|| Status::permission_denied("the certificate is not a workload's"))?;
         Ok((namespace.to_owned(), account.to_owned()))
+    }
+
+    /// The registration of a workload, and the revision at which it was looked up.
+    fn registered(&self, key: &WorkloadKey) -> (Option<Arc<Registration>>, u64) {
+        let snapshot = self.snapshots.borrow();
+        let registered = snapshot.workload(key).and_then(|workload| workload.registration.clone());
+        (registered, snapshot.revision().0)
     }
 
     async fn change(&self, author: &str, change: Change) -> Result<(u64, CommandOutcome), Status> {
@@ -93,41 +122,94 @@ impl Joining {
 
 #[tonic::async_trait]
 impl WorkloadService for Joining {
-    async fn register(&self, request: Request<RegisterRequest>) -> Result<Response<RegisterResponse>, Status> {
+    async fn register(
+        &self,
+        request: Request<RegisterRequest>,
+    ) -> Result<Response<RegisterResponse>, Status> {
         let (namespace, service_account) = self.caller(&request)?;
         let request = request.into_inner();
         own("namespace", &request.namespace, &namespace)?;
         own("service account", &request.service_account, &service_account)?;
-        let join = join(request, namespace, service_account)?;
+        let mut join = join(request, namespace, service_account, self.liveness.term())?;
         let author = format!("agent {}/{}", join.namespace, join.workload);
-        let mut registration = vm::register(None, &join).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let snapshot = self.snapshots.borrow().clone();
+        let group = group_of(&snapshot, &join)?;
+        if let Some(group) = group {
+            as_the_group_says(group, &mut join)?;
+        }
+        let mut registration =
+            vm::register(group, &join).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let of_account = snapshot.workloads().filter(|workload| {
+            workload.key.namespace == join.namespace
+                && workload.registration.as_ref().is_some_and(|r| r.service_account == join.service_account)
+        });
+        if snapshot.workload(&registration.key()).is_none() && of_account.count() >= MOST {
+            return Err(Status::resource_exhausted(format!(
+                "{MOST} workloads of service account `{}` are registered; give others one of their own",
+                join.service_account
+            )));
+        }
         // Its proxy learns what to listen on from this registration; traffic comes when the agent says so.
         registration.healthy = false;
         let name = registration.name.clone();
+        let key = registration.key();
         let change = Change::RegisterWorkload { registration: Arc::new(registration) };
-        let (revision, _) = self.change(&author, change).await?;
-        Ok(Response::new(RegisterResponse { revision, name }))
+        let (revision, outcome) = self.change(&author, change).await?;
+        if outcome == CommandOutcome::Fenced {
+            return Err(Status::permission_denied(format!(
+                "the workload `{name}` is registered by another service account"
+            )));
+        }
+        self.liveness.hold(key, join.session);
+        let lease = u64::try_from(self.liveness.term().as_millis()).unwrap_or(u64::MAX);
+        Ok(Response::new(RegisterResponse { revision, name, lease_milliseconds: lease }))
     }
 
-    async fn report_health(&self, request: Request<HealthRequest>) -> Result<Response<HealthResponse>, Status> {
-        let (namespace, _) = self.caller(&request)?;
+    async fn report_health(
+        &self,
+        request: Request<HealthRequest>,
+    ) -> Result<Response<HealthResponse>, Status> {
+        let (namespace, account) = self.caller(&request)?;
         let HealthRequest { name, namespace: of, session, healthy } = request.into_inner();
         own("namespace", &of, &namespace)?;
         let author = format!("agent {namespace}/{name}");
         let key = WorkloadKey { namespace, name };
-        let (revision, outcome) = self.change(&author, Change::WorkloadHealth { key, session, healthy }).await?;
+        let (registered, revision) = self.registered(&key);
+        let Some(registered) = registered else {
+            return Err(Status::failed_precondition("this workload is not registered; register again"));
+        };
+        own("service account", &registered.service_account, &account)?;
+        let fenced =
+            || Status::failed_precondition("another session speaks for this workload; register again");
+        if registered.session != session {
+            return Err(fenced());
+        }
+        self.liveness.heard(&key, &session);
+        if registered.healthy == healthy {
+            // Nothing changes: a sign of life is remembered here and nowhere else.
+            return Ok(Response::new(HealthResponse { revision }));
+        }
+        let change = Change::WorkloadHealth { key, session, healthy };
+        let (revision, outcome) = self.change(&author, change).await?;
         if outcome == CommandOutcome::Fenced {
-            return Err(Status::failed_precondition("another session speaks for this workload; register again"));
+            return Err(fenced());
         }
         Ok(Response::new(HealthResponse { revision }))
     }
 
-    async fn deregister(&self, request: Request<DeregisterRequest>) -> Result<Response<DeregisterResponse>, Status> {
-        let (namespace, _) = self.caller(&request)?;
+    async fn deregister(
+        &self,
+        request: Request<DeregisterRequest>,
+    ) -> Result<Response<DeregisterResponse>, Status> {
+        let (namespace, account) = self.caller(&request)?;
         let DeregisterRequest { name, namespace: of, session } = request.into_inner();
         own("namespace", &of, &namespace)?;
         let author = format!("agent {namespace}/{name}");
         let key = WorkloadKey { namespace, name };
+        if let (Some(registered), _) = self.registered(&key) {
+            own("service account", &registered.service_account, &account)?;
+        }
+        self.liveness.release(&key, &session);
         let (revision, _) = self.change(&author, Change::RemoveWorkload { key, session }).await?;
         Ok(Response::new(DeregisterResponse { revision }))
     }
@@ -138,14 +220,68 @@ fn own(what: &str, said: &str, certified: &str) -> Result<(), Status> {
     if said == certified {
         return Ok(());
     }
-    Err(Status::permission_denied(format!("the certificate is of {what} `{certified}`, the request says `{said}`")))
+    Err(Status::permission_denied(format!(
+        "the certificate is of {what} `{certified}`, the request says `{said}`"
+    )))
 }
 
-fn join(request: RegisterRequest, namespace: String, service_account: String) -> Result<Join, Status> {
-    let address: IpAddr = request
-        .address
-        .parse()
-        .map_err(|_| Status::invalid_argument(format!("address: `{}` is not an IP address", request.address)))?;
+/// The `WorkloadGroup` whose template names the caller's service account: it says what such a workload is. The name
+/// that the agent tells chooses among several.
+fn group_of<'a>(snapshot: &'a Snapshot, join: &Join) -> Result<Option<&'a Object>, Status> {
+    let groups = snapshot.objects_of(Kind::WorkloadGroup).filter(|object| {
+        let template = object.get::<WorkloadGroup>().and_then(|group| group.template.as_ref());
+        object.namespace == join.namespace
+            && template.is_some_and(|template| template.service_account == join.service_account)
+    });
+    let groups: Vec<&Object> = groups.map(AsRef::as_ref).collect();
+    match groups.as_slice() {
+        [] => Ok(None),
+        [one] => Ok(Some(one)),
+        several => {
+            let named = several.iter().find(|group| group.name == join.workload);
+            named.map(|group| Some(*group)).ok_or_else(|| {
+                Status::invalid_argument(format!(
+                    "several WorkloadGroups are of service account `{}`; the name of the workload must be one of theirs",
+                    join.service_account
+                ))
+            })
+        }
+    }
+}
+
+/// What a group says of its workloads holds: an agent may repeat it and not change it. Its proxy's rules are chosen by
+/// the labels that it tells, so it must know them.
+fn as_the_group_says(group: &Object, join: &mut Join) -> Result<(), Status> {
+    let Some(spec) = group.get::<WorkloadGroup>() else { return Ok(()) };
+    let (metadata, template) =
+        (spec.metadata.clone().unwrap_or_default(), spec.template.clone().unwrap_or_default());
+    let mut labels = template.labels;
+    labels.extend(metadata.labels);
+    let mut told = std::mem::take(&mut join.labels);
+    told.retain(|key, _| key != WORKLOAD_NAME_LABEL || labels.contains_key(key));
+    if told != labels {
+        let labels: Vec<_> = labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        return Err(Status::invalid_argument(format!(
+            "labels: those of WorkloadGroup {}/{} are needed: {}",
+            group.namespace,
+            group.name,
+            labels.join(",")
+        )));
+    }
+    join.labels.insert(WORKLOAD_NAME_LABEL.to_owned(), group.name.clone());
+    join.ports.retain(|name, _| !template.ports.contains_key(name));
+    Ok(())
+}
+
+fn join(
+    request: RegisterRequest,
+    namespace: String,
+    service_account: String,
+    lease: Duration,
+) -> Result<Join, Status> {
+    let address: IpAddr = request.address.parse().map_err(|_| {
+        Status::invalid_argument(format!("address: `{}` is not an IP address", request.address))
+    })?;
     let port = |(name, port): (String, u32)| match u16::try_from(port) {
         Ok(port) if port > 0 => Ok((name, port)),
         Ok(_) | Err(_) => Err(Status::invalid_argument(format!("ports.{name}: {port} is not a port"))),
@@ -164,7 +300,7 @@ fn join(request: RegisterRequest, namespace: String, service_account: String) ->
         cluster: String::new(),
         instance: address.to_string(),
         session: request.session,
-        lease: LEASE,
+        lease,
     })
 }
 
@@ -186,10 +322,36 @@ mod tests {
             ports: [("http".to_owned(), port)].into(),
             ..RegisterRequest::default()
         };
-        let join = |request| join(request, "default".to_owned(), "a".to_owned());
+        let join = |request| join(request, "default".to_owned(), "a".to_owned(), Duration::from_secs(60));
         assert!(join(request("10.0.0.1", 80)).is_ok());
         assert!(join(request("localhost", 80)).is_err());
         assert!(join(request("10.0.0.1", 0)).is_err());
         assert!(join(request("10.0.0.1", 70_000)).is_err());
+    }
+
+    #[test]
+    fn a_group_says_what_its_workloads_are() {
+        let spec = serde_json::json!({"template": {"serviceAccount": "a", "labels": {"app": "pay"}, "ports": {"http": 80}}});
+        let group = Object::new(Kind::WorkloadGroup, "default", "pay", spec);
+        let told = |labels: &[(&str, &str)]| {
+            let request = RegisterRequest {
+                name: "w".to_owned(),
+                address: "10.0.0.1".to_owned(),
+                labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+                ports: [("http".to_owned(), 81), ("grpc".to_owned(), 82)].into(),
+                session: "s".to_owned(),
+                ..RegisterRequest::default()
+            };
+            let account = ("default".to_owned(), "a".to_owned());
+            let mut join = join(request, account.0, account.1, Duration::from_secs(60)).unwrap();
+            as_the_group_says(&group, &mut join).map(|()| vm::register(Some(&group), &join).unwrap())
+        };
+        let made = told(&[("app", "pay")]).unwrap();
+        assert_eq!(made.ports, [("grpc".to_owned(), 82), ("http".to_owned(), 80)].into());
+        assert_eq!((made.labels["app"].as_str(), made.group.as_str()), ("pay", "pay"));
+        for wrong in [&[("app", "bank")][..], &[], &[("app", "pay"), ("role", "admin")]] {
+            let refused = told(wrong).unwrap_err();
+            assert!(refused.message().contains("default/pay are needed: app=pay"), "{refused}");
+        }
     }
 }

@@ -9,11 +9,14 @@ mod authority;
 pub mod cli;
 pub mod config;
 mod join;
+mod liveness;
 mod ports;
 pub mod publish;
 pub mod push;
 pub mod raft;
+mod upkeep;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -30,8 +33,9 @@ use xds::status::Status;
 use api::Api;
 use config::Config;
 use join::Joining;
+use liveness::Liveness;
 use push::Push;
-use raft::Raft;
+use raft::{Place, Raft};
 
 /// Runs one member until `stop`.
 ///
@@ -47,25 +51,34 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let _ends_all = stopped.clone().drop_guard();
     tracing::info!(settings = %config, "settings in force");
     let mut metrics = Registry::default();
-    std::fs::create_dir_all(&config.data_dir)
-        .with_context(|| format!("cannot make {}", config.data_dir.display()))?;
+    make_folder(&config.data_dir)?;
 
     // Who may be issued what.
-    let authority = authority::open(&config.authority(), clock())?;
-    let identity = authority::own_identity(authority.clone(), clock.clone(), &tasks, stopped.clone()).await?;
+    let issuing = authority::open(&config.authority(), clock())?;
+    tasks.spawn(authority::keep(config.clone(), issuing.clone(), clock.clone(), stopped.clone()));
+    let (names, until) = (config.names(), stopped.clone());
+    let identity = authority::own_identity(issuing.clone(), names, clock.clone(), &tasks, until).await?;
 
     // Commands to log to state to snapshots.
     let started = {
         let mut random = fastrand::Rng::new();
-        let (data_dir, settings) = (config.data_dir.clone(), config.raft(random.u64(..)));
+        let (config, settings) = (config.clone(), config.raft(random.u64(..)));
         let (metrics, stopped) = (raft::metrics::Metrics::registered(&mut metrics), stopped.clone());
         let now = tokio::time::Instant::now().into_std();
-        let start = move || Raft::start(&data_dir, settings, metrics, &mut random, now, stopped);
+        let start = move || {
+            let place = Place { data_dir: &config.data_dir, trust_domain: &config.trust_domain };
+            Raft::start(place, settings, metrics, &mut random, now, stopped)
+        };
         tokio::task::spawn_blocking(start).await??
     };
     // Nobody is served before everything that was acknowledged earlier is applied again: no proxy goes back in time.
-    let revision = started.raft.read_index().await.context("the log does not become ready")?;
-    tracing::info!(revision = revision.0, "log replayed");
+    let Some(revision) = stopped.run_until_cancelled(upkeep::ready(&started.raft)).await else {
+        return Ok(started.thread.join().await?);
+    };
+    tracing::info!(revision = revision.context("the log does not become ready")?.0, "log replayed");
+    let liveness = Liveness::new(config.silence, &started.raft.view().await?.registry);
+    tasks.spawn(liveness.clone().watch(started.raft.clone(), clock.clone(), stopped.clone()));
+    upkeep::start(&config.folders, &started, &clock, &tasks, &stopped);
 
     // Snapshots to proxies.
     let status = Status::new(xds::status::Metrics::register(&mut metrics));
@@ -87,12 +100,18 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         tasks: tasks.clone(),
         stop: stopped.clone(),
     };
-    let joining = Joining { raft: started.raft.clone(), authority: authority.clone(), clock: clock.clone() };
+    let joining = Joining {
+        raft: started.raft.clone(),
+        snapshots: started.snapshots.clone(),
+        issuing: issuing.clone(),
+        liveness,
+        clock: clock.clone(),
+    };
     let api = Api {
         raft: started.raft.clone(),
         snapshots: started.snapshots,
         status,
-        authority,
+        issuing,
         clock,
         xds: advertised,
     };
@@ -114,6 +133,15 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         Some(why) => Err(why.into()),
         None => Ok(()),
     }
+}
+
+/// Makes the data folder. Its entry in the folder above must be as durable as what is put into it.
+fn make_folder(path: &Path) -> anyhow::Result<()> {
+    let made = std::fs::create_dir_all(path).and_then(|()| {
+        let path = path.canonicalize()?;
+        path.parent().map_or(Ok(()), |above| std::fs::File::open(above)?.sync_all())
+    });
+    made.with_context(|| format!("cannot make {}", path.display()))
 }
 
 /// The member's one clock.

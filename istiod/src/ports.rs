@@ -68,10 +68,19 @@ pub(crate) fn serve_agents(
         .add_service(ads)
         .add_service(CertificateService::new(Arc::new(joining.clone()), clock).into_server())
         .add_service(WorkloadServiceServer::new(joining));
-    let stopped = stop.clone().cancelled_owned();
+    let (stopped, stop) = (stop.clone().cancelled_owned(), stop.clone());
     tasks.spawn(async move {
-        if let Err(error) = router.serve_with_incoming_shutdown(connections, stopped).await {
-            tracing::error!(%error, "the xDS port has ended");
+        let too_late = async {
+            stop.cancelled().await;
+            tokio::time::sleep(GRACE).await;
+        };
+        tokio::select! {
+            served = router.serve_with_incoming_shutdown(connections, stopped) => {
+                if let Err(error) = served {
+                    tracing::error!(%error, "the xDS port has ended");
+                }
+            }
+            () = too_late => {}
         }
     });
     Ok(())
@@ -95,14 +104,15 @@ pub(crate) fn serve_operators(
         None => serve(listener, router, tasks, stop),
         Some(identity) => {
             let config = ca::tls::server_config(identity, ClientAuth::None, &[b"h2", b"http/1.1"])?;
-            let mut connections = accept::incoming(listener, ServerContext::from(config), tasks, stop.clone());
+            let mut connections =
+                accept::incoming(listener, ServerContext::from(config), tasks, stop.clone());
             let (tasks, stop) = (tasks.clone(), stop.clone());
             tasks.clone().spawn(async move {
-                let graceful = Arc::new(GracefulShutdown::new());
+                let open = Open::default();
                 while let Some(Some(Ok(connection))) = stop.run_until_cancelled(connections.next()).await {
-                    spawn_connection(connection, router.clone(), &graceful, &tasks);
+                    spawn_connection(connection, router.clone(), &open, &tasks);
                 }
-                end(graceful).await;
+                open.end().await;
             });
         }
     }
@@ -110,13 +120,20 @@ pub(crate) fn serve_operators(
 }
 
 /// `/metrics` and `/ready`, for everybody.
-pub(crate) fn serve_metrics(listener: TcpListener, registry: Registry, tasks: &TaskTracker, stop: &CancellationToken) {
+pub(crate) fn serve_metrics(
+    listener: TcpListener,
+    registry: Registry,
+    tasks: &TaskTracker,
+    stop: &CancellationToken,
+) {
     let registry = Arc::new(registry);
     let metrics = get(move || {
         let mut text = String::new();
         // Writing into a string cannot fail.
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap_or_default();
-        async move { ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text) }
+        async move {
+            ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
+        }
     });
     let router = Router::new().route("/metrics", metrics).route("/ready", get(|| async { "ready\n" }));
     serve(listener, router, tasks, stop);
@@ -125,12 +142,12 @@ pub(crate) fn serve_metrics(listener: TcpListener, registry: Registry, tasks: &T
 fn serve(listener: TcpListener, router: Router, tasks: &TaskTracker, stop: &CancellationToken) {
     let (tasks, stop) = (tasks.clone(), stop.clone());
     tasks.clone().spawn(async move {
-        let graceful = Arc::new(GracefulShutdown::new());
+        let open = Open::default();
         while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
             match accepted {
                 Ok((stream, _)) => {
                     stream.set_nodelay(true).unwrap_or_default();
-                    spawn_connection(stream, router.clone(), &graceful, &tasks);
+                    spawn_connection(stream, router.clone(), &open, &tasks);
                 }
                 Err(error) => {
                     // Out of file descriptors: what is open may close meanwhile.
@@ -139,7 +156,7 @@ fn serve(listener: TcpListener, router: Router, tasks: &TaskTracker, stop: &Canc
                 }
             }
         }
-        end(graceful).await;
+        open.end().await;
     });
 }
 
@@ -149,13 +166,22 @@ const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
 /// Open calls may take this long to end.
 const GRACE: std::time::Duration = std::time::Duration::from_secs(2);
 
-async fn end(graceful: Arc<GracefulShutdown>) {
-    if let Some(graceful) = Arc::into_inner(graceful) {
-        tokio::time::timeout(GRACE, graceful.shutdown()).await.unwrap_or_default();
+/// The open connections of one port.
+#[derive(Default)]
+struct Open {
+    graceful: GracefulShutdown,
+    cut: CancellationToken,
+}
+
+impl Open {
+    /// Lets open calls end within [`GRACE`], and cuts what is left.
+    async fn end(self) {
+        tokio::time::timeout(GRACE, self.graceful.shutdown()).await.unwrap_or_default();
+        self.cut.cancel();
     }
 }
 
-fn spawn_connection<IO>(io: IO, router: Router, graceful: &Arc<GracefulShutdown>, tasks: &TaskTracker)
+fn spawn_connection<IO>(io: IO, router: Router, open: &Open, tasks: &TaskTracker)
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -163,10 +189,37 @@ where
     builder.http1().timer(hyper_util::rt::TokioTimer::new());
     let service = TowerToHyperService::new(router.into_service::<hyper::body::Incoming>());
     let connection = builder.serve_connection(TokioIo::new(io), service).into_owned();
-    let connection = graceful.watch(connection);
+    let (connection, cut) = (open.graceful.watch(connection), open.cut.clone());
     tasks.spawn(async move {
         // A client that goes away ends its own connection and nothing else.
-        connection.await.unwrap_or_default();
+        cut.run_until_cancelled(connection).await.unwrap_or(Ok(())).unwrap_or_default();
         Ok::<(), Infallible>(())
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_call_that_does_not_end_holds_up_the_stop_for_no_longer_than_the_grace() {
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        let called = Arc::new(tokio::sync::Notify::new());
+        let notify = called.clone();
+        let never = get(move || async move {
+            notify.notify_one();
+            std::future::pending::<&str>().await
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        serve(listener, Router::new().route("/", never), &tasks, &stop);
+        let mut caller = tokio::net::TcpStream::connect(address).await.unwrap();
+        caller.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        called.notified().await;
+        stop.cancel();
+        tasks.close();
+        tokio::time::timeout(GRACE * 3, tasks.wait()).await.unwrap();
+    }
 }

@@ -69,6 +69,12 @@ impl Publisher {
         self.current.subscribe()
     }
 
+    /// A snapshot of `state` from scratch, of the same mesh as the newest one.
+    #[must_use]
+    pub fn rebuild(&self, state: &State) -> Arc<Snapshot> {
+        Arc::new(self.current.borrow().rebuild(state))
+    }
+
     /// An entry of the log was applied: `changes` led to `state`. Returns its snapshot.
     pub fn publish(&mut self, state: &State, changes: Changes, committed: Instant) -> Arc<Snapshot> {
         let previous = self.current.borrow().clone();

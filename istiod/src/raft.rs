@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use ca::identity::TrustDomain;
 use registry::snapshot::Snapshot;
 use registry::state::{Revision, State};
 use tokio::sync::watch;
@@ -62,6 +63,15 @@ pub struct Started {
     pub snapshots: watch::Receiver<Arc<Snapshot>>,
     /// The thread, to be waited for at the end.
     pub thread: RaftThread,
+}
+
+/// Where a member keeps its data, and for which mesh.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// The data folder.
+    pub data_dir: &'a Path,
+    /// Trust domain of the identities that this mesh's authority issues.
+    pub trust_domain: &'a TrustDomain,
 }
 
 /// The thread that drives the log.
@@ -139,19 +149,20 @@ impl Raft {
     ///
     /// [`StartError`].
     pub fn start(
-        data_dir: &Path,
+        place: Place<'_>,
         settings: Settings,
         metrics: Metrics,
         random: &mut fastrand::Rng,
         now: Instant,
         stop: CancellationToken,
     ) -> Result<Started, StartError> {
-        let dir = data_dir.join(FOLDER);
+        let dir = place.data_dir.join(FOLDER);
         let disk: Arc<dyn Disk> = Arc::new(RealDisk::measured(metrics.sync_seconds()));
         let io = |path: &Path, source| StartError::Io { path: path.to_owned(), source };
         disk.create_dir(&dir).map_err(|source| io(&dir, source))?;
         let lock = lock(&dir.join(LOCK))?;
-        let (publisher, updates) = Publisher::starting_at(Arc::new(Snapshot::build(&State::default())));
+        let empty = Snapshot::build_issued(place.trust_domain, &State::default());
+        let (publisher, updates) = Publisher::starting_at(Arc::new(empty));
         let snapshots = publisher.subscribe();
         let voters = [settings.id];
         let beginning = (settings, Beginning::Found(&voters));

@@ -34,7 +34,7 @@ enum Step {
 }
 
 impl Leases {
-    /// No leases. A workload whose lease ended is removed after `grace` (Istio: 10 s).
+    /// No leases. A workload whose lease ended is removed after `grace` more.
     #[must_use]
     pub fn new(grace: Duration) -> Self {
         Self { grace, held: BTreeMap::new() }
@@ -46,31 +46,21 @@ impl Leases {
         self.held.insert(key, Lease { session, term, due: now + term, step: Step::Alive });
     }
 
-    /// A sign of life of `session`. Returns the command that makes the workload healthy again when it had been told
-    /// unhealthy because of its silence.
-    pub fn renew(&mut self, key: &WorkloadKey, session: &str, now: Instant) -> Option<Command> {
-        let lease = self.held.get_mut(key).filter(|lease| lease.session == session)?;
-        let was = std::mem::replace(&mut lease.step, Step::Alive);
+    /// A sign of life of `session`; whether its lease was held.
+    pub fn renew(&mut self, key: &WorkloadKey, session: &str, now: Instant) -> bool {
+        let Some(lease) = self.held.get_mut(key).filter(|lease| lease.session == session) else {
+            return false;
+        };
+        lease.step = Step::Alive;
         lease.due = now + lease.term;
-        (was == Step::Silent).then(|| Command::WorkloadHealth {
-            key: key.clone(),
-            session: lease.session.clone(),
-            healthy: true,
-        })
+        true
     }
 
-    /// The stream of `session` broke: the workload is unhealthy when its lease ends, as if it had gone silent now.
-    pub fn disconnected(&mut self, key: &WorkloadKey, session: &str, now: Instant) {
-        if let Some(lease) = self.held.get_mut(key).filter(|lease| lease.session == session) {
-            lease.due = lease.due.min(now + lease.term);
+    /// The agent of `session` said good-bye: nothing more is due for it.
+    pub fn release(&mut self, key: &WorkloadKey, session: &str) {
+        if self.held.get(key).is_some_and(|lease| lease.session == session) {
+            self.held.remove(key);
         }
-    }
-
-    /// The agent of `session` said good-bye: nothing more is due for it. Returns the command that removes it.
-    pub fn release(&mut self, key: &WorkloadKey, session: &str) -> Option<Command> {
-        self.held.get(key).filter(|lease| lease.session == session)?;
-        let lease = self.held.remove(key)?;
-        Some(Command::RemoveWorkload { key: key.clone(), session: lease.session })
     }
 
     /// What is due at `now`, in the order of the keys.
@@ -132,7 +122,7 @@ mod tests {
         leases.hold(key(), "s1".into(), TERM, t0);
         assert_eq!(leases.next_due(), Some(t0 + TERM));
         assert_eq!(leases.due(t0 + TERM - Duration::from_millis(1)), vec![]);
-        assert_eq!(leases.renew(&key(), "s1", t0 + Duration::from_secs(4)), None);
+        assert!(leases.renew(&key(), "s1", t0 + Duration::from_secs(4)));
         assert_eq!(leases.due(t0 + TERM), vec![], "renewed");
         let silent = t0 + Duration::from_secs(9);
         assert_eq!(leases.due(silent), vec![health(false)]);
@@ -143,13 +133,14 @@ mod tests {
     }
 
     #[test]
-    fn a_workload_that_speaks_again_is_healthy_again() {
+    fn a_workload_that_speaks_again_is_not_removed() {
         let t0 = origin();
         let mut leases = Leases::new(GRACE);
         leases.hold(key(), "s1".into(), TERM, t0);
         assert_eq!(leases.due(t0 + TERM), vec![health(false)]);
-        assert_eq!(leases.renew(&key(), "s1", t0 + TERM + TERM), Some(health(true)));
+        assert!(leases.renew(&key(), "s1", t0 + TERM + TERM));
         assert_eq!(leases.due(t0 + TERM + GRACE - Duration::from_millis(1)), vec![], "the removal is off");
+        assert_eq!(leases.due(t0 + TERM + TERM + TERM), vec![health(false)], "silent once more");
     }
 
     #[test]
@@ -158,10 +149,11 @@ mod tests {
         let mut leases = Leases::new(GRACE);
         leases.hold(key(), "s1".into(), TERM, t0);
         leases.hold(key(), "s2".into(), TERM, t0 + TERM);
-        assert_eq!(leases.renew(&key(), "s1", t0 + TERM), None);
-        leases.disconnected(&key(), "s1", t0);
-        assert_eq!(leases.release(&key(), "s1"), None);
+        assert!(!leases.renew(&key(), "s1", t0 + TERM));
+        leases.release(&key(), "s1");
         assert_eq!(leases.due(t0 + TERM), vec![]);
-        assert!(leases.release(&key(), "s2").is_some());
+        assert!(leases.next_due().is_some(), "the new session is held");
+        leases.release(&key(), "s2");
+        assert_eq!(leases.next_due(), None);
     }
 }

@@ -19,6 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ca::identity::TrustDomain;
 use serde_json::Value;
 
 use self::chunks::Chunks;
@@ -50,6 +51,7 @@ pub struct Snapshot {
     revision: Revision,
     mesh: Arc<MeshConfig>,
     settings: Arc<Settings>,
+    issued: Option<Arc<str>>,
     objects: Chunks<ObjectKey, Arc<Object>>,
     history: History,
     services: Services,
@@ -77,11 +79,28 @@ impl Default for Snapshot {
 }
 
 impl Snapshot {
-    /// The snapshot of `state` from scratch.
+    /// The snapshot of `state` from scratch, of a mesh whose trust domain is what its settings say.
     #[must_use]
     pub fn build(state: &State) -> Self {
+        Self::build_in(None, state)
+    }
+
+    /// The snapshot of `state` from scratch, of a mesh whose authority issues identities of `trust_domain`: those are
+    /// what workloads have, whatever the settings say.
+    #[must_use]
+    pub fn build_issued(trust_domain: &TrustDomain, state: &State) -> Self {
+        Self::build_in(Some(trust_domain.as_str().into()), state)
+    }
+
+    /// The snapshot of `state` from scratch, of the same mesh as this one.
+    #[must_use]
+    pub fn rebuild(&self, state: &State) -> Self {
+        Self::build_in(self.issued.clone(), state)
+    }
+
+    fn build_in(issued: Option<Arc<str>>, state: &State) -> Self {
         let mesh = mesh_config(state);
-        let settings = Arc::new(settings(&mesh));
+        let settings = Arc::new(settings(&mesh, issued.as_deref()));
         let mut snapshot = Self {
             revision: state.revision(),
             objects: state.objects().map(|(key, object)| (key.clone(), Arc::clone(object))).collect(),
@@ -103,6 +122,7 @@ impl Snapshot {
             traffic_extensions: Collection::build(state),
             mesh,
             settings,
+            issued,
         };
         for host in state.hosts() {
             let merged = merge::host(state, &snapshot.settings, host);
@@ -121,7 +141,7 @@ impl Snapshot {
     pub fn next(previous: &Arc<Self>, state: &State, changes: &Changes) -> Self {
         let touches_mesh = changes.objects.iter().any(|key| key.kind == Kind::MeshConfig);
         if changes.mesh || touches_mesh {
-            return Self::build(state);
+            return previous.rebuild(state);
         }
         let mut next = Self::clone(previous);
         next.revision = state.revision();
@@ -489,9 +509,9 @@ fn mesh_config(state: &State) -> Arc<MeshConfig> {
     Arc::new(MeshConfig::clone(mesh))
 }
 
-fn settings(mesh: &MeshConfig) -> Settings {
+fn settings(mesh: &MeshConfig, issued: Option<&str>) -> Settings {
     Settings {
-        trust_domain: mesh.trust_domain().to_owned(),
+        trust_domain: issued.unwrap_or_else(|| mesh.trust_domain()).to_owned(),
         trust_domain_aliases: mesh.trust_domain_aliases.clone(),
         root_namespace: mesh.root_namespace().to_owned(),
         service_export_to: mesh.service_export_to(),

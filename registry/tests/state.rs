@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use registry::config::Kind;
 use registry::model::service::{Health, SourceId, TlsMode};
+use registry::snapshot::Snapshot;
 use registry::state::history;
 use registry::state::{
     Batch, Command, CommandOutcome, DecodeError, Delete, ObjectResult, Put, Revision, State, StoredCommand,
@@ -140,6 +141,10 @@ fn only_the_registered_session_speaks_for_a_workload() {
     let endpoint = mesh.snapshot.endpoints("x.com").first().unwrap().clone();
     assert_eq!((endpoint.address.as_str(), endpoint.weight), ("10.0.0.1", 1));
     assert_eq!((endpoint.tls_mode, endpoint.health), (TlsMode::Istio, Health::Healthy));
+
+    let mut of_another = registration("a/w", "10.0.0.1", "app=p", "s9");
+    of_another.service_account = "another".into();
+    assert!(fenced(&mut mesh, Command::RegisterWorkload { registration: Arc::new(of_another) }));
 
     let (changes, _) = mesh.apply(vec![register("10.0.0.1", "s2")]);
     assert!(changes.hosts.is_empty(), "the same endpoint, whoever speaks for it");
@@ -311,4 +316,16 @@ fn what_a_newer_program_stored_stops_this_one() {
     assert!(matches!(State::decode(&state), Err(DecodeError::Version { found: 2, .. })));
     assert!(matches!(State::from_pairs([(b"meta", b"\x02{}")]), Err(DecodeError::Version { found: 2, .. })));
     assert!(matches!(State::from_pairs([(b"other", b"\x01{}")]), Err(DecodeError::Key { .. })));
+}
+
+#[test]
+fn identities_are_of_the_domain_that_the_authority_issues() {
+    let state = State::default();
+    let domain = ca::identity::TrustDomain::parse("mesh.example").unwrap();
+    let snapshot = Arc::new(Snapshot::build_issued(&domain, &state));
+    assert_eq!(snapshot.trust_domain(), "mesh.example");
+    let mut changed = registry::state::Changes::default();
+    changed.mesh = true;
+    assert_eq!(Snapshot::next(&snapshot, &state, &changed).trust_domain(), "mesh.example");
+    assert_eq!(Snapshot::build(&state).trust_domain(), "cluster.local");
 }

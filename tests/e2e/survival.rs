@@ -177,12 +177,14 @@ fn tampered(token: &str) -> anyhow::Result<String> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_workload_that_vanishes_is_no_longer_sent_requests() -> anyhow::Result<()> {
-    let mut mesh = Mesh::start(&[], &["echo-v1", "echo-v2"], &["client"]).await?;
+    let mut mesh = Mesh::start(&["--lease", "3"], &["echo-v1", "echo-v2"], &["client"]).await?;
     mesh.istiod.apply_and_wait(strict()).await?;
     let address = mesh.address("client", "echo", 80).await?;
     mesh.of_mut("echo-v2")?.agent.kill()?;
     // The default retries hide a server that is gone from the very first request on.
     let counts = tests::load::burst(address, "echo", "/", 200, 4).await?;
     ensure!(counts.get("echo-v1") == Some(&200), "{counts:?}");
+    // Its lease ends, and it is no healthy endpoint any more.
+    mesh.istiod.healthy("echo", 1).await?;
     mesh.finish(&["echo-v2", "workload", "xds", "stream"])
 }

@@ -156,7 +156,7 @@ impl Istiod {
     ///
     /// When the answer is not 200 and JSON.
     pub async fn api<T: serde::de::DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
-        let answer = http::get(self.admin, "istiod", &format!("/api/v1{path}"), &[]).await?;
+        let answer = http::get(self.admin, &self.admin.to_string(), &format!("/api/v1{path}"), &[]).await?;
         ensure!(answer.status == 200, "{path}: {}: {}", answer.status, answer.text());
         answer.json()
     }

@@ -196,7 +196,7 @@ fn from_status(endpoint: &str, status: &Status) -> RequestError {
 pub struct Local {
     /// The authority that signs at present.
     pub authority: Box<dyn Fn() -> Arc<Authority> + Send + Sync>,
-    /// DNS names by which clients call the control plane.
+    /// DNS names and IP addresses by which clients call the control plane.
     pub dns_names: Vec<String>,
     /// What time it is.
     pub clock: Clock,

@@ -129,8 +129,18 @@ pub(crate) async fn history(client: &Client, output: Output, args: &History) -> 
 
 /// Waits until every connected proxy runs `revision`, and names those that do not.
 async fn wait(client: &Client, revision: u64, timeout: Duration) -> anyhow::Result<ExitCode> {
-    let path = format!("/wait/{revision}?timeoutMilliseconds={}", timeout.as_millis());
-    let report: WaitReport = client.get_patiently(&path, timeout).await?;
+    let deadline = tokio::time::Instant::now() + timeout;
+    let report: WaitReport = loop {
+        // The server waits no longer than that; who is more patient asks again.
+        let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+        let now = left.min(istiod::api::LONGEST_WAIT);
+        let path = format!("/wait/{revision}?timeoutMilliseconds={}", now.as_millis());
+        let report: WaitReport = client.get_patiently(&path, now).await?;
+        let refused = |p: &istiod::api::types::PendingProxy| p.gone || !p.rejected.is_empty();
+        if left == now || report.pending.iter().all(refused) {
+            break report;
+        }
+    };
     let total = report.acknowledged.len() + report.pending.len();
     if total == 0 {
         note("warning: no proxy is connected to this member, so nobody has confirmed the change");
@@ -151,7 +161,9 @@ async fn wait(client: &Client, revision: u64, timeout: Duration) -> anyhow::Resu
                 rejection.kind, rejection.revision, rejection.error
             ));
         }
-        if pending.rejected.is_empty() {
+        if pending.gone {
+            note("    went away while it was waited for");
+        } else if pending.rejected.is_empty() {
             note("    has not answered");
         }
     }

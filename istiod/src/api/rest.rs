@@ -1,10 +1,13 @@
 //! The operator API over HTTP (axum).
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{DefaultBodyLimit, FromRequest, Path, Query, Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::extract::{self, DefaultBodyLimit, FromRequest, FromRequestParts, Request, State};
+use axum::http::request::Parts;
+use axum::http::uri::Authority;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
@@ -58,7 +61,11 @@ pub fn router(api: Api, access: Access) -> Router {
 /// The one check in front of every route.
 async fn authorize(State(access): State<Access>, mut request: Request, next: Next) -> Response {
     let author = match &access {
-        Access::Open => Author("local"),
+        Access::Open if is_loopback(request.headers()) => Author("local"),
+        // A page of a browser on this machine reaches the port by a name of its own site (DNS rebinding).
+        Access::Open => {
+            return refusal(StatusCode::FORBIDDEN, "the open API is only for callers of a loopback address");
+        }
         Access::Bearer(token) => {
             let presented = request.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok());
             let presented = presented.and_then(|v| v.strip_prefix("Bearer ")).unwrap_or_default();
@@ -78,6 +85,14 @@ async fn authorize(State(access): State<Access>, mut request: Request, next: Nex
     };
     request.extensions_mut().insert(author);
     next.run(request).await
+}
+
+/// The caller calls this host by a loopback address, or by `localhost`; none is no browser.
+fn is_loopback(headers: &HeaderMap) -> bool {
+    let Some(host) = headers.get(header::HOST) else { return true };
+    let Ok(authority) = host.to_str().unwrap_or_default().parse::<Authority>() else { return false };
+    let host = authority.host().trim_matches(['[', ']']);
+    host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 fn refusal(status: StatusCode, detail: &str) -> Response {
@@ -118,6 +133,34 @@ impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequest<S> for Body<T> 
     }
 }
 
+/// What the path says; mistakes are told as problems.
+struct Path<T>(T);
+
+impl<S: Send + Sync, T: serde::de::DeserializeOwned + Send> FromRequestParts<S> for Path<T> {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Response> {
+        match extract::Path::<T>::from_request_parts(parts, state).await {
+            Ok(extract::Path(value)) => Ok(Self(value)),
+            Err(rejection) => Err(refusal(rejection.status(), &rejection.body_text())),
+        }
+    }
+}
+
+/// What follows the question mark; mistakes are told as problems.
+struct Query<T>(T);
+
+impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequestParts<S> for Query<T> {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Response> {
+        match extract::Query::<T>::from_request_parts(parts, state).await {
+            Ok(extract::Query(value)) => Ok(Self(value)),
+            Err(rejection) => Err(refusal(rejection.status(), &rejection.body_text())),
+        }
+    }
+}
+
 type Answer<T> = Result<Json<T>, ApiError>;
 
 async fn ready() -> &'static str {
@@ -137,7 +180,7 @@ async fn apply(
     Extension(author): Extension<Author>,
     Body(request): Body<ApplyRequest>,
 ) -> Answer<ApplyReport> {
-    Ok(Json(api.apply(author.0, &request).await?))
+    Ok(Json(api.apply(author.0, request).await?))
 }
 
 #[derive(Deserialize)]
@@ -146,7 +189,7 @@ struct Scope {
 }
 
 async fn list(State(api): State<Api>, Path(kind): Path<String>, Query(scope): Query<Scope>) -> Answer<List> {
-    Ok(Json(api.list(&kind, scope.namespace.as_deref())?))
+    Ok(Json(api.list(&kind, scope.namespace).await?))
 }
 
 type ObjectPath = (String, String, String);
@@ -231,4 +274,25 @@ async fn revoke_token(State(api): State<Api>, Path(id): Path<String>) -> Result<
 
 async fn root(State(api): State<Api>) -> String {
     api.roots()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_open_api_is_called_by_a_loopback_address() {
+        let called = |host: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::HOST, HeaderValue::from_static(host));
+            is_loopback(&headers)
+        };
+        for host in ["localhost:15080", "127.0.0.1", "127.3.2.1:80", "[::1]:15080", "LOCALHOST"] {
+            assert!(called(host), "{host}");
+        }
+        for host in ["evil.example", "localhost.evil.example:80", "10.0.0.1:15080", "", "127.0.0.1.nip.io"] {
+            assert!(!called(host), "{host}");
+        }
+        assert!(is_loopback(&HeaderMap::new()));
+    }
 }

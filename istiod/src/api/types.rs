@@ -111,6 +111,9 @@ pub struct PendingProxy {
     pub proxy: String,
     /// What it refused, by type and with its own words; empty when it has only not answered.
     pub rejected: Vec<Rejection>,
+    /// It was connected when the waiting began and has not come back.
+    #[serde(default)]
+    pub gone: bool,
 }
 
 /// A refused resource type.
@@ -233,7 +236,7 @@ fn default_uses() -> u32 {
 }
 
 /// A new token; the secret is shown this once.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenCreated {
     /// Identifier, for `token revoke`.
@@ -242,6 +245,13 @@ pub struct TokenCreated {
     pub token: String,
     /// RFC 3339 time.
     pub expires: String,
+}
+
+impl std::fmt::Debug for TokenCreated {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { id, token: _, expires } = self;
+        f.debug_struct("TokenCreated").field("id", id).field("expires", expires).finish_non_exhaustive()
+    }
 }
 
 /// A token as the log knows it.

@@ -106,6 +106,7 @@ pub(super) fn wait_report(report: &xds::status::WaitReport) -> WaitReport {
     let pending = report.pending.iter().map(|pending| PendingProxy {
         proxy: pending.proxy.id.clone(),
         rejected: pending.nacks.iter().map(|nack| rejection(nack.type_, nack)).collect(),
+        gone: pending.gone,
     });
     WaitReport {
         revision: report.revision,

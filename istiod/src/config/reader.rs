@@ -1,6 +1,6 @@
 //! Takes settings out of a located document, and keeps every mistake with its place.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use registry::config::Location;
@@ -80,6 +80,33 @@ impl Reader {
         })
     }
 
+    /// The values of a setting that is a list, or one value; none if it is not in the file.
+    pub(super) fn take_list<T>(&mut self, name: &str, read: impl Fn(&str) -> Result<T, String>) -> Vec<T> {
+        debug_assert!(SETTINGS.iter().any(|known| known.name == name), "{name} is not in the reference");
+        let Some(node) = self.find(name).cloned() else { return Vec::new() };
+        let items = match node.content {
+            Content::List(items) => items,
+            Content::Null => Vec::new(),
+            Content::String(_) | Content::Number(_) | Content::Bool(_) | Content::Map(_) => vec![node],
+        };
+        let mut values = Vec::with_capacity(items.len());
+        for item in items {
+            let value = match &item.content {
+                Content::String(text) => read(text),
+                Content::Null
+                | Content::Bool(_)
+                | Content::Number(_)
+                | Content::List(_)
+                | Content::Map(_) => Err(format!("must be a list of texts, this is {}", item.describe())),
+            };
+            match value {
+                Ok(value) => values.push(value),
+                Err(message) => self.mistake(item.at, name, message),
+            }
+        }
+        values
+    }
+
     /// Whether the file has a setting.
     pub(super) fn has(&self, name: &str) -> bool {
         self.find(name).is_some()
@@ -153,6 +180,15 @@ pub(super) fn host_port(text: &str) -> Result<Option<String>, String> {
         return Ok(Some(text.to_owned()));
     }
     Err(format!("must be a host and a port such as istiod.example.com:15012, this is {text:?}"))
+}
+
+/// A DNS name or an IP address.
+pub(super) fn name(text: &str) -> Result<String, String> {
+    let good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'*');
+    if text.parse::<IpAddr>().is_ok() || !text.is_empty() && text.bytes().all(good) {
+        return Ok(text.to_owned());
+    }
+    Err(format!("must be a DNS name or an IP address, this is {text:?}"))
 }
 
 pub(super) fn answer(text: &str) -> Result<bool, String> {

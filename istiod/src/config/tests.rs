@@ -2,7 +2,9 @@ use super::*;
 
 #[track_caller]
 fn check(text: &str, expect: &[&str]) {
-    let told = Config::parse("istiod.yaml", text).map_or_else(|mistakes| mistakes, |_| Vec::new());
+    let mut told = Config::parse("istiod.yaml", text).map_or_else(|mistakes| mistakes, |_| Vec::new());
+    // Said of every file without it; it has a test of its own.
+    told.retain(|mistake| !mistake.contains("xds.advertise: is required"));
     assert_eq!(told.len(), expect.len(), "{told:#?}");
     for (told, expect) in told.iter().zip(expect) {
         assert!(told.starts_with(expect), "{told}\n  should begin with\n{expect}");
@@ -28,7 +30,8 @@ fn the_documented_settings_are_read() {
 #[test]
 fn the_defaults_are_those_that_the_reference_names() {
     let defaults = Config::defaults("/d".into());
-    assert_eq!(Config::parse("f", "dataDir: /d").unwrap(), defaults);
+    let defaults = Config { advertise: Some("a:1".to_owned()), ..defaults };
+    assert_eq!(Config::parse("f", "dataDir: /d\nxds: {advertise: 'a:1'}").unwrap(), defaults);
     let mut text = "dataDir: /d\n".to_owned();
     let mut section = "";
     for setting in SETTINGS.iter().filter(|setting| !setting.default.is_empty()) {
@@ -39,6 +42,9 @@ fn the_defaults_are_those_that_the_reference_names() {
         }
         let indent = if here.is_empty() { "" } else { "  " };
         text.push_str(&format!("{indent}{name}: {}\n", setting.default));
+        if setting.name == "xds.address" {
+            text.push_str("  advertise: a:1\n");
+        }
     }
     assert_eq!(Config::parse("f", &text).unwrap(), defaults, "{text}");
 }
@@ -52,6 +58,9 @@ fn the_settings_in_force_are_a_file_that_gives_them() {
     config.debounce.quiet = Duration::from_millis(15);
     config.log_level = "info,xds=debug".to_owned();
     config.log_json = true;
+    config.admin_names = vec!["mesh.example.org".to_owned(), "10.0.0.1".to_owned()];
+    config.silence = Silence { lease: Duration::from_secs(5), remove_after: Duration::from_secs(90) };
+    config.folders = vec!["/etc/mesh: \"odd\"".into()];
     let text = config.to_string();
     assert_eq!(Config::parse("f", &text).unwrap_or_else(|m| panic!("{m:?}\n{text}")), config);
 }
@@ -99,12 +108,12 @@ fn odd_files_are_told_and_not_guessed_at() {
     check("---\nmemberId: 2\n", "istiod.yaml:3:1: must be one document");
     check("raft: {answerWithin: 0s}\n", "istiod.yaml:2:22: raft.answerWithin: must be at least 10ms");
     check("trustDomain: UPPER\n", "istiod.yaml:2:14: trustDomain: must be a trust domain");
-    assert!(Config::parse("f", "dataDir: /d\nraft:\nxds:\n  address:\n").is_ok());
+    assert!(Config::parse("f", "dataDir: /d\nraft:\nxds:\n  advertise: a:1\n  address:\n").is_ok());
 }
 
 #[test]
 fn raft_times_become_ticks() {
-    let text = "dataDir: /d\nraft: {heartbeat: 50ms, electionTimeout: 500ms}\n";
+    let text = "dataDir: /d\nxds: {advertise: 'a:1'}\nraft: {heartbeat: 50ms, electionTimeout: 500ms}\n";
     let settings = Config::parse("f", text).unwrap().raft(1);
     assert_eq!((settings.tick, settings.election_ticks), (Duration::from_millis(25), 20));
     let usual = Config::defaults("/d".into()).raft(1);
@@ -119,7 +128,36 @@ fn a_member_with_an_open_admin_api_stays_on_loopback() {
         xds: "127.0.0.1:0".parse().unwrap(),
         metrics: "127.0.0.1:0".parse().unwrap(),
         leaf_lifetime: Duration::from_secs(20),
+        lease: Duration::from_secs(60),
     };
     assert!(Config::dev(dev("127.0.0.1:0")).is_ok());
     assert!(Config::dev(dev("0.0.0.0:0")).is_err());
+}
+
+#[test]
+fn join_tokens_never_tell_agents_to_call_an_unspecified_address() {
+    for (xds, good) in [
+        ("{}", false),
+        ("{address: '[::]:15012'}", false),
+        ("{address: '10.0.0.1:15012'}", true),
+        ("{advertise: 'istiod.example.com:15012'}", true),
+    ] {
+        let told = Config::parse("f", &format!("dataDir: /d\nxds: {xds}\n"));
+        assert_eq!(told.is_ok(), good, "{xds}: {told:?}");
+    }
+}
+
+#[test]
+fn lists_are_read_and_their_mistakes_are_told() {
+    let text = "dataDir: /d\nxds: {advertise: 'm.example:15012'}\nadmin: {names: [a.example, 10.0.0.1]}\nsources: {files: /etc/mesh}\n";
+    let config = Config::parse("f", text).unwrap();
+    assert_eq!(config.folders, [PathBuf::from("/etc/mesh")]);
+    assert_eq!(config.names(), ["10.0.0.1", "127.0.0.1", "a.example", "m.example"]);
+    check(
+        "dataDir: /d\nadmin: {names: [a b, 1]}\n",
+        &[
+            "istiod.yaml:2:17: admin.names: must be a DNS name or an IP address",
+            "istiod.yaml:2:22: admin.names: must be a list of texts",
+        ],
+    );
 }

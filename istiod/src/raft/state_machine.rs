@@ -9,7 +9,6 @@ use std::time::Instant;
 
 use ca::state::{CaCommand, CaOutcome, CaState};
 use prost::Message as _;
-use registry::snapshot::Snapshot;
 use registry::state::{Batch, Changes, Outcome as RegistryOutcome, Revision, State, StoredCommand};
 
 use super::machine::{Frozen, Halt, StateMachine};
@@ -236,7 +235,7 @@ impl StateMachine for Mesh {
             // Everything may be different: the mesh-wide settings stand for all that depends on them.
             let mut everything = Changes::default();
             everything.mesh = true;
-            let snapshot = Arc::new(Snapshot::build(&self.registry));
+            let snapshot = self.publisher.rebuild(&self.registry);
             self.publisher.publish_snapshot(snapshot, everything, now);
         } else if self.registry.revision() != self.shown {
             self.publisher.publish(&self.registry, changes, now);

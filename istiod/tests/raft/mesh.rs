@@ -8,7 +8,7 @@ use ca::identity::TrustDomain;
 use ca::state::{CaCommand, CaOutcome, RedeemRefused, TokenRecord};
 use istiod::raft::metrics::Metrics;
 use istiod::raft::node::Settings;
-use istiod::raft::{Command, Outcome, Raft, StartError, Started};
+use istiod::raft::{Command, Outcome, Place, Raft, StartError, Started};
 use prometheus_client::registry::Registry;
 use registry::state::{Batch, Command as Change, Registration, Revision};
 use tokio_util::sync::CancellationToken;
@@ -28,7 +28,14 @@ fn start(dir: &Path, stop: &CancellationToken) -> Result<Started, StartError> {
     let settings = Settings { snapshot_entries: 20, keep_entries: 5, ..Settings::new(1, 1) };
     let mut metrics = Registry::default();
     let metrics = Metrics::registered(&mut metrics);
-    Raft::start(dir, settings, metrics, &mut fastrand::Rng::new(), now(), stop.clone())
+    Raft::start(
+        Place { data_dir: dir, trust_domain: &TrustDomain::default() },
+        settings,
+        metrics,
+        &mut fastrand::Rng::new(),
+        now(),
+        stop.clone(),
+    )
 }
 
 fn batch(text: &str, time_ms: i64) -> Batch {

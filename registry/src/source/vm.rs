@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use crate::config::validate::grammar;
 use crate::config::{Object, Spec};
 use crate::model::service::Locality;
 use crate::model::workload::{WorkloadEntry, WorkloadGroup};
@@ -70,6 +71,14 @@ pub enum JoinError {
     /// The object is no `WorkloadGroup`.
     #[error("{0} is no WorkloadGroup")]
     NotAGroup(String),
+    /// Something told by the agent cannot be part of a workload.
+    #[error("{field}: {reason}")]
+    Malformed {
+        /// What of it.
+        field: String,
+        /// What would be right.
+        reason: &'static str,
+    },
     /// Neither a group nor a name.
     #[error("a machine without a WorkloadGroup must tell the name of its workload")]
     NoName,
@@ -81,6 +90,7 @@ pub enum JoinError {
 ///
 /// [`JoinError`] when the identity does not belong to the group, or when there is nothing to name the entry after.
 pub fn register(group: Option<&Object>, join: &Join) -> Result<Registration, JoinError> {
+    check(join)?;
     let Some(object) = group else {
         if join.workload.is_empty() {
             return Err(JoinError::NoName);
@@ -107,6 +117,36 @@ pub fn register(group: Option<&Object>, join: &Join) -> Result<Registration, Joi
     }
     let network = first(&join.network, group.template.as_ref().map_or("", |template| &template.network));
     Ok(registration(named(&object.name, join, &network), &object.name, group, join))
+}
+
+/// Labels, and ports, of one workload.
+const MOST: usize = 64;
+
+/// What enters the log and the configuration of other proxies has the form that the same field of an object has.
+fn check(join: &Join) -> Result<(), JoinError> {
+    let fail = |field: &str, reason| Err(JoinError::Malformed { field: field.to_owned(), reason });
+    if !join.workload.is_empty() && !grammar::is_subdomain(&join.workload) {
+        return fail("name", "must be a name of lower case letters, digits, - and .");
+    }
+    if grammar::label_value(&join.network).is_err() {
+        return fail("network", "must have at most 63 letters, digits, -, _ and .");
+    }
+    if join.locality.len() > 255 || !join.locality.is_empty() && !grammar::is_locality(&join.locality) {
+        return fail("locality", "must be region, region/zone or region/zone/subzone");
+    }
+    if join.session.is_empty() || grammar::label_value(&join.session).is_err() {
+        return fail("session", "must have 1 to 63 letters, digits, -, _ and .");
+    }
+    if join.labels.len() > MOST || join.ports.len() > MOST {
+        return fail("labels and ports", "must be at most 64 of each");
+    }
+    for (key, value) in &join.labels {
+        if let Err(reason) = grammar::label_key(key).and_then(|()| grammar::label_value(value)) {
+            return fail(&format!("labels.{}", key.escape_debug()), reason);
+        }
+    }
+    let bad = join.ports.keys().find(|name| !grammar::is_label(name));
+    bad.map_or(Ok(()), |_| fail("ports", "must have names of lower case letters, digits and -"))
 }
 
 /// A colon is no letter of a name.
@@ -207,6 +247,27 @@ mod tests {
         let made = register(None, &join).unwrap();
         assert_eq!(made.name, "w---1");
         assert!(made.healthy && made.annotations.is_empty());
+    }
+
+    #[test]
+    fn what_an_agent_tells_has_the_form_of_an_object() {
+        let join = || Join { workload: "w".into(), ..join() };
+        let long = "a".repeat(64);
+        let wrong = [
+            Join { workload: "W w".into(), ..join() },
+            Join { network: long.clone(), ..join() },
+            Join { locality: "a//b".into(), ..join() },
+            Join { session: String::new(), ..join() },
+            Join { session: long.clone(), ..join() },
+            Join { labels: [("app".into(), long)].into(), ..join() },
+            Join { labels: [("no key".into(), String::new())].into(), ..join() },
+            Join { labels: (0..65).map(|i| (format!("l{i}"), String::new())).collect(), ..join() },
+            Join { ports: [("Not a name".into(), 1)].into(), ..join() },
+        ];
+        for join in wrong {
+            assert!(matches!(register(None, &join), Err(JoinError::Malformed { .. })), "{join:?}");
+        }
+        assert!(register(None, &join()).is_ok());
     }
 
     #[test]

@@ -52,7 +52,7 @@ impl Entry<'_> {
             Command::ReplaceEndpoints { host, source, endpoints } => {
                 applied(self.replace_endpoints(host, source, endpoints))
             }
-            Command::RegisterWorkload { registration } => applied(self.register(registration)),
+            Command::RegisterWorkload { registration } => self.register(registration),
             Command::WorkloadHealth { key, session, healthy } => self.health(key, session, *healthy),
             Command::RemoveWorkload { key, session } => self.remove_workload(key, session),
             Command::PutMesh { config } => applied(self.put_mesh(config)),
@@ -273,15 +273,19 @@ impl Entry<'_> {
 
     // ---- registered workloads -----------------------------------------------------
 
-    fn register(&mut self, registration: &Arc<Registration>) -> bool {
+    /// An entry belongs to the service account that made it, until it is removed.
+    fn register(&mut self, registration: &Arc<Registration>) -> CommandOutcome {
         let key = registration.key();
         let old = self.state.workloads.get(&key).cloned();
+        if old.as_ref().is_some_and(|old| old.service_account != registration.service_account) {
+            return CommandOutcome::Fenced;
+        }
         if old.as_ref().is_some_and(|old| *old == *registration) {
-            return false;
+            return applied(false);
         }
         self.state.workloads.insert(key.clone(), Arc::clone(registration));
         self.touch_workload(key, old.as_deref(), Some(registration));
-        true
+        applied(true)
     }
 
     fn health(&mut self, key: &WorkloadKey, session: &str, healthy: bool) -> CommandOutcome {
