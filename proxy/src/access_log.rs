@@ -16,6 +16,7 @@ use serde_json::{Map, Value as Json};
 
 use crate::http::exchange::{Exchange, Told};
 use crate::http::flags::Flags;
+use crate::http::headers;
 use crate::listener::connection::Connection;
 use crate::metrics::Counter;
 use crate::upstream::{Host, Upstream};
@@ -186,6 +187,37 @@ pub struct Facts<'a> {
     pub dynamic: Option<&'a Map<String, Json>>,
 }
 
+impl<'a> Facts<'a> {
+    /// What a line may tell of a connection that was turned away, and why.
+    #[must_use]
+    pub fn refused(connection: &'a Connection, flags: Flags, details: &'a str) -> Self {
+        Self {
+            connection,
+            remote: connection.remote,
+            began: crate::worker::wall_clock(),
+            duration_ms: 0,
+            response_ms: None,
+            told: None,
+            version: None,
+            response: None,
+            trailers: None,
+            status: None,
+            grpc_status: None,
+            flags,
+            details,
+            failure: "",
+            received: 0,
+            sent: 0,
+            upstream: None,
+            host: None,
+            attempts: 0,
+            route: "",
+            route_metadata: None,
+            dynamic: None,
+        }
+    }
+}
+
 impl Exchange {
     /// What a line may tell of this exchange.
     #[must_use]
@@ -325,7 +357,10 @@ impl Facts<'_> {
             Operator::Protocol => self.version.map(|v| protocol(v).to_owned()),
             Operator::ResponseCode => number(self.status.map_or(0, |s| u64::from(s.as_u16()))),
             Operator::ResponseFlags => (!self.flags.is_empty()).then(|| self.flags.text()),
-            Operator::ResponseCodeDetails => filled(self.details),
+            Operator::ResponseCodeDetails => self.version.and_then(|_| filled(self.details)),
+            // a connection has no response, but may have been ended for a reason of its own
+            Operator::ConnectionTerminationDetails if self.version.is_none() => filled(self.details),
+            Operator::StreamId => self.header(Side::Request, &HeaderKey::Name(headers::REQUEST_ID)),
             Operator::UpstreamTransportFailureReason => filled(self.failure),
             Operator::BytesReceived => number(self.received),
             Operator::BytesSent => number(self.sent),
@@ -339,7 +374,8 @@ impl Facts<'_> {
             Operator::UpstreamRemote(part) => {
                 self.host.and_then(|h| h.address.socket()).map(|a| address(a, *part))
             }
-            Operator::UpstreamCluster => self.upstream.map(|u| u.config.name.to_string()),
+            Operator::UpstreamCluster => self.upstream.map(|u| u.config.stat_name.to_string()),
+            Operator::UpstreamClusterRaw => self.upstream.map(|u| u.config.name.to_string()),
             Operator::UpstreamAttempts => number(self.attempts.into()),
             Operator::DownstreamLocal(part) => Some(address(self.connection.local, *part)),
             Operator::DownstreamRemote(part) => Some(address(self.remote, *part)),
@@ -360,7 +396,6 @@ impl Facts<'_> {
             Operator::ConnectionTerminationDetails
             | Operator::DownstreamTransportFailureReason
             | Operator::UpstreamLocal(_)
-            | Operator::StreamId
             | Operator::UpstreamPeerUriSan
             | Operator::FilterState(_) => None,
         }

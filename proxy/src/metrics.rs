@@ -10,6 +10,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// Histogram bounds that Istio's proxies use, without the last, infinite one.
 pub const BUCKETS: [f64; 19] = [
@@ -93,7 +94,7 @@ pub enum Kind {
 }
 
 /// Name and rendered labels of a series.
-type Key = (&'static str, String);
+type Key = (&'static str, Arc<str>);
 
 /// Every series of one worker.
 #[derive(Debug, Default)]
@@ -115,20 +116,20 @@ impl Registry {
     }
 
     fn cell(&self, kind: Kind, name: &'static str, labels: &[(&str, &str)]) -> Rc<Counter> {
-        let mut key = (name, render_labels(labels));
+        let mut key: Key = (name, render_labels(labels).into());
         let mut counters = self.counters.borrow_mut();
         if !counters.contains_key(&key) && self.is_full(name) {
-            key.1.clear();
+            key.1 = Arc::default();
         }
         Rc::clone(&counters.entry(key).or_insert_with(|| (kind, Rc::default())).1)
     }
 
     /// The histogram of this name and these labels.
     pub fn histogram(&self, name: &'static str, labels: &[(&str, &str)]) -> Rc<Histogram> {
-        let mut key = (name, render_labels(labels));
+        let mut key: Key = (name, render_labels(labels).into());
         let mut histograms = self.histograms.borrow_mut();
         if !histograms.contains_key(&key) && self.is_full(name) {
-            key.1.clear();
+            key.1 = Arc::default();
         }
         Rc::clone(histograms.entry(key).or_default())
     }
@@ -144,13 +145,11 @@ impl Registry {
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         let counters = self.counters.borrow();
-        let values = counters.iter().map(|((name, labels), (kind, cell))| {
-            (((*name).to_owned(), labels.clone()), (*kind, cell.get()))
-        });
+        let values = counters.iter().map(|(key, (kind, cell))| (key.clone(), (*kind, cell.get())));
         let histograms = self.histograms.borrow();
-        let distributions = histograms.iter().map(|((name, labels), h)| {
+        let distributions = histograms.iter().map(|(key, h)| {
             let buckets = h.buckets.iter().map(Cell::get).collect();
-            (((*name).to_owned(), labels.clone()), Distribution { buckets, sum: h.sum.get() })
+            (key.clone(), Distribution { buckets, sum: h.sum.get() })
         });
         Snapshot { values: values.collect(), distributions: distributions.collect() }
     }
@@ -168,8 +167,8 @@ pub struct Distribution {
 /// The values of one worker, or of several added up.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Snapshot {
-    values: BTreeMap<(String, String), (Kind, u64)>,
-    distributions: BTreeMap<(String, String), Distribution>,
+    values: BTreeMap<Key, (Kind, u64)>,
+    distributions: BTreeMap<Key, Distribution>,
 }
 
 impl Snapshot {
@@ -194,14 +193,14 @@ impl Snapshot {
     pub fn sum(&self, name: &str, having: &[&str]) -> u64 {
         self.values
             .iter()
-            .filter(|((n, labels), _)| n == name && having.iter().all(|h| labels.contains(h)))
+            .filter(|((n, labels), _)| *n == name && having.iter().all(|h| labels.contains(h)))
             .map(|(_, (_, value))| value)
             .sum()
     }
 
     /// Every counter and gauge: name, rendered labels, value.
     pub fn values(&self) -> impl Iterator<Item = (&str, &str, u64)> {
-        self.values.iter().map(|((name, labels), (_, v))| (name.as_str(), labels.as_str(), *v))
+        self.values.iter().map(|((name, labels), (_, v))| (*name, &**labels, *v))
     }
 
     /// The text form that Prometheus scrapes.
@@ -210,6 +209,7 @@ impl Snapshot {
         let mut out = String::new();
         let mut last = "";
         for ((name, labels), (kind, value)) in &self.values {
+            let name = *name;
             if name != last {
                 let kind = if *kind == Kind::Counter { "counter" } else { "gauge" };
                 out.push_str(&format!("# TYPE {name} {kind}\n"));
@@ -218,6 +218,7 @@ impl Snapshot {
             write_line(&mut out, name, labels, "", &value.to_string());
         }
         for ((name, labels), distribution) in &self.distributions {
+            let name = *name;
             if name != last {
                 out.push_str(&format!("# TYPE {name} histogram\n"));
                 last = name;

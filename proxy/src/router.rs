@@ -10,7 +10,7 @@ use http::Method;
 
 use crate::http::head::Head;
 use crate::xds::matcher::QueryMatcher;
-use crate::xds::route::{PathMatch, Route, RouteConfiguration, RouteMatch, TlsMatch, VirtualHost};
+use crate::xds::route::{Route, RouteConfiguration, RouteMatch, TlsMatch, VirtualHost};
 
 /// A route configuration with its domains indexed.
 #[derive(Debug)]
@@ -145,10 +145,9 @@ fn matches(
     certificate: ClientCertificate,
     random: u64,
 ) -> bool {
-    let is_connect = *head.method == Method::CONNECT;
-    let wants_connect = matches!(wanted.path, PathMatch::Connect);
-    let path_fits = is_connect == wants_connect && (is_connect || wanted.path.matches(path));
-    path_fits
+    // a CONNECT request has no path, and no route is for it
+    *head.method != Method::CONNECT
+        && wanted.path.matches(path)
         && wanted.headers.iter().all(|m| head.fulfils(m))
         && (wanted.query.is_empty() || query_fulfils(&wanted.query, head.query()))
         && (!wanted.grpc || is_grpc(head))

@@ -82,6 +82,7 @@ pub async fn serve(
             end = relay(&mut client, &mut server, config.idle_timeout, &session.counts) => session.flags.insert(flags_of(&end)),
             () = life => session.flags.insert(Flags::MAX_DURATION),
             () = worker.drain.cut() => session.flags.insert(Flags::LOCAL_RESET),
+            () = connection.was_cut() => session.flags.insert(Flags::LOCAL_RESET),
             () = report(&session.counts, series.as_ref()) => {}
         }
     }
@@ -123,6 +124,7 @@ async fn connect(
             }
         }
     }
+    session.flags.insert(Flags::RETRY_LIMIT);
     None
 }
 

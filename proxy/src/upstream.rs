@@ -70,8 +70,12 @@ impl AsRef<Load> for Candidate {
 }
 
 impl Host {
-    fn is_usable(&self) -> bool {
-        !self.ejected.get() && matches!(self.endpoint.health, Health::Healthy | Health::Degraded)
+    fn is_healthy(&self) -> bool {
+        !self.ejected.get() && self.endpoint.health == Health::Healthy
+    }
+
+    fn is_degraded(&self) -> bool {
+        !self.ejected.get() && self.endpoint.health == Health::Degraded
     }
 
     /// Whether passive health checks left it out.
@@ -79,6 +83,11 @@ impl Host {
     pub fn is_ejected(&self) -> bool {
         self.ejected.get()
     }
+}
+
+/// The endpoints that get requests: healthy ones; degraded ones only where the whole cluster has no healthy one.
+fn usable(hosts: &[Rc<Host>], any_healthy: bool) -> Vec<Rc<Host>> {
+    hosts.iter().filter(|h| h.is_healthy() || (!any_healthy && h.is_degraded())).cloned().collect()
 }
 
 /// Endpoints that are picked from together.
@@ -297,7 +306,7 @@ impl Upstream {
             load: Load::new(endpoint.weight),
             pool: Pool::default(),
             tls,
-            workload: self.shared.standard.number(workload),
+            workload: self.shared.standard.workload(workload),
             max_uses: if per_request { Some(1) } else { http.max_requests_per_connection },
             ejected: Cell::new(outlier.is_ejected()),
             outlier: RefCell::new(outlier),
@@ -308,15 +317,19 @@ impl Upstream {
     fn arrange(&self, placed: Vec<Placed>, endpoints: &ClusterLoadAssignment) {
         let hosts: Vec<Rc<Host>> = placed.iter().flat_map(|(_, _, h)| h.iter().cloned()).collect();
         let count = placed.iter().map(|(p, _, _)| p + 1).max().unwrap_or(0);
+        let any_healthy = hosts.iter().any(|h| h.is_healthy());
         let mut priorities = Vec::new();
         let mut levels = Vec::new();
         for priority in 0..count {
             let of: Vec<_> = placed.iter().filter(|(p, _, _)| *p == priority).collect();
             let all: Vec<Rc<Host>> = of.iter().flat_map(|(_, _, h)| h.iter().cloned()).collect();
-            let usable: Vec<Rc<Host>> = all.iter().filter(|h| h.is_usable()).cloned().collect();
+            let usable = usable(&all, any_healthy);
             levels.push(Level { total: all.len(), healthy: usable.len() });
-            let localities =
-                if self.config.lb_common.locality_weighted { self.localities(&of) } else { Vec::new() };
+            let localities = if self.config.lb_common.locality_weighted {
+                self.localities(&of, any_healthy)
+            } else {
+                Vec::new()
+            };
             let locality_total = localities.iter().map(|(w, _)| w).sum();
             priorities.push(PriorityHosts {
                 all: self.group(all),
@@ -336,10 +349,10 @@ impl Upstream {
         *self.set.borrow_mut() = Rc::new(HostSet { hosts, priorities, load });
     }
 
-    fn localities(&self, of: &[&Placed]) -> Vec<(u64, Group)> {
+    fn localities(&self, of: &[&Placed], any_healthy: bool) -> Vec<(u64, Group)> {
         of.iter()
             .map(|(_, weight, hosts)| {
-                let usable: Vec<Rc<Host>> = hosts.iter().filter(|h| h.is_usable()).cloned().collect();
+                let usable = usable(hosts, any_healthy);
                 let level = Level { total: hosts.len(), healthy: usable.len() };
                 (locality::locality_weight(weight.unwrap_or(0), level), self.group(usable))
             })

@@ -8,7 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use ahash::AHashMap;
@@ -100,21 +100,27 @@ pub struct EndpointStatus {
 #[derive(Debug)]
 pub struct Handle {
     asks: mpsc::Sender<Ask>,
+    last: Last,
     ended: oneshot::Receiver<()>,
 }
 
 /// A handle that only asks.
 #[derive(Clone, Debug)]
-pub struct Asker(mpsc::Sender<Ask>);
+pub struct Asker(mpsc::Sender<Ask>, Last);
+
+/// What a worker had counted when it ended.
+type Last = Arc<OnceLock<Snapshot>>;
 
 impl Asker {
-    /// What the worker counted so far; empty when it has ended.
+    /// What the worker counted so far; when it has ended, what it had counted then.
     pub async fn snapshot(&self) -> Snapshot {
         let (reply, answer) = oneshot::channel();
-        if self.0.send(Ask::Snapshot(reply)).await.is_err() {
-            return Snapshot::default();
+        if self.0.send(Ask::Snapshot(reply)).await.is_ok()
+            && let Ok(snapshot) = answer.await
+        {
+            return snapshot;
         }
-        answer.await.unwrap_or_default()
+        self.1.get().cloned().unwrap_or_default()
     }
 
     /// The endpoints of clusters that the worker has used; empty when it has ended.
@@ -131,7 +137,7 @@ impl Handle {
     /// What can be asked of the worker while it runs.
     #[must_use]
     pub fn asker(&self) -> Asker {
-        Asker(self.asks.clone())
+        Asker(self.asks.clone(), Arc::clone(&self.last))
     }
 
     /// Returns when the worker has ended: after a drain, when its last connection is over.
@@ -151,17 +157,19 @@ pub fn start(index: usize, options: Options) -> io::Result<Handle> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (asks, questions) = mpsc::channel(ASKS);
     let (over, ended) = oneshot::channel();
+    let last = Last::default();
+    let end = Arc::clone(&last);
     std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
         let local = tokio::task::LocalSet::new();
-        local.block_on(&runtime, run(index, options, questions));
+        local.block_on(&runtime, run(index, options, questions, &end));
         drop(local);
         // nobody may wait for it
         let _told: Result<(), ()> = over.send(());
     })?;
-    Ok(Handle { asks, ended })
+    Ok(Handle { asks, last, ended })
 }
 
-async fn run(index: usize, options: Options, mut questions: mpsc::Receiver<Ask>) {
+async fn run(index: usize, options: Options, mut questions: mpsc::Receiver<Ask>, last: &Last) {
     let mut generation = options.tables.watch();
     let worker = Worker::new(index, options);
     worker.refresh();
@@ -197,6 +205,8 @@ async fn run(index: usize, options: Options, mut questions: mpsc::Receiver<Ask>)
         }
     }
     worker.end();
+    // before nobody answers any more
+    last.get_or_init(|| worker.shared.registry.snapshot());
 }
 
 /// A route configuration on one worker, with its clusters resolved.

@@ -27,13 +27,19 @@ pub enum Problem {
     /// Not three parts.
     #[error("Jwt is not in the form of Header.Payload.Signature with two dots and 3 sections")]
     Form,
-    /// The header is not base64url of JSON that is understood.
+    /// The header is not base64url.
+    #[error("Jwt header is an invalid Base64url encoded")]
+    HeaderEncoding,
+    /// The header is not JSON that is understood.
     #[error("Jwt header is an invalid JSON")]
     Header,
     /// A signature of a kind that is not known.
     #[error("Jwt header [alg] is not supported")]
     Algorithm,
-    /// The payload is not base64url of JSON with claims of the right kinds.
+    /// The payload is not base64url.
+    #[error("Jwt payload is an invalid Base64url encoded")]
+    PayloadEncoding,
+    /// The payload is not JSON with claims of the right kinds.
     #[error("Jwt payload is an invalid JSON")]
     Payload,
     /// The signature is not base64url.
@@ -243,12 +249,9 @@ struct Token<'t> {
     signature: Vec<u8>,
 }
 
-fn object(part: &str) -> Option<Map<String, Json>> {
-    let bytes = BASE64_URL_SAFE_NO_PAD.decode(part).ok()?;
-    match serde_json::from_slice(&bytes).ok()? {
-        Json::Object(map) => Some(map),
-        _ => None,
-    }
+fn object(part: &str, encoding: Problem, json: Problem) -> Result<Map<String, Json>, Problem> {
+    let bytes = BASE64_URL_SAFE_NO_PAD.decode(part).map_err(|_| encoding)?;
+    serde_json::from_slice(&bytes).map_err(|_| json)
 }
 
 impl<'t> Token<'t> {
@@ -256,7 +259,7 @@ impl<'t> Token<'t> {
         let (signed, signature) = text.rsplit_once('.').ok_or(Problem::Form)?;
         let (header, payload) =
             signed.split_once('.').filter(|(_, p)| !p.contains('.')).ok_or(Problem::Form)?;
-        let header = object(header).ok_or(Problem::Header)?;
+        let header = object(header, Problem::HeaderEncoding, Problem::Header)?;
         // what must be understood is not understood here (RFC 7515, section 4.1.11)
         if header.contains_key("crit") {
             return Err(Problem::Header);
@@ -270,7 +273,7 @@ impl<'t> Token<'t> {
             Some(Json::String(id)) => Some(id.clone()),
             Some(_) => return Err(Problem::Header),
         };
-        let claims = object(payload).ok_or(Problem::Payload)?;
+        let claims = object(payload, Problem::PayloadEncoding, Problem::Payload)?;
         let signature = BASE64_URL_SAFE_NO_PAD.decode(signature).map_err(|_| Problem::Signature)?;
         Ok(Self { signed: signed.as_bytes(), payload, algorithm, key, claims, signature })
     }

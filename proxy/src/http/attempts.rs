@@ -19,6 +19,7 @@ use crate::upstream::health::Signal;
 use crate::upstream::pool::Reply;
 use crate::upstream::send::{Answer, Outgoing};
 use crate::upstream::{Ask, Failure, FailureKind, Host, Upstream};
+use crate::xds::cluster::http::HttpVersion;
 use crate::xds::route::VirtualHost;
 use crate::xds::route::action::{Forward, HashOn, HostRewrite, MirrorPolicy};
 use crate::xds::route::retry::RetryPolicy;
@@ -57,6 +58,9 @@ pub async fn run(
 ) -> Result<Answered, Box<Local>> {
     let Some(forward) = forward else { return Err(Box::new(unrouted())) };
     let policy = forward.retry.as_deref().filter(|p| !call.upgrade && retry::applies(p, &call.head()));
+    if call.upgrade && upstream.config.http.version == HttpVersion::Http2 {
+        return Err(Box::new(not_upgradable()));
+    }
     let timeout = timeout_of(forward, call);
     let deadline = timeout.map(|t| call.exchange.started + t);
     if let Some(timeout) = timeout.filter(|_| !http.router.suppress_envoy_headers) {
@@ -155,7 +159,11 @@ fn may_retry(upstream: &Rc<Upstream>, call: &mut Call) -> Option<crate::upstream
         return None;
     }
     call.exchange.retrying = None;
-    upstream.start_retry()
+    let retrying = upstream.start_retry();
+    if retrying.is_none() {
+        call.exchange.flags.insert(Flags::UPSTREAM_OVERFLOW);
+    }
+    retrying
 }
 
 fn note(upstream: &Upstream, endpoint: &Rc<Host>, result: &Result<Answer, Miss>) {
@@ -206,7 +214,8 @@ fn conclude(
             }
             Ok(Answered { parts, reply, elapsed: began.elapsed(), cookie })
         }
-        Err(Miss::Deadline | Miss::PerTryTimeout) => Err(timed_out()),
+        Err(Miss::Deadline) => Err(timed_out()),
+        Err(Miss::PerTryTimeout) => Err(timed_out().details("upstream_per_try_timeout")),
         Err(Miss::Failed(failure)) => {
             call.exchange.failure.clone_from(&failure.reason);
             Err(failed(&failure, call.exchange.attempts))
@@ -258,6 +267,12 @@ fn no_healthy_upstream() -> Local {
     Local::text(StatusCode::SERVICE_UNAVAILABLE, "no healthy upstream")
         .flag(Flags::NO_HEALTHY_UPSTREAM)
         .details("no_healthy_upstream")
+}
+
+/// Another protocol takes over a whole connection, and an HTTP/2 one is shared.
+fn not_upgradable() -> Local {
+    Local::text(StatusCode::SERVICE_UNAVAILABLE, "upgrade not possible: the upstream speaks HTTP/2 only")
+        .details("upgrade_to_http2_upstream")
 }
 
 fn unrepeatable() -> Local {

@@ -200,13 +200,14 @@ impl Call {
         let map = &mut self.parts.headers;
         let client = &config.client;
         if client.use_remote_address {
-            if !client.skip_xff_append {
-                headers::append_forwarded_for(map, connection.remote.ip());
-            }
-            if client.xff_num_trusted_hops > 0
-                && let Some(ip) = headers::forwarded_for(map, client.xff_num_trusted_hops)
+            // the nearest trusted proxy is the other end of the connection, and has not written itself
+            if let Some(before) = client.xff_num_trusted_hops.checked_sub(1)
+                && let Some(ip) = headers::forwarded_for(map, before)
             {
                 self.exchange.remote = SocketAddr::new(ip, 0);
+            }
+            if !client.skip_xff_append {
+                headers::append_forwarded_for(map, connection.remote.ip());
             }
             let trusted = client.xff_num_trusted_hops > 0 && map.contains_key(headers::FORWARDED_PROTO);
             if !trusted {
@@ -335,6 +336,14 @@ fn framing(parts: &request::Parts, http: &Http) -> Result<(), Refusal> {
         }
         if parts.version == Version::HTTP_10 {
             return Err((BAD, "http1.invalid_transfer_encoding", Flags::DOWNSTREAM_PROTOCOL));
+        }
+        // what else was done to the body would be lost with the header
+        let mut codings = parts.headers.get_all(header::TRANSFER_ENCODING).iter();
+        let chunked = codings.next().is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"chunked"));
+        if !chunked || codings.next().is_some() {
+            let unknown =
+                (StatusCode::NOT_IMPLEMENTED, "http1.invalid_transfer_encoding", Flags::DOWNSTREAM_PROTOCOL);
+            return Err(unknown);
         }
     }
     let most = usize::try_from(http.config.max_headers_count).unwrap_or(usize::MAX);

@@ -142,7 +142,8 @@ fn tokens(http: &Http, authn: &JwtAuthn, own: Option<&FilterOverride>, call: &mu
 
 fn no_token(status: StatusCode, reason: &str, call: &Call, invalid: bool) -> Pass {
     let head = call.head();
-    let mut challenge = format!("Bearer realm=\"{}://{}{}\"", head.scheme, head.authority, head.path());
+    let mut challenge =
+        format!("Bearer realm=\"{}://{}{}\"", head.scheme, head.authority, head.path_and_query);
     if invalid {
         challenge.push_str(", error=\"invalid_token\"");
     }

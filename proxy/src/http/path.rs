@@ -44,6 +44,10 @@ pub fn normalize(path_and_query: &str, how: PathCleaning) -> Normalized<'_> {
             Some(path) => out = Cow::Owned(path),
             None => return Normalized::Invalid,
         }
+        // an escape of an escape must not bring back what was just taken out
+        if how.escaped_slashes != EscapedSlashes::Keep && has_escaped_slash(&out) {
+            return Normalized::Invalid;
+        }
     }
     if how.merge_slashes && out.contains("//") {
         out = Cow::Owned(merge(&out));
@@ -96,9 +100,34 @@ fn unescape_slashes(path: &str) -> String {
     out
 }
 
-/// Decodes unreserved characters, upper-cases other escapes, turns backslashes into slashes and removes dot
-/// segments. `None` when an escape is malformed or stands for NUL.
+/// The form that does not change any more. A `%` that begins no escape stays, as Envoy has it; with what is decoded
+/// behind it it may become one, so such a path is looked at again. `None` when an escape stands for NUL, or when
+/// there is no end to it.
 fn canonical(path: &str) -> Option<String> {
+    let mut path = decode(path)?;
+    for _ in 0..4 {
+        if path.whole {
+            return Some(path.text);
+        }
+        let again = decode(&path.text)?;
+        if again.text == path.text {
+            return Some(path.text);
+        }
+        path = again;
+    }
+    None
+}
+
+struct Decoded {
+    text: String,
+    /// Every `%` in it begins an escape.
+    whole: bool,
+}
+
+/// Decodes unreserved characters, upper-cases other escapes, turns backslashes into slashes and removes dot
+/// segments. `None` when an escape stands for NUL.
+fn decode(path: &str) -> Option<Decoded> {
+    let mut whole = true;
     let mut decoded = String::with_capacity(path.len());
     let mut rest = path;
     while let Some(at) = rest.find(['%', '\\']) {
@@ -109,9 +138,14 @@ fn canonical(path: &str) -> Option<String> {
             rest = tail.get(1..)?;
             continue;
         }
-        let code = tail.get(1..3)?;
-        let byte =
-            u8::from_str_radix(code, 16).ok().filter(|_| code.bytes().all(|b| b.is_ascii_hexdigit()))?;
+        let code = tail.get(1..3).filter(|code| code.bytes().all(|b| b.is_ascii_hexdigit()));
+        let Some((code, byte)) = code.and_then(|code| Some((code, u8::from_str_radix(code, 16).ok()?)))
+        else {
+            whole = false;
+            decoded.push('%');
+            rest = tail.get(1..)?;
+            continue;
+        };
         match byte {
             0 => return None,
             b if b.is_ascii_alphanumeric() || b"-._~".contains(&b) => decoded.push(char::from(b)),
@@ -123,7 +157,7 @@ fn canonical(path: &str) -> Option<String> {
         rest = tail.get(3..)?;
     }
     decoded.push_str(rest);
-    Some(remove_dot_segments(&decoded))
+    Some(Decoded { text: remove_dot_segments(&decoded), whole })
 }
 
 /// RFC 3986, section 5.2.4. Empty segments stay: only `merge_slashes` removes them.
@@ -209,12 +243,20 @@ mod tests {
 
     #[test]
     fn malformed_paths_are_refused() {
-        check(BASE, "/%0", "400");
-        check(BASE, "/%zz", "400");
         check(BASE, "/%00", "400");
-        check(BASE, "/%+1", "400");
+        check(BASE, "/%%300", "400");
         check(BASE, "admin", "400");
+        check(DECODE, "/a%%32fb", "400");
         check(BASE, "*", "*");
+    }
+
+    #[test]
+    fn a_percent_sign_that_begins_no_escape_stays_and_hides_nothing() {
+        check(BASE, "/%zz", "/%zz");
+        check(BASE, "/100%", "/100%");
+        check(BASE, "/%+1/%0", "/%+1/%0");
+        check(BASE, "/a/%61%z/../b", "/a/b");
+        check(BASE, "/a/%%32e%%32e/b", "/b");
     }
 
     #[test]

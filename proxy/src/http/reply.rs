@@ -11,6 +11,9 @@ use super::exchange::Exchange;
 use super::flags::Flags;
 use super::headers::{GRPC_MESSAGE, GRPC_STATUS};
 
+/// What is escaped in a gRPC message, besides what is not ASCII: controls, and the sign of an escape.
+const IN_MESSAGE: &percent_encoding::AsciiSet = &percent_encoding::CONTROLS.add(b'%');
+
 /// An answer of the proxy's own.
 #[derive(Debug)]
 pub struct Local {
@@ -89,8 +92,7 @@ impl Local {
             let code = self.grpc.unwrap_or_else(|| grpc_of(self.status));
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
             headers.insert(GRPC_STATUS, HeaderValue::from(code));
-            let message =
-                percent_encoding::utf8_percent_encode(&self.text, percent_encoding::CONTROLS).to_string();
+            let message = percent_encoding::utf8_percent_encode(&self.text, IN_MESSAGE).to_string();
             if let Ok(message) = HeaderValue::try_from(message)
                 && !message.is_empty()
             {

@@ -151,8 +151,14 @@ async fn request(
 ) -> Result<super::HttpResponse, std::convert::Infallible> {
     let open = activity.begin();
     worker.refresh();
-    let http = place.http(&connection);
-    let response = forward(http, connection, request).await;
+    let response = match place.http(&connection) {
+        Ok(http) => forward(http, connection, request).await,
+        Err(http) => {
+            let exchange = Exchange::new(http, connection, Instant::now(), request.version());
+            let gone = super::reply::Local::text(http::StatusCode::SERVICE_UNAVAILABLE, "");
+            gone.details("filter_chain_removed").into_response(Box::new(exchange))
+        }
+    };
     drop(open);
     Ok(response)
 }
@@ -160,6 +166,8 @@ async fn request(
 async fn serve_h1(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: Io) {
     let worker = Rc::clone(&http.worker);
     let (activity, place) = (Activity::new(), Rc::new(place));
+    let outlived = Rc::clone(&place);
+    let mut outlived = pin!(outlived.outlived());
     let mut limits = Limits::new(&http, Instant::now());
     let service = {
         let (worker, connection, activity) =
@@ -191,7 +199,8 @@ async fn serve_h1(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
             return Poll::Ready(None);
         }
         // an idle connection ends at once; one with a request tells so in its response and ends after it
-        let drains = !drained && draining.as_mut().poll(cx).is_ready();
+        let drains =
+            !drained && (draining.as_mut().poll(cx).is_ready() || outlived.as_mut().poll(cx).is_ready());
         if drains || limits.poll(&activity, cx).is_ready() {
             drained = true;
             server.as_mut().graceful_shutdown();
@@ -238,6 +247,8 @@ impl<F: Future + 'static> hyper::rt::Executor<F> for Local {
 async fn serve_h2(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: Io) {
     let worker = Rc::clone(&http.worker);
     let (activity, place) = (Activity::new(), Rc::new(place));
+    let outlived = Rc::clone(&place);
+    let mut outlived = pin!(outlived.outlived());
     let mut limits = Limits::new(&http, Instant::now());
     let service = {
         let (worker, connection, activity) =
@@ -272,7 +283,10 @@ async fn serve_h2(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
             return Poll::Ready(None);
         }
         let mut drained = drained.borrow_mut();
-        let drains = !*drained && (connection.is_draining() || draining.as_mut().poll(cx).is_ready());
+        let drains = !*drained
+            && (connection.is_draining()
+                || draining.as_mut().poll(cx).is_ready()
+                || outlived.as_mut().poll(cx).is_ready());
         if drains || limits.poll(&activity, cx).is_ready() {
             *drained = true;
             server.as_mut().graceful_shutdown();

@@ -19,7 +19,9 @@ use super::filter_chain::{Shown, find};
 use super::original_dst;
 use super::proxy_protocol::{Proxied, parse};
 use super::slot::{Chain, Place, Runtime, Slot};
+use crate::access_log::Facts;
 use crate::authz::{self, Subject, Verdict};
+use crate::http::flags::Flags;
 use crate::http::server;
 use crate::tcp;
 use crate::tcp::io::{Io, Socket};
@@ -30,6 +32,8 @@ use crate::xds::rbac::Rbac;
 
 /// The pause after a failure to accept, such as running out of file descriptors.
 const PAUSE: Duration = Duration::from_millis(50);
+/// How long a TCP connection goes on after its filter chain is gone, before it is cut.
+const DRAIN: Duration = Duration::from_secs(5);
 
 /// Accepts TCP connections until the listener is gone or the proxy drains.
 pub async fn tcp(slot: Rc<Slot>, worker: Rc<Worker>, socket: TcpListener, stop: CancellationToken) {
@@ -269,7 +273,10 @@ async fn dispatch(
     seen: Seen,
 ) -> io::Result<()> {
     let runtime = slot.runtime();
-    let chain = choose(&runtime, &connection, &seen).ok_or_else(|| io::Error::other("no filter chain"))?;
+    let Some(chain) = choose(&runtime, &connection, &seen) else {
+        no_chain(&worker, &runtime, &connection);
+        return Err(io::Error::other("no filter chain"));
+    };
     let io = match &chain.tls {
         None => Io::Plain(socket),
         Some(Err(error)) => return Err(io::Error::other(error.clone())),
@@ -290,8 +297,11 @@ async fn dispatch(
             io
         }
     };
-    if !chain.config.rbac.iter().all(|rbac| admits(rbac, &connection)) {
-        return Err(io::Error::other("rbac: access denied"));
+    if let Some(policy) = chain.config.rbac.iter().find_map(|rbac| denied(&worker, rbac, &connection)) {
+        let details = format!("rbac_access_denied_matched_policy[{policy}]");
+        let logs = chain.http.as_ref().map_or(&chain.logs, |http| &http.logs);
+        logs.write_facts(&Facts::refused(&connection, Flags::NONE, &details), &worker);
+        return Err(io::Error::other(details));
     }
     let connection = Rc::new(connection);
     match (&chain.config.terminal, &chain.http) {
@@ -301,7 +311,16 @@ async fn dispatch(
             server::serve(http, place, connection, io).await;
         }
         (Terminal::Tcp(config), _) => {
-            tcp::serve(&worker, &runtime, &chain, config, &connection, io).await;
+            let ends = async {
+                slot.outlived(&chain.config).await;
+                tokio::time::sleep(DRAIN).await;
+                connection.cut();
+                std::future::pending().await
+            };
+            tokio::select! {
+                () = tcp::serve(&worker, &runtime, &chain, config, &connection, io) => {}
+                () = ends => {}
+            }
         }
         (Terminal::Http(_) | Terminal::Close, _) => {}
     }
@@ -322,8 +341,17 @@ fn choose(runtime: &Runtime, connection: &Connection, seen: &Seen) -> Option<Rc<
     runtime.chain(config)
 }
 
-fn admits(rbac: &Rbac, connection: &Connection) -> bool {
-    let Some(rules) = &rbac.rules else { return true };
+/// Nobody was configured to serve this connection.
+fn no_chain(worker: &Worker, runtime: &Runtime, connection: &Connection) {
+    let name = &*runtime.active.listener.name;
+    worker.shared.registry.counter("envoy_listener_no_filter_chain_match", &[("listener", name)]).inc();
+    let facts = Facts::refused(connection, Flags::NO_ROUTE, "filter_chain_not_found");
+    runtime.logs().write_facts(&facts, worker);
+}
+
+/// The name of the policy that turns the connection away, `none` when no policy lets it in.
+fn denied<'r>(worker: &Worker, rbac: &'r Rbac, connection: &Connection) -> Option<&'r str> {
+    let rules = rbac.rules.as_ref()?;
     let subject = Subject {
         destination: connection.local,
         direct_remote: connection.direct_remote,
@@ -333,5 +361,15 @@ fn admits(rbac: &Rbac, connection: &Connection) -> bool {
         request: None,
         metadata: None,
     };
-    matches!(authz::allow(rules, &subject), Verdict::Allow(_))
+    let count = |name| worker.shared.registry.counter(name, &[]).inc();
+    match authz::allow(rules, &subject) {
+        Verdict::Allow(_) => {
+            count("envoy_tcp_rbac_allowed");
+            None
+        }
+        Verdict::Deny(policy) => {
+            count("envoy_tcp_rbac_denied");
+            Some(policy.unwrap_or("none"))
+        }
+    }
 }

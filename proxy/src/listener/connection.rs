@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::HeaderValue;
+use tokio_util::sync::CancellationToken;
 
 use crate::metrics::standard::{Numbered, Principals, Standard, Workload};
 use crate::ratelimit::Bucket;
@@ -33,6 +34,7 @@ pub struct Connection {
     /// Requests so far.
     pub requests: Cell<u32>,
     draining: Cell<bool>,
+    cut: CancellationToken,
     bucket: RefCell<Option<Bucket>>,
     told: RefCell<Option<(HeaderValue, Rc<Numbered<Workload>>)>>,
     principals: RefCell<Option<Rc<Numbered<Principals>>>>,
@@ -52,6 +54,7 @@ impl Connection {
             own_uris: Arc::default(),
             requests: Cell::new(0),
             draining: Cell::new(false),
+            cut: CancellationToken::new(),
             bucket: RefCell::new(None),
             told: RefCell::new(None),
             principals: RefCell::new(None),
@@ -61,6 +64,16 @@ impl Connection {
     /// Lets the connection end with the response to its next request.
     pub fn drain(&self) {
         self.draining.set(true);
+    }
+
+    /// Closes the connection, whatever it is doing.
+    pub fn cut(&self) {
+        self.cut.cancel();
+    }
+
+    /// Ends when the connection must be closed.
+    pub async fn was_cut(&self) {
+        self.cut.cancelled().await;
     }
 
     /// Whether the connection ends soon.
@@ -87,7 +100,7 @@ impl Connection {
         {
             return Some(Rc::clone(workload));
         }
-        let workload = standard.number(Workload::from_header(header)?);
+        let workload = standard.workload(Workload::from_header(header)?);
         *self.told.borrow_mut() = Some((header.clone(), Rc::clone(&workload)));
         Some(workload)
     }
@@ -96,7 +109,7 @@ impl Connection {
     pub fn principals(&self, standard: &Standard) -> Rc<Numbered<Principals>> {
         let mut principals = self.principals.borrow_mut();
         let known = principals.get_or_insert_with(|| {
-            standard.number(Principals {
+            standard.principals(Principals {
                 source: self.peer.as_ref().and_then(Peer::spiffe_id).map(str::to_owned),
                 destination: self.own_uris.first().filter(|_| self.is_mutual_tls()).cloned(),
             })

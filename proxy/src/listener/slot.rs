@@ -6,6 +6,7 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
 use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::accept;
@@ -40,6 +41,7 @@ pub struct Runtime {
     /// The listener with its routes.
     pub active: Arc<ActiveListener>,
     chains: Vec<Rc<Chain>>,
+    own_logs: Logs,
 }
 
 impl Runtime {
@@ -47,6 +49,18 @@ impl Runtime {
     #[must_use]
     pub fn chain(&self, config: &Arc<FilterChain>) -> Option<Rc<Chain>> {
         self.chains.iter().find(|c| Arc::ptr_eq(&c.config, config)).map(Rc::clone)
+    }
+
+    /// Where connections are logged that no chain serves: the listener's own access logs, or else those of the
+    /// first chain that has any.
+    #[must_use]
+    pub fn logs(&self) -> &Logs {
+        let mut chains = self.chains.iter().map(|c| c.http.as_ref().map_or(&c.logs, |http| &http.logs));
+        if self.own_logs.is_empty() {
+            chains.find(|l| !l.is_empty()).unwrap_or(&self.own_logs)
+        } else {
+            &self.own_logs
+        }
     }
 
     /// From which side this listener reports standard metrics.
@@ -71,6 +85,8 @@ pub struct Slot {
     current: RefCell<Rc<Runtime>>,
     closed: CancellationToken,
     accepting: RefCell<CancellationToken>,
+    /// Told when the configuration is another, or gone.
+    changed: Notify,
 }
 
 impl Slot {
@@ -82,6 +98,7 @@ impl Slot {
             current: RefCell::new(Rc::new(runtime(worker, active, None))),
             closed: CancellationToken::new(),
             accepting: RefCell::default(),
+            changed: Notify::new(),
         });
         slot.accept(worker, active);
         slot
@@ -98,6 +115,28 @@ impl Slot {
         *self.current.borrow_mut() = Rc::new(next);
         if !Arc::ptr_eq(&old.active.sockets, &active.sockets) {
             self.accept(&worker, active);
+        }
+        self.changed.notify_waiters();
+    }
+
+    /// The chain that serves this one's connections under the configuration of this moment.
+    fn successor(&self, old: &FilterChain) -> Option<Rc<Chain>> {
+        if self.is_closed() {
+            return None;
+        }
+        let same =
+            |c: &&Rc<Chain>| c.config.matches == old.matches && c.config.tls.is_some() == old.tls.is_some();
+        self.runtime().chains.iter().find(same).map(Rc::clone)
+    }
+
+    /// Ends when the connections of this chain have no place any more.
+    pub async fn outlived(&self, chain: &FilterChain) {
+        loop {
+            let changed = self.changed.notified();
+            if self.successor(chain).is_none() {
+                return;
+            }
+            changed.await;
         }
     }
 
@@ -145,9 +184,10 @@ impl Slot {
         self.closed.is_cancelled()
     }
 
-    /// Accepts nothing more; open HTTP connections end with their next response.
+    /// Accepts nothing more, and serves nothing more: what is under way ends in its own time.
     pub fn close(&self) {
         self.closed.cancel();
+        self.changed.notify_waiters();
     }
 }
 
@@ -167,7 +207,8 @@ fn runtime(worker: &Rc<Worker>, active: &Arc<ActiveListener>, old: Option<&Runti
             http.set_routes(routes);
         }
     }
-    Runtime { active: Arc::clone(active), chains }
+    let own_logs = Logs::new(&listener.access_logs, worker);
+    Runtime { active: Arc::clone(active), chains, own_logs }
 }
 
 fn chain(worker: &Rc<Worker>, listener: &Listener, config: &Arc<FilterChain>) -> Chain {
@@ -202,29 +243,32 @@ impl Place {
     }
 
     /// The connection manager for the next request. When the listener was replaced, the connection goes on under
-    /// the new one's chain for the same connections; where there is none, it ends with this request.
-    pub fn http(&self, connection: &Connection) -> Rc<Http> {
+    /// the new one's chain for the same connections.
+    ///
+    /// # Errors
+    ///
+    /// The connection manager of before, to answer with, when there is no such chain: what was configured since may
+    /// forbid what this connection was let in for.
+    pub fn http(&self, connection: &Connection) -> Result<Rc<Http>, Rc<Http>> {
         let current = self.slot.runtime();
-        if self.slot.is_closed() {
-            connection.drain();
-        } else if !Rc::ptr_eq(&current, &self.runtime.borrow()) {
-            let successor = {
-                let old = self.chain.borrow();
-                current.chains.iter().find(|c| {
-                    c.config.matches == old.config.matches
-                        && c.config.tls.is_some() == old.config.tls.is_some()
-                })
-            }
-            .and_then(|c| c.http.as_ref().map(|h| (Rc::clone(c), Rc::clone(h))));
-            match successor {
-                Some((chain, http)) => {
-                    *self.chain.borrow_mut() = chain;
-                    *self.http.borrow_mut() = http;
-                }
-                None => connection.drain(),
-            }
-            *self.runtime.borrow_mut() = current;
+        if !self.slot.is_closed() && Rc::ptr_eq(&current, &self.runtime.borrow()) {
+            return Ok(Rc::clone(&self.http.borrow()));
         }
-        Rc::clone(&self.http.borrow())
+        let successor = self.slot.successor(&self.chain.borrow().config);
+        let Some((chain, http)) = successor.and_then(|c| c.http.clone().map(|http| (c, http))) else {
+            connection.drain();
+            return Err(Rc::clone(&self.http.borrow()));
+        };
+        *self.chain.borrow_mut() = chain;
+        *self.http.borrow_mut() = Rc::clone(&http);
+        *self.runtime.borrow_mut() = current;
+        Ok(http)
+    }
+
+    /// Ends when the connection has no place any more.
+    pub async fn outlived(&self) {
+        let config = Arc::clone(&self.chain.borrow().config);
+        // what takes its place is found by the same conditions, so they need no second look
+        self.slot.outlived(&config).await;
     }
 }

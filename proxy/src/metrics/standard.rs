@@ -4,6 +4,7 @@
 //! a number of its own on the worker, so that the series of a request is found by comparing a handful of numbers.
 
 use std::cell::{Cell, RefCell};
+use std::hash::Hash;
 use std::rc::Rc;
 
 use ahash::AHashMap;
@@ -20,9 +21,11 @@ use crate::http::flags::Flags;
 const UNKNOWN: &str = "unknown";
 /// Most label sets remembered by number; beyond it the memory starts anew, the series themselves stay.
 const MAX_REMEMBERED: usize = 50_000;
+/// Most parties known by value; beyond it they get numbers anew.
+const MAX_INTERNED: usize = 10_000;
 
 /// Who stands at one end of an exchange.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Workload {
     /// Workload name.
     pub name: String,
@@ -185,7 +188,7 @@ pub struct RequestKey {
 }
 
 /// The identities of both ends, as they were verified.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Principals {
     /// Of the client.
     pub source: Option<String>,
@@ -225,6 +228,8 @@ pub struct Standard {
     registry: Rc<Registry>,
     own: Workload,
     next_number: Cell<u32>,
+    workloads: RefCell<AHashMap<Workload, Rc<Numbered<Workload>>>>,
+    principals: RefCell<AHashMap<Principals, Rc<Numbered<Principals>>>>,
     remembered: RefCell<AHashMap<RequestKey, Rc<RequestSeries>>>,
 }
 
@@ -244,7 +249,41 @@ impl Standard {
     #[must_use]
     pub fn new(registry: Rc<Registry>, metadata: &Map<String, Json>) -> Self {
         let own = Workload::from_metadata(metadata);
-        Self { registry, own, next_number: Cell::new(0), remembered: RefCell::default() }
+        Self {
+            registry,
+            own,
+            next_number: Cell::new(0),
+            workloads: RefCell::default(),
+            principals: RefCell::default(),
+            remembered: RefCell::default(),
+        }
+    }
+
+    /// The number of a workload: the same one for the same workload, whatever connection it comes on.
+    pub fn workload(&self, value: Workload) -> Rc<Numbered<Workload>> {
+        self.intern(&self.workloads, value)
+    }
+
+    /// The number of a pair of identities.
+    pub fn principals(&self, value: Principals) -> Rc<Numbered<Principals>> {
+        self.intern(&self.principals, value)
+    }
+
+    fn intern<T: Clone + Eq + Hash>(
+        &self,
+        known: &RefCell<AHashMap<T, Rc<Numbered<T>>>>,
+        value: T,
+    ) -> Rc<Numbered<T>> {
+        let mut known = known.borrow_mut();
+        if let Some(numbered) = known.get(&value) {
+            return Rc::clone(numbered);
+        }
+        if known.len() >= MAX_INTERNED {
+            known.clear();
+        }
+        let numbered = self.number(value.clone());
+        known.insert(value, Rc::clone(&numbered));
+        numbered
     }
 
     /// Gives a party its number.
@@ -373,6 +412,15 @@ mod tests {
         let workload = Workload::from_endpoint("ratings-v1;default;ratings;v1;east");
         assert_eq!((workload.name.as_str(), workload.cluster.as_str()), ("ratings-v1", "east"));
         assert_eq!(Workload::from_endpoint("").name, "unknown");
+    }
+
+    #[test]
+    fn the_same_peer_has_the_same_number_on_every_connection() {
+        let standard = Standard::new(Rc::default(), &metadata());
+        let peer = || standard.workload(Workload::from_endpoint("ratings-v1;default;ratings;v1;east"));
+        assert!(Rc::ptr_eq(&peer(), &peer()));
+        let who = |id: &str| standard.principals(Principals { source: Some(id.into()), destination: None });
+        assert!(Rc::ptr_eq(&who("a"), &who("a")) && !Rc::ptr_eq(&who("a"), &who("b")));
     }
 
     #[test]

@@ -29,7 +29,7 @@ fn matched_length(matched: &PathMatch, path: &str) -> usize {
     match matched {
         PathMatch::Prefix(p) | PathMatch::SeparatedPrefix(p) => p.len(),
         PathMatch::IgnoreCase(inner) => matched_length(inner, path),
-        PathMatch::Exact(_) | PathMatch::Regex(_) | PathMatch::Connect => path.len(),
+        PathMatch::Exact(_) | PathMatch::Regex(_) => path.len(),
     }
 }
 

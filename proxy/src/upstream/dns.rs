@@ -72,7 +72,6 @@ async fn resolve(named: &ClusterLoadAssignment, how: Dns) -> std::io::Result<Clu
     Ok(ClusterLoadAssignment {
         name: Arc::clone(&named.name),
         localities: localities.into(),
-        drops: named.drops.clone(),
         overprovisioning_factor: named.overprovisioning_factor,
     })
 }

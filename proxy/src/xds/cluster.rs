@@ -100,8 +100,6 @@ pub enum DnsFamily {
 /// How an original destination is found.
 #[derive(Debug, Clone, Default)]
 pub struct OriginalDst {
-    /// A request header may name it.
-    pub header: Option<::http::HeaderName>,
     /// Another port than the original one.
     pub port: Option<u16>,
 }
@@ -331,17 +329,12 @@ fn original_dst(pb: &pb::Cluster) -> Result<OriginalDst, Invalid> {
     if config.metadata_key.is_some() {
         return Err(Invalid::unsupported(format!("{field}.metadata_key")));
     }
-    let name = match config.http_header_name.as_str() {
-        "" => "x-envoy-original-dst-host",
-        name => name,
-    };
-    let header = if config.use_http_header {
-        Some(super::decode::header_name(name, "http_header_name").under(field)?)
-    } else {
-        None
-    };
+    // A client must not choose where its request goes.
+    if config.use_http_header {
+        return Err(Invalid::unsupported(format!("{field}.use_http_header")));
+    }
     let port = config.upstream_port_override.map(|p| super::decode::port(p.value, "upstream_port_override"));
-    Ok(OriginalDst { header, port: port.transpose().under(field)? })
+    Ok(OriginalDst { port: port.transpose().under(field)? })
 }
 
 fn limits(pb: &pb::CircuitBreakers) -> Limits {

@@ -93,8 +93,10 @@ pub enum Operator {
     ResponseTxDuration,
     /// `UPSTREAM_HOST`
     UpstreamHost,
-    /// `UPSTREAM_CLUSTER` and `UPSTREAM_CLUSTER_RAW`
+    /// `UPSTREAM_CLUSTER`: the name under which it is observed
     UpstreamCluster,
+    /// `UPSTREAM_CLUSTER_RAW`: its own name
+    UpstreamClusterRaw,
     /// `UPSTREAM_LOCAL_ADDRESS`
     UpstreamLocal(AddressPart),
     /// `UPSTREAM_REMOTE_ADDRESS`
@@ -295,7 +297,8 @@ fn without_arguments(name: &str) -> Option<Operator> {
         "RESPONSE_DURATION" => Operator::ResponseDuration,
         "RESPONSE_TX_DURATION" => Operator::ResponseTxDuration,
         "UPSTREAM_HOST" => Operator::UpstreamHost,
-        "UPSTREAM_CLUSTER" | "UPSTREAM_CLUSTER_RAW" => Operator::UpstreamCluster,
+        "UPSTREAM_CLUSTER" => Operator::UpstreamCluster,
+        "UPSTREAM_CLUSTER_RAW" => Operator::UpstreamClusterRaw,
         "UPSTREAM_LOCAL_ADDRESS" => Operator::UpstreamLocal(Whole),
         "UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT" => Operator::UpstreamLocal(Ip),
         "UPSTREAM_LOCAL_PORT" => Operator::UpstreamLocal(Port),

@@ -161,8 +161,6 @@ pub enum PathMatch {
     Regex(Regex),
     /// Like one of the others, letters without case. The inner text is in lower case.
     IgnoreCase(Box<PathMatch>),
-    /// A CONNECT request, whatever its path.
-    Connect,
 }
 
 impl PathMatch {
@@ -177,7 +175,6 @@ impl PathMatch {
             }
             Self::Regex(r) => r.is_match(path.as_bytes()),
             Self::IgnoreCase(inner) => inner.matches(&path.to_ascii_lowercase()),
-            Self::Connect => false,
         }
     }
 }
@@ -436,7 +433,7 @@ fn path(pb: Option<pb::route_match::PathSpecifier>, case_sensitive: bool) -> Res
     let plain = match pb {
         None => return Err(Invalid::missing("path_specifier")),
         Some(Pb::PathMatchPolicy(_)) => return Err(Invalid::unsupported("path_match_policy")),
-        Some(Pb::ConnectMatcher(_)) => return Ok(PathMatch::Connect),
+        Some(Pb::ConnectMatcher(_)) => return Err(Invalid::unsupported("connect_matcher")),
         Some(Pb::SafeRegex(r)) => return full_regex(&r).under("safe_regex").map(PathMatch::Regex),
         Some(Pb::Prefix(p)) => PathMatch::Prefix(fold(p).into()),
         Some(Pb::Path(p)) => PathMatch::Exact(fold(p).into()),

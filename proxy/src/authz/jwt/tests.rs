@@ -121,7 +121,8 @@ fn a_bad_token_is_refused_with_the_reason() {
     verdict(&authn, &with("nbf", json!(NOW + 61)), Err(Problem::NotYet));
     verdict(&authn, "a.b", Err(Problem::Form));
     verdict(&authn, "a.b.c.d", Err(Problem::Form));
-    verdict(&authn, "a.b.c", Err(Problem::Header));
+    verdict(&authn, "a.b.c", Err(Problem::HeaderEncoding));
+    verdict(&authn, "e30.a.c", Err(Problem::Header));
     verdict(&authn, &Issuer::new().good(claims.clone()), Err(Problem::Forged));
     let changed = {
         let good = issuer.good(claims.clone());

@@ -6,9 +6,7 @@ use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::envoy::config::endpoint::v3 as pb;
 use serde_json::{Map, Value as Json};
 
-use crate::xds::decode::{
-    Address, Fraction, Invalid, Kind, Metadata, Rejected, Under as _, address, fraction, u32_or,
-};
+use crate::xds::decode::{Address, Invalid, Kind, Metadata, Rejected, Under as _, address, u32_or};
 
 /// Metadata that picks an endpoint's transport.
 const TRANSPORT_MATCH: &str = "envoy.transport_socket_match";
@@ -20,8 +18,6 @@ pub struct ClusterLoadAssignment {
     pub name: Arc<str>,
     /// Localities; priorities have no gaps.
     pub localities: Box<[LocalityEndpoints]>,
-    /// Shares of requests that are dropped, one after the other.
-    pub drops: Box<[Fraction]>,
     /// How much less than all healthy endpoints carry all traffic, in percent (140 unless set).
     pub overprovisioning_factor: u32,
 }
@@ -68,7 +64,7 @@ pub enum Health {
 pub struct Endpoint {
     /// Where it is.
     pub address: Address,
-    /// More addresses of the same endpoint, tried after the first.
+    /// More addresses of the same endpoint; only the first is used.
     pub additional_addresses: Box<[Address]>,
     /// Its name, for host rewrites and hashing.
     pub hostname: Box<str>,
@@ -158,11 +154,9 @@ pub(super) fn assignment(pb: pb::ClusterLoadAssignment, dns: bool) -> Result<Clu
     if policy.weighted_priority_health {
         return Err(Invalid::unsupported("policy.weighted_priority_health"));
     }
-    let drops = policy
-        .drop_overloads
-        .into_iter()
-        .map(|d| fraction(d.drop_percentage.unwrap_or_default()).under("policy.drop_overloads"))
-        .collect::<Result<_, _>>()?;
+    if !policy.drop_overloads.is_empty() {
+        return Err(Invalid::unsupported("policy.drop_overloads"));
+    }
     let localities = pb
         .endpoints
         .into_iter()
@@ -179,7 +173,6 @@ pub(super) fn assignment(pb: pb::ClusterLoadAssignment, dns: bool) -> Result<Clu
     Ok(ClusterLoadAssignment {
         name: pb.cluster_name.into(),
         localities,
-        drops,
         overprovisioning_factor: u32_or(policy.overprovisioning_factor, 140).max(100),
     })
 }

@@ -73,6 +73,18 @@ impl OutlierDetection {
         if !pb.monitors.is_empty() {
             return Err(Invalid::unsupported("monitors"));
         }
+        // Ejection by comparison is not carried out. Where nothing is said about it, it is left out; asked for by name,
+        // it is refused.
+        for (share, field) in [
+            (pb.enforcing_success_rate, "enforcing_success_rate"),
+            (pb.enforcing_failure_percentage, "enforcing_failure_percentage"),
+            (pb.enforcing_local_origin_success_rate, "enforcing_local_origin_success_rate"),
+            (pb.enforcing_failure_percentage_local_origin, "enforcing_failure_percentage_local_origin"),
+        ] {
+            if share.is_some_and(|n| n.value > 0) {
+                return Err(Invalid::unsupported(field));
+            }
+        }
         let percent = |n: Option<UInt32Value>, default: u32, field: &str| {
             let n = u32_or(n, default);
             if n > 100 { Err(Invalid::new(field, format!("{n} is above 100"))) } else { Ok(n) }

@@ -207,9 +207,11 @@ pub struct Timeouts {
     pub request_headers: Option<Duration>,
     /// The life of a connection.
     pub max_connection_duration: Option<Duration>,
-    /// Between the two GOAWAYs of a draining HTTP/2 connection.
+    /// Between the two GOAWAYs of a draining HTTP/2 connection. The codec sends the second one when a round trip shows
+    /// that the first has arrived, so nothing waits for this.
     pub drain: Duration,
-    /// Between our last byte and closing.
+    /// Between our last byte and closing. The codec closes its half and reads the client's to its end, so nothing
+    /// waits for this either.
     pub delayed_close: Option<Duration>,
 }
 
@@ -314,7 +316,7 @@ impl HttpConnectionManager {
             },
             timeouts: timeouts(&pb, &common)?,
             max_request_headers: max_headers(pb.max_request_headers_kb.map(|n| n.value))?,
-            max_headers_count: u32_or(common.max_headers_count, 100),
+            max_headers_count: u32_or(common.max_headers_count, 100).clamp(1, MAX_HEADERS),
             max_requests_per_connection: common
                 .max_requests_per_connection
                 .map(|n| n.value)
@@ -342,6 +344,9 @@ impl HttpConnectionManager {
         })
     }
 }
+
+/// The codec makes room for as many headers as it may read, so no configuration may ask for the whole memory.
+const MAX_HEADERS: u32 = 4096;
 
 fn refuse_unsupported(pb: &pb::HttpConnectionManager) -> Result<(), Invalid> {
     // `proxy_100_continue` asks to leave the 100 to the server: the HTTP library answers it when the body is first

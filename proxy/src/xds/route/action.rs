@@ -58,8 +58,6 @@ pub struct Forward {
     pub mirrors: Box<[MirrorPolicy]>,
     /// What a hash balancer hashes.
     pub hash: Box<[HashPolicy]>,
-    /// Upgrades that this route allows or forbids, on top of the connection manager's.
-    pub upgrades: Box<[(Box<str>, bool)]>,
 }
 
 /// A bound on the timeout a gRPC client asks for.
@@ -256,6 +254,7 @@ fn refuse_unsupported(pb: &pb::RouteAction) -> Result<(), Invalid> {
         (pb.internal_redirect_policy.is_some() || redirects, "internal_redirect_policy"),
         (pb.hedge_policy.is_some(), "hedge_policy"),
         (pb.priority != 0, "priority"),
+        (!pb.upgrade_configs.is_empty(), "upgrade_configs"),
     ] {
         if set {
             return Err(Invalid::unsupported(field));
@@ -286,16 +285,6 @@ fn forward(
         Some(r) => Some(Arc::new(RetryPolicy::new(r).under("retry_policy")?)),
         None => above.retry.clone(),
     };
-    let upgrades = pb
-        .upgrade_configs
-        .into_iter()
-        .map(|u| {
-            if u.connect_config.is_some() {
-                return Err(Invalid::unsupported("upgrade_configs.connect_config"));
-            }
-            Ok((u.upgrade_type.to_ascii_lowercase().into(), u.enabled.is_none_or(|b| b.value)))
-        })
-        .collect::<Result<_, _>>()?;
     let hash = pb
         .hash_policy
         .into_iter()
@@ -314,7 +303,6 @@ fn forward(
         append_x_forwarded_host: pb.append_x_forwarded_host,
         mirrors: if own_mirrors.is_empty() { above.mirrors.clone() } else { own_mirrors },
         hash,
-        upgrades,
     })
 }
 
