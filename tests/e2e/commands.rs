@@ -53,8 +53,8 @@ async fn objects_are_applied_shown_deleted_and_remembered() -> anyhow::Result<()
     let changes = |index: usize| {
         entries.get(index).and_then(|e| e.get("changes")).map(ToString::to_string).unwrap_or_default()
     };
-    ensure!(changes(0).contains("deleted VirtualService default/web"), "{history}");
-    ensure!(changes(1).contains("created VirtualService default/web"), "{history}");
+    ensure!(changes(0).contains("-VirtualService/default/web"), "{history}");
+    ensure!(changes(1).contains("+VirtualService/default/web"), "{history}");
     mesh.finish(&[])
 }
 

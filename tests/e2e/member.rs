@@ -3,7 +3,8 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
+use serde_json::Value;
 use tests::mesh::{service, strict};
 use tests::program::{self, Program};
 use tests::tls::{self, Authority};
@@ -51,7 +52,7 @@ impl Member {
 
     fn istioctl(&self, args: &[&str]) -> anyhow::Result<(i32, String, String)> {
         let url = format!("https://{}:15080", self.own);
-        let (token, root) = (self.folder.path().join("data/admin-token"), self.root());
+        let (token, root) = (self.folder.path().join("data/operator/admin-token"), self.root());
         let (token, root) = (token.display().to_string(), root.display().to_string());
         let envs =
             [("ISTIOCTL_SERVER", url.as_str()), ("ISTIOCTL_TOKEN_FILE", &token), ("ISTIOCTL_CA", &root)];
@@ -118,6 +119,19 @@ async fn a_member_signs_below_the_plugged_in_root_and_serves_operators_over_tls(
         seen.header("x-forwarded-client-cert").contains("spiffe://mesh.example/ns/default/sa/client"),
         "{seen:?}"
     );
+    // Proxies of the mesh accept each other in its own trust domain.
+    let token = member.istioctl_ok(&["token", "create", "--service-account", "client"])?;
+    let client = Workload::start_with(member.folder.path(), &WorkloadSpec::client("client"), token.trim())?;
+    let services: Value = serde_json::from_str(&member.istioctl_ok(&["services", "-o", "json"])?)?;
+    let index = services.pointer("/0/vipIndex").and_then(Value::as_u64).context("no index")?;
+    let vip = xds::translate::names::block_address(client.block, 20, u32::try_from(index)?);
+    let vip = SocketAddr::from((vip.context("the block is too small")?, 80));
+    eventually(PATIENCE, "a proxy of the trust domain is served", || async {
+        let answer = http::get(vip, "echo", "/", &[]).await?;
+        ensure!(answer.status == 200, "{answer:?}{}", client.agent.output());
+        Ok(())
+    })
+    .await?;
     // The same root, and yet another mesh.
     let foreign = root.issue("spiffe://other.example/ns/default/sa/client")?;
     let refused = tls::get(inbound, Some(foreign), "echo").await;
