@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::future::Future;
+use std::io::IsTerminal as _;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -107,7 +108,8 @@ pub fn init(directives: &str, json: bool) -> Result<LogLevel, String> {
     let started = if json {
         registry.with(fmt::layer().json().flatten_event(true).with_writer(std::io::stderr)).try_init()
     } else {
-        registry.with(fmt::layer().with_writer(std::io::stderr)).try_init()
+        let colours = std::io::stderr().is_terminal();
+        registry.with(fmt::layer().with_writer(std::io::stderr).with_ansi(colours)).try_init()
     };
     started.map_err(|e| e.to_string())?;
     Ok(LogLevel(handle))
