@@ -19,6 +19,7 @@ use crate::http::flags::Flags;
 use crate::http::headers;
 use crate::listener::connection::Connection;
 use crate::metrics::Counter;
+use crate::upstream::send::Link;
 use crate::upstream::{Host, Upstream};
 use crate::worker::Worker;
 use crate::xds::access_log::{AccessLog, Filter, LineFormat};
@@ -149,6 +150,8 @@ pub struct Facts<'a> {
     pub began: std::time::SystemTime,
     /// How long it took.
     pub duration_ms: u64,
+    /// Until the last byte of the request.
+    pub request_ms: Option<u64>,
     /// Until the first byte of the response.
     pub response_ms: Option<u64>,
     /// The request's head.
@@ -177,6 +180,8 @@ pub struct Facts<'a> {
     pub upstream: Option<&'a Rc<Upstream>>,
     /// The endpoint.
     pub host: Option<&'a Rc<Host>>,
+    /// The connection to it.
+    pub link: Option<&'a Link>,
     /// How often it was sent.
     pub attempts: u32,
     /// The route's name.
@@ -196,6 +201,7 @@ impl<'a> Facts<'a> {
             remote: connection.remote,
             began: crate::worker::wall_clock(),
             duration_ms: 0,
+            request_ms: None,
             response_ms: None,
             told: None,
             version: None,
@@ -210,6 +216,7 @@ impl<'a> Facts<'a> {
             sent: 0,
             upstream: None,
             host: None,
+            link: None,
             attempts: 0,
             route: "",
             route_metadata: None,
@@ -229,6 +236,10 @@ impl Exchange {
             remote: self.remote,
             began: crate::worker::wall_clock().checked_sub(elapsed).unwrap_or(std::time::UNIX_EPOCH),
             duration_ms: ms(elapsed),
+            request_ms: match &self.progress {
+                Some(progress) => progress.ended.get().map(|at| ms(at.duration_since(self.started))),
+                None => Some(0),
+            },
             response_ms: self.responded.map(|at| ms(at.duration_since(self.started))),
             told,
             version: Some(self.version),
@@ -243,6 +254,7 @@ impl Exchange {
             sent: self.sent_bytes,
             upstream: self.upstream.as_ref(),
             host: self.host.as_ref(),
+            link: self.link.as_deref(),
             attempts: self.attempts,
             route: self.route.as_ref().map_or("", |r| &r.name),
             route_metadata: self.route.as_ref().map(|r| &r.metadata),
@@ -365,7 +377,7 @@ impl Facts<'_> {
             Operator::BytesReceived => number(self.received),
             Operator::BytesSent => number(self.sent),
             Operator::Duration => number(self.duration_ms),
-            Operator::RequestDuration => number(0),
+            Operator::RequestDuration => self.request_ms.and_then(number),
             Operator::ResponseDuration => self.response_ms.and_then(number),
             Operator::ResponseTxDuration => {
                 self.response_ms.and_then(|first| number(self.duration_ms.saturating_sub(first)))
@@ -376,6 +388,8 @@ impl Facts<'_> {
             }
             Operator::UpstreamCluster => self.upstream.map(|u| u.config.stat_name.to_string()),
             Operator::UpstreamClusterRaw => self.upstream.map(|u| u.config.name.to_string()),
+            Operator::UpstreamLocal(part) => self.link?.local.map(|a| address(a, *part)),
+            Operator::UpstreamPeerUriSan => filled(&self.link?.peer.as_ref()?.uris.join(",")),
             Operator::UpstreamAttempts => number(self.attempts.into()),
             Operator::DownstreamLocal(part) => Some(address(self.connection.local, *part)),
             Operator::DownstreamRemote(part) => Some(address(self.remote, *part)),
@@ -395,8 +409,6 @@ impl Facts<'_> {
             Operator::GrpcStatus(true) => self.grpc_status.map(grpc_name),
             Operator::ConnectionTerminationDetails
             | Operator::DownstreamTransportFailureReason
-            | Operator::UpstreamLocal(_)
-            | Operator::UpstreamPeerUriSan
             | Operator::FilterState(_) => None,
         }
     }

@@ -287,6 +287,7 @@ fn prepare(http: &Http, decision: &Decision, call: &mut Call) {
     let matched = &decision.route.matches.path;
     let suppress = http.router.suppress_envoy_headers;
     let host = rewritten_host(decision, forward, call);
+    let before = call.path.clone();
     if let Some(new) = rewrite::path(&forward.path_rewrite, matched, call.path.as_str())
         && let Ok(new) = new.as_str().try_into()
     {
@@ -295,8 +296,9 @@ fn prepare(http: &Http, decision: &Decision, call: &mut Call) {
             call.parts.headers.insert(headers::ORIGINAL_PATH, old);
         }
     }
-    request_ops(decision, call);
+    let mut changed = request_ops(decision, call) || call.path != before;
     if let Some(host) = host {
+        changed = true;
         let old = std::mem::replace(&mut call.authority, host);
         if forward.append_x_forwarded_host {
             call.parts.headers.append(headers::FORWARDED_HOST, old.clone());
@@ -304,6 +306,9 @@ fn prepare(http: &Http, decision: &Decision, call: &mut Call) {
         if !suppress {
             call.parts.headers.insert(headers::ORIGINAL_HOST, old);
         }
+    }
+    if changed {
+        call.note_changes();
     }
 }
 
@@ -330,7 +335,8 @@ fn levels<T>(decision: &Decision, weighted: Option<T>, route: T, host: T, config
     levels
 }
 
-fn request_ops(decision: &Decision, call: &mut Call) {
+/// `true` when there was something to do.
+fn request_ops(decision: &Decision, call: &mut Call) -> bool {
     let config = &decision.table.routes.config;
     let weighted = decision.weighted().map(|w| &w.request_headers);
     let (route, host) = (&decision.route.request_headers, &decision.host.request_headers);
@@ -339,7 +345,7 @@ fn request_ops(decision: &Decision, call: &mut Call) {
         && host.is_empty()
         && config.request_headers.is_empty()
     {
-        return;
+        return false;
     }
     for ops in levels(decision, weighted, route, host, &config.request_headers) {
         let mut map = std::mem::take(&mut call.parts.headers);
@@ -348,6 +354,7 @@ fn request_ops(decision: &Decision, call: &mut Call) {
         headers::apply(ops, &mut map, &|f| call.render(f));
         call.parts.headers = map;
     }
+    true
 }
 
 fn response_ops(decision: &Decision, call: &Call, map: &mut HeaderMap) {

@@ -14,7 +14,7 @@ use crate::listener::connection::Connection;
 use crate::listener::slot::{Chain, Runtime};
 use crate::metrics::standard::{Parties, Reporter, TcpSeries};
 use crate::upstream::health::Signal;
-use crate::upstream::send::Opened;
+use crate::upstream::send::{Link, Opened};
 use crate::upstream::{Ask, Host, Upstream};
 use crate::worker::Worker;
 use crate::xds::listener::tcp::TcpProxy;
@@ -35,6 +35,7 @@ struct Session<'a> {
     failure: String,
     upstream: Option<Rc<Upstream>>,
     host: Option<Rc<Host>>,
+    link: Option<Rc<Link>>,
 }
 
 /// Serves a connection until either side ends it.
@@ -56,6 +57,7 @@ pub async fn serve(
         failure: String::new(),
         upstream: None,
         host: None,
+        link: None,
     };
     let cluster = config.pick(worker.random());
     let name = cluster.and_then(|c| runtime.active.listener.clusters.name(c));
@@ -112,7 +114,8 @@ async fn connect(
             }
         };
         match upstream.connect(&host, None).await {
-            Ok((io, _)) => {
+            Ok((io, link)) => {
+                session.link = Some(link);
                 upstream.on_result(&host, Signal::Status(200));
                 session.flags.remove(Flags::UPSTREAM_CONNECTION_FAILURE);
                 return Some((io, opened));
@@ -158,7 +161,9 @@ impl Session<'_> {
         let nobody = &self.worker.nobody;
         let (peer, principals) = match reporter {
             Reporter::Source => {
-                (self.host.as_ref().map(|h| &h.workload), Rc::clone(&self.worker.no_principals))
+                let principals = self.link.as_ref().and_then(|l| l.principals.as_ref());
+                let principals = principals.unwrap_or(&self.worker.no_principals);
+                (self.host.as_ref().map(|h| &h.workload), Rc::clone(principals))
             }
             Reporter::Destination => (None, self.connection.principals(standard)),
         };
@@ -185,6 +190,7 @@ impl Session<'_> {
                 remote: self.connection.remote,
                 began: crate::worker::wall_clock().checked_sub(elapsed).unwrap_or(std::time::UNIX_EPOCH),
                 duration_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
+                request_ms: None,
                 response_ms: None,
                 told: None,
                 version: None,
@@ -199,6 +205,7 @@ impl Session<'_> {
                 sent: self.counts.down.get(),
                 upstream: self.upstream.as_ref(),
                 host: self.host.as_ref(),
+                link: self.link.as_deref(),
                 attempts: 1,
                 route: "",
                 route_metadata: None,

@@ -251,14 +251,19 @@ impl Acceptor {
     /// URI names of our own certificate.
     #[must_use]
     pub fn own_uris(&self) -> Arc<[String]> {
-        self.certificate.as_ref().and_then(CertificateSource::own).map(|own| own.uris).unwrap_or_default()
+        own_uris(self.certificate.as_ref())
     }
+}
+
+fn own_uris(certificate: Option<&CertificateSource>) -> Arc<[String]> {
+    certificate.and_then(CertificateSource::own).map(|own| own.uris).unwrap_or_default()
 }
 
 /// A cluster's TLS, ready to connect.
 #[derive(Clone, Debug)]
 pub struct Connector {
     config: Arc<ClientConfig>,
+    certificate: Option<CertificateSource>,
     server_name: Option<ServerName<'static>>,
 }
 
@@ -272,6 +277,7 @@ impl Connector {
         let builder =
             ClientConfig::builder_with_provider(provider()).with_protocol_versions(settings.versions())?;
         let verifier = settings.verifier.unwrap_or_else(|| Verifier::new(Roots::Unverified, Arc::new([])));
+        let certificate = settings.certificate.clone();
         let mut config = builder
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(verifier))
@@ -286,7 +292,13 @@ impl Connector {
                     .map_err(|e| TlsError::Certificates(format!("sni `{name}`: {e}")))?,
             ),
         };
-        Ok(Self { config: Arc::new(config), server_name })
+        Ok(Self { config: Arc::new(config), certificate, server_name })
+    }
+
+    /// URI names of our own certificate.
+    #[must_use]
+    pub fn own_uris(&self) -> Arc<[String]> {
+        own_uris(self.certificate.as_ref())
     }
 
     /// Does the handshake over a connected stream to `address`.

@@ -7,6 +7,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
@@ -261,6 +262,8 @@ pub struct Worker {
     generation: Cell<u64>,
     upstreams: RefCell<AHashMap<Arc<str>, Rc<Upstream>>>,
     slots: RefCell<BTreeMap<Arc<str>, Rc<Slot>>>,
+    /// Listeners by their addresses; of several on one address the first by name.
+    addresses: RefCell<AHashMap<SocketAddr, Rc<Slot>>>,
     writers: Writers,
     logs: RefCell<BTreeMap<Sink, Rc<Log>>>,
     buckets: Arc<Buckets>,
@@ -298,6 +301,7 @@ impl Worker {
             store: options.tables,
             upstreams: RefCell::default(),
             slots: RefCell::default(),
+            addresses: RefCell::default(),
             writers: options.writers,
             logs: RefCell::default(),
             buckets: options.buckets,
@@ -349,6 +353,13 @@ impl Worker {
                 }
             }
         }
+        let mut addresses = AHashMap::new();
+        for slot in slots.values() {
+            for address in slot.addresses() {
+                addresses.entry(address).or_insert_with(|| Rc::clone(slot));
+            }
+        }
+        *self.addresses.borrow_mut() = addresses;
     }
 
     /// A cluster by name; made at its first use.
@@ -367,11 +378,12 @@ impl Worker {
 
     /// The listener on this very address, or on its port of any address.
     #[must_use]
-    pub fn listener_at(&self, address: std::net::SocketAddr) -> Option<Rc<Slot>> {
-        let slots = self.slots.borrow();
-        let exact = slots.values().find(|s| s.listens_at(|a| a == address));
-        let on_port = |a: std::net::SocketAddr| a.port() == address.port() && a.ip().is_unspecified();
-        exact.or_else(|| slots.values().find(|s| s.listens_at(on_port))).map(Rc::clone)
+    pub fn listener_at(&self, address: SocketAddr) -> Option<Rc<Slot>> {
+        let known = self.addresses.borrow();
+        let any = |ip: IpAddr| known.get(&SocketAddr::new(ip, address.port()));
+        let v4 = || any(Ipv4Addr::UNSPECIFIED.into());
+        let v6 = || any(Ipv6Addr::UNSPECIFIED.into());
+        known.get(&address).or_else(v4).or_else(v6).map(Rc::clone)
     }
 
     /// An access log's destination; `None` when it cannot be opened.
@@ -469,6 +481,7 @@ impl Worker {
         for slot in slots.values() {
             slot.close();
         }
+        self.addresses.borrow_mut().clear();
         let upstreams = std::mem::take(&mut *self.upstreams.borrow_mut());
         drop(upstreams);
     }

@@ -206,6 +206,7 @@ fn conclude(
     }
     match result {
         Ok((parts, reply)) => {
+            call.exchange.link = reply.link();
             if parts.status == StatusCode::SWITCHING_PROTOCOLS && !call.upgrade {
                 return Err(Local::text(StatusCode::BAD_GATEWAY, "").flag(Flags::UPSTREAM_PROTOCOL));
             }

@@ -25,6 +25,8 @@ pub struct Progress {
     pub bytes: Cell<u64>,
     /// Whether the whole body was seen.
     pub complete: Cell<bool>,
+    /// When it was.
+    pub ended: Cell<Option<tokio::time::Instant>>,
     /// Whether the client's side broke off.
     pub broken: Cell<bool>,
     /// Told at each step.
@@ -95,6 +97,9 @@ fn poll_client(
         }
         Some(Err(_)) => progress.broken.set(true),
         None => progress.complete.set(true),
+    }
+    if progress.complete.get() && progress.ended.get().is_none() {
+        progress.ended.set(Some(tokio::time::Instant::now()));
     }
     progress.moved.notify_waiters();
     Poll::Ready(frame.map(|f| f.map_err(Into::into)))

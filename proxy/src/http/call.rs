@@ -148,6 +148,13 @@ impl Call {
         access_log::render(format, &self.exchange, Some(&self.told()))
     }
 
+    /// Access logs tell a request as it is sent on.
+    pub fn note_changes(&mut self) {
+        if self.exchange.told.is_some() {
+            self.exchange.told = Some(Box::new(self.told()));
+        }
+    }
+
     fn told(&self) -> Told {
         Told {
             method: self.parts.method.clone(),

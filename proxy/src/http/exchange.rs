@@ -17,6 +17,7 @@ use super::flags::Flags;
 use super::headers::GRPC_STATUS;
 use crate::listener::connection::Connection;
 use crate::metrics::standard::{Numbered, Parties, Principals, Reporter, RequestKey, Workload};
+use crate::upstream::send::Link;
 use crate::upstream::{Host, Retrying, Upstream};
 use crate::xds::route::Route;
 
@@ -60,6 +61,8 @@ pub struct Exchange {
     pub upstream: Option<Rc<Upstream>>,
     /// The endpoint it went to.
     pub host: Option<Rc<Host>>,
+    /// The connection to it.
+    pub link: Option<Rc<Link>>,
     /// How often it was sent.
     pub attempts: u32,
     /// The retry under way.
@@ -112,6 +115,7 @@ impl Exchange {
             route: None,
             upstream: None,
             host: None,
+            link: None,
             attempts: 0,
             retrying: None,
             failure: String::new(),
@@ -208,7 +212,9 @@ impl Exchange {
         let nobody = &http.worker.nobody;
         let (peer, principals): (_, Rc<Numbered<Principals>>) = match reporter {
             Reporter::Source => {
-                (self.host.as_ref().map(|h| &h.workload), Rc::clone(&http.worker.no_principals))
+                let principals = self.link.as_ref().and_then(|l| l.principals.as_ref());
+                let principals = principals.unwrap_or(&http.worker.no_principals);
+                (self.host.as_ref().map(|h| &h.workload), Rc::clone(principals))
             }
             Reporter::Destination => (self.peer.as_ref(), self.connection.principals(standard)),
         };

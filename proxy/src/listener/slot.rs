@@ -171,11 +171,10 @@ impl Slot {
         Rc::clone(&self.current.borrow())
     }
 
-    /// Whether one of its addresses is this.
+    /// Where it listens.
     #[must_use]
-    pub fn listens_at(&self, wanted: impl Fn(SocketAddr) -> bool) -> bool {
-        let runtime = self.runtime();
-        runtime.active.listener.addresses.iter().filter_map(Address::socket).any(wanted)
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.runtime().active.listener.addresses.iter().filter_map(Address::socket).collect()
     }
 
     /// Whether the listener is gone.

@@ -107,6 +107,29 @@ async fn a_drain_lets_nobody_in_and_is_told() {
 }
 
 #[tokio::test]
+async fn what_was_counted_is_told_after_the_listeners_were_drained() {
+    let proxy = started().await;
+    let bound = proxy.bound();
+    let (admin, stats) = (bound.admin.unwrap(), bound.stats.unwrap());
+    let traffic = proxy.tables().load().listeners["in"].sockets.local()[0];
+    let stop = CancellationToken::new();
+    let tasks = TaskTracker::new();
+    let running = tasks.spawn(proxy.run(stop.clone()));
+    assert!(get(traffic, "/").await.ends_with("tea"));
+    assert!(post(admin, "/drain_listeners", "").await.starts_with("HTTP/1.1 200"));
+    // the workers end at some moment of these, and nothing is lost then
+    for _ in 0..50 {
+        let told = get(stats, "/stats/prometheus").await;
+        assert!(
+            told.contains("envoy_http_downstream_rq_total{envoy_http_conn_manager_prefix=\"in\"} 1\n"),
+            "{told}"
+        );
+    }
+    stop.cancel();
+    tokio::time::timeout(Duration::from_secs(20), running).await.expect("ends in time").unwrap();
+}
+
+#[tokio::test]
 async fn a_taken_address_stops_the_start() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap();

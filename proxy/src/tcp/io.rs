@@ -119,6 +119,16 @@ pub struct Resumed {
 }
 
 impl Io {
+    /// Our own address of it, when it goes over TCP.
+    #[must_use]
+    pub fn local_addr(&self) -> Option<std::net::SocketAddr> {
+        match self {
+            Self::Plain(s) => s.as_tcp()?.local_addr().ok(),
+            Self::Tls(s) => s.get_ref().0.as_tcp()?.local_addr().ok(),
+            Self::Resumed(r) => r.io.local_addr(),
+        }
+    }
+
     /// This stream, reading `ahead` first.
     #[must_use]
     pub fn resumed(self, ahead: Bytes) -> Self {

@@ -5,6 +5,7 @@
 
 use std::future::Future as _;
 use std::pin::{Pin, pin};
+use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
@@ -14,7 +15,7 @@ use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 
-use super::send::Opened;
+use super::send::{Link, Opened};
 use crate::http::body::{BodyError, RequestBody};
 use crate::tcp::io::Io;
 
@@ -108,6 +109,12 @@ impl H1 {
             }
         }
         polled.map(|frame| frame.map(|f| f.map_err(Into::into)))
+    }
+
+    /// What is known of the connection.
+    #[must_use]
+    pub fn link(&self) -> Option<Rc<Link>> {
+        self.opened.link()
     }
 
     /// The stream below after a `101 Switching Protocols`, with bytes that were read beyond the response.

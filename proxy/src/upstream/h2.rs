@@ -12,7 +12,7 @@ use http::{Request, Response};
 use http_body::{Body as _, Frame};
 use tokio_util::task::TaskTracker;
 
-use super::send::Opened;
+use super::send::{Link, Opened};
 use crate::http::body::{BodyError, RequestBody};
 use crate::tcp::io::Io;
 use crate::xds::listener::hcm::Http2;
@@ -29,6 +29,7 @@ const MAX_HEADERS: u32 = 60 * 1024;
 pub struct H2 {
     send: SendRequest<Bytes>,
     open: Rc<Cell<usize>>,
+    link: Option<Rc<Link>>,
 }
 
 /// One stream, counted until it is dropped.
@@ -47,6 +48,8 @@ pub struct Streams {
     body: RecvStream,
     upload: Option<Upload>,
     ended: bool,
+    /// What is known of the connection.
+    pub link: Option<Rc<Link>>,
     _open: Open,
 }
 
@@ -102,13 +105,14 @@ impl H2 {
             .max_send_buffer_size(1 << 20)
             .handshake(io)
             .await?;
+        let link = opened.link();
         tasks.spawn_local(async move {
             let _opened = opened;
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "upstream http/2 connection ended");
             }
         });
-        Ok(Self { send, open: Rc::default() })
+        Ok(Self { send, open: Rc::default(), link })
     }
 
     /// How many more requests the server takes on this connection just now; `None` when it is over.
@@ -158,7 +162,8 @@ impl H2 {
         })
         .await?;
         let (parts, body) = response.into_parts();
-        Ok((Response::from_parts(parts, ()), Streams { body, upload, ended: false, _open: open }))
+        let link = self.link.clone();
+        Ok((Response::from_parts(parts, ()), Streams { body, upload, ended: false, link, _open: open }))
     }
 }
 

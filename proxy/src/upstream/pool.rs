@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::h1::H1;
 use super::h2::{H2, Streams};
+use super::send::Link;
 use super::{Active, Host};
 use crate::http::body::BodyError;
 
@@ -154,6 +155,15 @@ impl Reply {
         match &self.source {
             Source::H1(_, body) => body.is_end_stream(),
             Source::H2(streams) => streams.is_end(),
+        }
+    }
+
+    /// What is known of the connection it comes on.
+    #[must_use]
+    pub fn link(&self) -> Option<Rc<Link>> {
+        match &self.source {
+            Source::H1(connection, _) => connection.as_ref()?.link(),
+            Source::H2(streams) => streams.link.clone(),
         }
     }
 

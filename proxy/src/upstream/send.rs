@@ -1,5 +1,6 @@
 //! Carries a request to an endpoint: a pooled or a new connection, HTTP/1 or HTTP/2, plain or TLS.
 
+use std::cell::OnceCell;
 use std::net::{IpAddr, Ipv4Addr};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use super::h2::H2;
 use super::pool::Reply;
 use super::{Active, Host, Upstream};
 use crate::http::body::RequestBody;
+use crate::metrics::standard::{Numbered, Principals};
 use crate::tcp::io::{Io, Socket};
 use crate::tls::{Connector, Peer};
 use crate::xds::cluster::TcpKeepalive;
@@ -162,9 +164,10 @@ impl Upstream {
     /// Makes the first connection to an endpoint whose version of HTTP only the handshake tells.
     async fn learn_version(self: &Rc<Self>, host: &Rc<Host>, name: &HeaderValue) -> Result<(), Failure> {
         let open = self.admit().await?;
-        let (io, peer) = self.connect(host, Some(name)).await?;
+        let (io, link) = self.connect(host, Some(name)).await?;
+        let is_h2 = link.peer.as_ref().is_some_and(|p| p.alpn.as_deref() == Some(b"h2"));
+        open.tell(link);
         let refused = |e: &dyn std::error::Error| Failure::new(FailureKind::Connect, e);
-        let is_h2 = peer.is_some_and(|p| p.alpn.as_deref() == Some(b"h2"));
         if is_h2 {
             let connection = H2::start(io, open, &self.config.http.http2, &self.shared.tasks).await;
             host.pool.put_h2(connection.map_err(|e| refused(&e))?, Instant::now());
@@ -178,7 +181,8 @@ impl Upstream {
 
     async fn dial_h1(self: &Rc<Self>, host: &Rc<Host>, name: &HeaderValue) -> Result<Box<H1>, Failure> {
         let open = self.admit().await?;
-        let (io, _) = self.connect(host, Some(name)).await?;
+        let (io, link) = self.connect(host, Some(name)).await?;
+        open.tell(link);
         let connection = H1::start(io, open, self.config.http.http1.proper_case).await;
         connection.map(Box::new).map_err(|e| Failure::new(FailureKind::Connect, e))
     }
@@ -238,7 +242,8 @@ impl Upstream {
 
     async fn start_h2(self: &Rc<Self>, host: &Rc<Host>, name: &HeaderValue) -> Result<H2, Failure> {
         let open = self.admit().await?;
-        let (io, _) = self.connect(host, Some(name)).await?;
+        let (io, link) = self.connect(host, Some(name)).await?;
+        open.tell(link);
         H2::start(io, open, &self.config.http.http2, &self.shared.tasks)
             .await
             .map_err(|e| Failure::new(FailureKind::Connect, e))
@@ -259,7 +264,7 @@ impl Upstream {
         self.connections.set(self.connections.get() + 1);
         self.stats.cx_total.inc();
         self.stats.cx_active.inc();
-        Ok(Opened(Rc::clone(self)))
+        Ok(Opened { upstream: Rc::clone(self), link: OnceCell::new() })
     }
 
     /// A new connection to an endpoint, with TLS where it takes it.
@@ -271,10 +276,13 @@ impl Upstream {
         &self,
         host: &Host,
         authority: Option<&HeaderValue>,
-    ) -> Result<(Io, Option<Peer>), Failure> {
+    ) -> Result<(Io, Rc<Link>), Failure> {
         let attempt = Box::pin(self.connect_now(host, authority));
         let outcome = match tokio::time::timeout(self.config.connect_timeout, attempt).await {
-            Ok(Ok(connected)) => return Ok(connected),
+            Ok(Ok((io, peer, own))) => {
+                let link = Rc::new(self.link(&io, peer, &own));
+                return Ok((io, link));
+            }
             Ok(Err(error)) => Failure::new(FailureKind::Connect, describe(&error)),
             Err(_) => Failure::new(FailureKind::ConnectTimeout, ""),
         };
@@ -282,11 +290,21 @@ impl Upstream {
         Err(outcome)
     }
 
+    fn link(&self, io: &Io, peer: Option<Peer>, own: &[String]) -> Link {
+        let principals = peer.as_ref().map(|p| {
+            self.shared.standard.principals(Principals {
+                source: own.first().cloned(),
+                destination: p.spiffe_id().map(str::to_owned),
+            })
+        });
+        Link { local: io.local_addr(), peer, principals }
+    }
+
     async fn connect_now(
         &self,
         host: &Host,
         authority: Option<&HeaderValue>,
-    ) -> std::io::Result<(Io, Option<Peer>)> {
+    ) -> std::io::Result<(Io, Option<Peer>, Arc<[String]>)> {
         let (socket, ip) = match &host.address {
             Address::Socket(address) => {
                 let stream = self.connect_tcp(*address).await?;
@@ -301,10 +319,10 @@ impl Upstream {
                 (Socket::tcp(stream), ip)
             }
         };
-        let Some(tls) = &host.tls else { return Ok((Io::Plain(socket), None)) };
+        let Some(tls) = &host.tls else { return Ok((Io::Plain(socket), None, Arc::default())) };
         let connector = self.connector(tls, authority).map_err(std::io::Error::other)?;
         let (io, peer) = connector.connect(socket, ip).await?;
-        Ok((io, Some(peer)))
+        Ok((io, Some(peer), connector.own_uris()))
     }
 
     async fn connect_tcp(&self, address: std::net::SocketAddr) -> std::io::Result<TcpStream> {
@@ -347,13 +365,40 @@ impl Upstream {
 
 /// An open connection, counted until it is dropped.
 #[derive(Debug)]
-pub struct Opened(Rc<Upstream>);
+pub struct Opened {
+    upstream: Rc<Upstream>,
+    link: OnceCell<Rc<Link>>,
+}
+
+/// What is known of a connection to an endpoint, for metrics and access logs.
+#[derive(Debug)]
+pub struct Link {
+    /// Our own address.
+    pub local: Option<std::net::SocketAddr>,
+    /// Who is at the other end of TLS.
+    pub peer: Option<Peer>,
+    /// The identities of both ends of TLS.
+    pub principals: Option<Rc<Numbered<Principals>>>,
+}
+
+impl Opened {
+    /// Notes what came about.
+    pub(crate) fn tell(&self, link: Rc<Link>) {
+        self.link.get_or_init(|| link);
+    }
+
+    /// What is known of the connection.
+    #[must_use]
+    pub fn link(&self) -> Option<Rc<Link>> {
+        self.link.get().map(Rc::clone)
+    }
+}
 
 impl Drop for Opened {
     fn drop(&mut self) {
-        self.0.connections.set(self.0.connections.get().saturating_sub(1));
-        self.0.stats.cx_active.sub(1);
-        self.0.freed.notify_one();
+        self.upstream.connections.set(self.upstream.connections.get().saturating_sub(1));
+        self.upstream.stats.cx_active.sub(1);
+        self.upstream.freed.notify_one();
     }
 }
 

@@ -11,3 +11,4 @@ mod faults;
 mod harness;
 mod mtls;
 mod plain;
+mod updates;

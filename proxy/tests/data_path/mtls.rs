@@ -212,6 +212,7 @@ async fn both_ends_know_each_other() {
         format!("source_principal=\"{}\"", id("friend")),
         format!("destination_principal=\"{}\"", id("server")),
     ];
+    check_metric(&a, "istio_requests_total", &["reporter=\"source\"", &who[0], &who[1]]);
     let secured = ["reporter=\"destination\"", "connection_security_policy=\"mutual_tls\"", &who[0], &who[1]];
     check_metric(&b, "istio_requests_total", &secured);
     check_metric(&b, "istio_request_duration_milliseconds_count", &secured);

@@ -239,11 +239,41 @@ async fn a_request_under_way_ends_before_the_proxy_does() {
 }
 
 #[tokio::test]
+async fn a_coding_that_is_not_understood_is_refused() {
+    let backend = Backend::start("a").await;
+    let proxy = Running::start(&bootstrap(TO_UP, "", &cluster("up", &[backend.address], ""))).await;
+    for codings in
+        ["Transfer-Encoding: gzip, chunked", "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked"]
+    {
+        let request = format!("POST / HTTP/1.1\r\nhost: a\r\n{codings}\r\n\r\n0\r\n\r\n");
+        let answer = raw(proxy.address(), &request).await;
+        assert!(answer.starts_with("HTTP/1.1 501"), "{answer}");
+    }
+    assert_eq!(backend.hits(), 0);
+    proxy.end().await;
+}
+
+#[tokio::test]
+async fn every_spelling_of_a_host_finds_its_route_and_is_sent_on_in_one_form() {
+    let backend = Backend::start("a").await;
+    let text = bootstrap(TO_UP, "", &cluster("up", &[backend.address], ""))
+        .replace("domains: [\"*\"]", "domains: [\"a.local\"]");
+    let proxy = Running::start(&text).await;
+    for host in ["a.local", "a.local.", "a.local..", "a.local:", "a.local.:"] {
+        let got = get(proxy.address(), "/", &[("host", host)]).await;
+        assert_eq!((got.status, got.header("x-got-host")), (200, "a.local"), "{host}");
+    }
+    assert_eq!(get(proxy.address(), "/", &[("host", "A.Local")]).await.status, 200);
+    assert_eq!(get(proxy.address(), "/", &[("host", "b.local")]).await.status, 404);
+    proxy.end().await;
+}
+
+#[tokio::test]
 async fn each_request_leaves_one_line_in_the_access_log() {
     let backend = Backend::start("a").await;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("access.log");
-    let format = "[%START_TIME%] \\\"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%\\\" %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %BYTES_RECEIVED% %BYTES_SENT% \\\"%REQ(:AUTHORITY)%\\\" \\\"%UPSTREAM_HOST%\\\" %UPSTREAM_CLUSTER_RAW% %ROUTE_NAME%\\n";
+    let format = "[%START_TIME%] \\\"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%\\\" %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %BYTES_RECEIVED% %BYTES_SENT% \\\"%REQ(:AUTHORITY)%\\\" \\\"%UPSTREAM_HOST%\\\" %UPSTREAM_CLUSTER_RAW% %ROUTE_NAME% %UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT%\\n";
     let hcm = format!(
         "          access_log: [{{name: f, typed_config: {{\"@type\": type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog, path: {}, log_format: {{text_format_source: {{inline_string: \"{format}\"}}}}}}}}]",
         path.display()
@@ -268,8 +298,10 @@ async fn each_request_leaves_one_line_in_the_access_log() {
     assert_eq!(
         lines,
         [
-            format!("\"POST /yes?x HTTP/1.1\" 200 - via_upstream 4 4 \"log.local\" \"{host}\" up known"),
-            "\"GET /no HTTP/1.1\" 404 NR route_not_found 0 0 \"test.local\" \"-\" - -".to_owned(),
+            format!(
+                "\"POST /yes?x HTTP/1.1\" 200 - via_upstream 4 4 \"log.local\" \"{host}\" up known 127.0.0.1"
+            ),
+            "\"GET /no HTTP/1.1\" 404 NR route_not_found 0 0 \"test.local\" \"-\" - - -".to_owned(),
         ]
     );
 }

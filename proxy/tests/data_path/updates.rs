@@ -1,0 +1,89 @@
+//! What becomes of open connections when the configuration changes under them.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use proxy::drain::Drain;
+use proxy::tables::{TableStore, TableWriter};
+use proxy::worker::{self, Handle, Options};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+/// A listener whose one chain is for connections of this kind.
+fn listener(transport: &str) -> String {
+    format!(
+        r#"
+static_resources:
+  listeners:
+  - name: in
+    address: {{socket_address: {{address: 127.0.0.1, port_value: 0}}}}
+    listener_filters: [{{name: t, typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector}}}}]
+    filter_chains:
+    - filter_chain_match: {{transport_protocol: {transport}}}
+      filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: in
+          route_config: {{name: r, virtual_hosts: [{{name: v, domains: ["*"], routes: [{{match: {{prefix: "/"}}, direct_response: {{status: 200}}}}]}}]}}
+          http_filters: [{{name: r, typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}}}]
+"#
+    )
+}
+
+fn apply(writer: &mut TableWriter, text: &str) {
+    let config = proxy::bootstrap::parse(text, jiff::Timestamp::UNIX_EPOCH).expect("bootstrap");
+    assert_eq!(writer.apply(&config.static_resources), []);
+}
+
+fn start(text: &str) -> (TableWriter, Arc<TableStore>, Drain, Handle, SocketAddr) {
+    let (tables, mut writer) = TableStore::new(1);
+    apply(&mut writer, text);
+    let drain = Drain::new();
+    let options = Options::new(Arc::clone(&tables), Arc::default(), drain.clone());
+    let worker = worker::start(0, options).expect("a worker");
+    let address = tables.load().listeners["in"].sockets.local()[0];
+    (writer, tables, drain, worker, address)
+}
+
+/// An open connection that has had an answer.
+async fn connected(to: SocketAddr) -> TcpStream {
+    let mut stream = TcpStream::connect(to).await.unwrap();
+    stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await.unwrap());
+    }
+    assert!(head.starts_with(b"HTTP/1.1 200"));
+    stream
+}
+
+#[tokio::test]
+async fn a_plain_connection_ends_when_only_tls_is_served_any_more() {
+    let (mut writer, _tables, drain, worker, address) = start(&listener("raw_buffer"));
+    let mut open = connected(address).await;
+    apply(&mut writer, &listener("tls"));
+    let mut rest = Vec::new();
+    let ended = tokio::time::timeout(std::time::Duration::from_secs(10), open.read_to_end(&mut rest));
+    assert_eq!(ended.await.expect("it is closed").unwrap(), 0);
+    // nor is a new one served
+    let mut new = TcpStream::connect(address).await.unwrap();
+    new.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    let _refused = new.read_to_end(&mut rest).await;
+    assert_eq!(rest, b"");
+    drain.stop_accepting();
+    worker.ended().await;
+}
+
+#[tokio::test]
+async fn a_connection_goes_on_under_the_chain_that_takes_the_place_of_its_own() {
+    let (mut writer, _tables, drain, worker, address) = start(&listener("raw_buffer"));
+    let mut open = connected(address).await;
+    apply(&mut writer, &listener("raw_buffer").replace("status: 200", "status: 418"));
+    open.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    open.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 418"), "{answer}");
+    drain.stop_accepting();
+    worker.ended().await;
+}
