@@ -44,7 +44,10 @@ pub async fn run(config: Config, log: Option<LogLevel>, stop: CancellationToken)
         Seat::Proxy(proxy) => {
             let config = proxy.config(&joined.endpoints, joined.identity)?;
             match Proxy::start(config, log).await {
-                Ok(proxy) => Ok(proxy.run(data_plane).await),
+                Ok(proxy) => {
+                    proxy.run(data_plane).await;
+                    Ok(())
+                }
                 Err(error) => Err(error.into()),
             }
         }

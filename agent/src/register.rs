@@ -137,24 +137,31 @@ impl Registration {
         loop {
             let entered = self.insist("register", |turn| self.register(turn)).await;
             *entry.lock().unwrap_or_else(PoisonError::into_inner) = Some(entered.name.clone());
-            for port in &self.workload.awaited_ports {
-                takes_connections(SocketAddr::new(self.workload.address, *port)).await;
-            }
-            let healthy = self.insist("report healthy", |turn| self.report_healthy(&entered.name, turn));
-            if let Known::Yes = healthy.await {
-                self.stay_known(&entered).await;
+            let listening = async {
+                for port in &self.workload.awaited_ports {
+                    takes_connections(SocketAddr::new(self.workload.address, *port)).await;
+                }
+                self.insist("report healthy", |turn| self.report_healthy(&entered.name, turn)).await
+            };
+            // The proxy may learn only later what to listen on; the registration must live until then.
+            let known = tokio::select! {
+                known = listening => known,
+                () = self.stay_known(&entered, false) => Known::No,
+            };
+            if known == Known::Yes {
+                self.stay_known(&entered, true).await;
             }
             tracing::info!(workload = %self.workload.name, "the control plane does not know this session, registering again");
         }
     }
 
     /// Gives signs of life until the control plane does not know the registration.
-    async fn stay_known(&self, entered: &Entered) {
+    async fn stay_known(&self, entered: &Entered, healthy: bool) {
         let (mut held, mut turn) = (None, 0_usize);
         let mut pause = entered.every;
         loop {
             tokio::time::sleep(pause).await;
-            let sign = self.sign_of_life(&entered.name, turn, &mut held);
+            let sign = self.sign_of_life((&entered.name, healthy), turn, &mut held);
             let outcome = tokio::time::timeout(CALL_TIMEOUT, sign).await;
             match outcome.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time"))) {
                 Ok(Known::Yes) => pause = entered.every,
@@ -171,7 +178,7 @@ impl Registration {
     /// Over one connection as long as it lasts.
     async fn sign_of_life(
         &self,
-        entry: &str,
+        said: (&str, bool),
         turn: usize,
         held: &mut Option<WorkloadServiceClient<Channel>>,
     ) -> Result<Known, Status> {
@@ -179,7 +186,7 @@ impl Registration {
             Some(client) => client,
             None => held.insert(self.control_plane.client(turn).await?),
         };
-        self.tell_healthy(client, entry).await
+        self.tell(client, said).await
     }
 
     /// Tries until it succeeds, asking one member after the other.
@@ -228,17 +235,17 @@ impl Registration {
     }
 
     async fn report_healthy(&self, entry: &str, turn: usize) -> Result<Known, Status> {
-        self.tell_healthy(&mut self.control_plane.client(turn).await?, entry).await
+        self.tell(&mut self.control_plane.client(turn).await?, (entry, true)).await
     }
 
-    async fn tell_healthy(
+    async fn tell(
         &self,
         client: &mut WorkloadServiceClient<Channel>,
-        entry: &str,
+        (entry, healthy): (&str, bool),
     ) -> Result<Known, Status> {
         let (namespace, _) = self.control_plane.namespace_and_account();
         let (name, session) = (entry.to_owned(), self.workload.session.clone());
-        match client.report_health(HealthRequest { name, namespace, session, healthy: true }).await {
+        match client.report_health(HealthRequest { name, namespace, session, healthy }).await {
             Ok(_) => Ok(Known::Yes),
             Err(status) if status.code() == Code::FailedPrecondition => Ok(Known::No),
             Err(status) => Err(status),

@@ -179,7 +179,9 @@ impl Api {
         let kept = snapshot.objects().filter(|o| !replaced.contains(&ObjectKey::of(o))).map(AsRef::as_ref);
         let all: Vec<&Object> = kept.chain(objects).collect();
         let changed: std::collections::BTreeSet<String> = objects.iter().map(Object::id).collect();
-        let (mut errors, mut warnings) = (self.foreign_domains(objects), Vec::new());
+        let issuing = self.issuing.load();
+        let mut errors = foreign_domains(objects, issuing.trust_domain().as_str());
+        let mut warnings = Vec::new();
         for problem in registry::config::validate_set(&all) {
             let ours = changed.contains(&problem.object);
             match problem.severity {
@@ -192,22 +194,6 @@ impl Api {
             return Ok(warnings);
         }
         Err(ApiError::Invalid { detail: format!("{} mistake(s)", errors.len()), errors })
-    }
-
-    /// Identities are of the domain that the authority issues; settings cannot say otherwise.
-    fn foreign_domains(&self, objects: &[Object]) -> Vec<String> {
-        let issuing = self.issuing.load();
-        let ours = issuing.trust_domain().as_str();
-        let said = objects.iter().filter_map(|object| Some((object, object.get::<MeshConfig>()?)));
-        let foreign = said.filter(|(_, mesh)| !mesh.trust_domain.is_empty() && mesh.trust_domain != ours);
-        let told = foreign.map(|(object, mesh)| {
-            format!(
-                "error: {}: spec.trustDomain: is {}, the certificates of this mesh are of {ours}; that is set by trustDomain in the settings of istiod",
-                object.id(),
-                mesh.trust_domain
-            )
-        });
-        told.collect()
     }
 
     fn foresee(&self, objects: &[Object], warnings: Vec<String>) -> ApplyReport {
@@ -408,6 +394,20 @@ async fn aside<T: Send + 'static>(
     done.unwrap_or_else(|_| Err(ApiError::Internal("the work was not finished".to_owned())))
 }
 
+/// Identities are of the domain that the authority issues; settings cannot say otherwise.
+fn foreign_domains(objects: &[Object], ours: &str) -> Vec<String> {
+    let said = objects.iter().filter_map(|object| Some((object, object.get::<MeshConfig>()?)));
+    let foreign = said.filter(|(_, mesh)| !mesh.trust_domain.is_empty() && mesh.trust_domain != ours);
+    let told = foreign.map(|(object, mesh)| {
+        format!(
+            "error: {}: spec.trustDomain: is {}, the certificates of this mesh are of {ours}; that is set by trustDomain in the settings of istiod",
+            object.id(),
+            mesh.trust_domain
+        )
+    });
+    told.collect()
+}
+
 /// Every object of every file with warnings, or every mistake.
 fn read(request: &ApplyRequest) -> Result<(Vec<Object>, Vec<String>), ApiError> {
     let (mut objects, mut warnings, mut errors) = (Vec::new(), Vec::new(), Vec::new());
@@ -451,5 +451,22 @@ fn action(result: ObjectResult) -> Option<Action> {
         ObjectResult::Unchanged(_) => Some(Action::Unchanged),
         ObjectResult::Deleted => Some(Action::Deleted),
         ObjectResult::NotFound | ObjectResult::Conflict { .. } | ObjectResult::NotApplied => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mesh_settings_of_another_trust_domain_are_refused_with_the_place_that_sets_it() {
+        let said = |domain: &str| {
+            let spec = serde_json::json!({ "trustDomain": domain });
+            foreign_domains(&[Object::new(Kind::MeshConfig, "istio-system", "mesh", spec)], "mesh.example")
+        };
+        assert!(said("mesh.example").is_empty() && said("").is_empty());
+        let told = said("other.example");
+        assert_eq!(told.len(), 1);
+        assert!(told[0].contains("is other.example") && told[0].contains("settings of istiod"), "{told:?}");
     }
 }

@@ -137,9 +137,11 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
 
 /// Makes the data folder. Its entry in the folder above must be as durable as what is put into it.
 fn make_folder(path: &Path) -> anyhow::Result<()> {
+    let new: Vec<_> = path.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists()).collect();
     let made = std::fs::create_dir_all(path).and_then(|()| {
-        let path = path.canonicalize()?;
-        path.parent().map_or(Ok(()), |above| std::fs::File::open(above)?.sync_all())
+        let above = new.iter().filter_map(|made| made.parent());
+        let named = above.map(|above| if above.as_os_str().is_empty() { Path::new(".") } else { above });
+        named.into_iter().try_for_each(|above| std::fs::File::open(above)?.sync_all())
     });
     made.with_context(|| format!("cannot make {}", path.display()))
 }

@@ -286,6 +286,37 @@ fn objects_that_compete_are_told() {
 }
 
 #[test]
+fn routes_for_a_host_of_another_namespace_are_told_unless_they_are_kept_to_oneself() {
+    let route = |host: &str, rest: &str| {
+        object(
+            "VirtualService",
+            "shop",
+            "r",
+            &format!("{{hosts: ['{host}'], http: [{{route: [{{destination: {{host: a}}}}]}}]{rest}}}"),
+        )
+    };
+    let theirs = "pay.bank.svc.cluster.local";
+    check_set(
+        &route(theirs, ""),
+        &[
+            "warning: VirtualService/shop/r: spec.hosts[0]: pay.bank.svc.cluster.local belongs to namespace bank",
+        ],
+    );
+    check_set(&route(theirs, ", exportTo: ['.']"), &[]);
+    check_set(&route("pay.shop.svc.cluster.local", ""), &[]);
+    check_set(&route("pay", ""), &[]);
+    check_set(&route("api.example.com", ""), &[]);
+}
+
+#[test]
+fn an_issuer_without_known_keys_is_told() {
+    let text =
+        object("RequestAuthentication", "shop", "r", "{jwtRules: [{issuer: a, jwksUri: 'https://a/k'}]}");
+    let (_, warnings) = registry::config::parse("f", &text).unwrap();
+    assert!(warnings.iter().any(|w| w.to_string().contains("jwksUri is not fetched yet")), "{warnings:?}");
+}
+
+#[test]
 fn delegates_are_checked_over_objects() {
     let root = object(
         "VirtualService",
