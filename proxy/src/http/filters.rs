@@ -131,10 +131,8 @@ fn tokens(http: &Http, authn: &JwtAuthn, own: Option<&FilterOverride>, call: &mu
             Pass::On
         }
         Err(problem) => {
-            let status = match problem {
-                Problem::Audience => StatusCode::FORBIDDEN,
-                _ => StatusCode::UNAUTHORIZED,
-            };
+            let elsewhere = problem == Problem::Audience;
+            let status = if elsewhere { StatusCode::FORBIDDEN } else { StatusCode::UNAUTHORIZED };
             no_token(status, &problem.to_string(), call, problem != Problem::Missing)
         }
     }

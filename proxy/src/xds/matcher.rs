@@ -254,7 +254,7 @@ impl HeaderMatcher {
         // A host is the same in capital letters (RFC 9110, section 4.2.3), to routes and so to policies.
         let test = match test {
             HeaderTest::String(m) if key == HeaderKey::Authority => HeaderTest::String(m.without_case()),
-            other => other,
+            other @ (HeaderTest::Present(_) | HeaderTest::String(_) | HeaderTest::Range(..)) => other,
         };
         Ok(Self { key, test, invert: pb.invert_match, missing_is_empty: pb.treat_missing_header_as_empty })
     }
