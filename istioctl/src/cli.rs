@@ -269,7 +269,7 @@ pub(crate) enum Internal {
     /// The control plane
     Istiod(istiod::cli::Cli),
     /// The node agent
-    Agent(agent::cli::Cli),
+    Agent(Box<agent::cli::Cli>),
     /// A service of the demo
     Service(crate::demo::app::Service),
 }

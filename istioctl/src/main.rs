@@ -27,11 +27,12 @@ fn main() -> ExitCode {
     }
 }
 
+#[expect(clippy::wildcard_enum_match_arm, reason = "every other command asks the control plane")]
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     // Programs with runtimes of their own, and what needs none.
     let command = match cli.command {
         Command::Internal(Internal::Istiod(istiod)) => return Ok(istiod::cli::main(istiod)),
-        Command::Internal(Internal::Agent(agent)) => return Ok(agent::cli::main(agent)),
+        Command::Internal(Internal::Agent(agent)) => return Ok(agent::cli::main(*agent)),
         Command::Completion { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "istioctl", &mut script);
