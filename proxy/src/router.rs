@@ -178,14 +178,11 @@ fn query_fulfils(wanted: &[QueryMatcher], query: Option<&str>) -> bool {
     wanted.iter().all(|m| {
         let value = query.unwrap_or_default().split('&').find_map(|pair| {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            (decoded(name) == *m.name).then(|| decoded(value))
+            // Envoy compares them as they are written, escapes and all
+            (name == &*m.name).then_some(value)
         });
-        m.matches(value.as_deref())
+        m.matches(value)
     })
-}
-
-fn decoded(text: &str) -> std::borrow::Cow<'_, str> {
-    percent_encoding::percent_decode_str(text).decode_utf8_lossy()
 }
 
 #[cfg(test)]

@@ -275,7 +275,7 @@ fn cross_origin(http: &Http, cors: &Arc<Cors>, call: &mut Call) -> Pass {
         return Pass::On;
     }
     let mut local = Local::text(StatusCode::OK, "").details("cors_response");
-    origin_headers(cors, origin, &mut local.headers);
+    cors_response(cors, origin, &mut local.headers);
     let lists = [
         (header::ACCESS_CONTROL_ALLOW_METHODS, &cors.allow_methods),
         (header::ACCESS_CONTROL_ALLOW_HEADERS, &cors.allow_headers),

@@ -57,7 +57,8 @@ pub fn location(redirect: &Redirect, matched: &PathMatch, head: &Head<'_>) -> St
     if redirect.strip_query {
         path = path.split_once('?').map_or(path, |(p, _)| p);
     }
-    format!("{scheme}://{host}{port}{path}")
+    let slash = if path.starts_with('/') { "" } else { "/" };
+    format!("{scheme}://{host}{port}{slash}{path}")
 }
 
 fn has_default_port(head: &Head<'_>) -> bool {
