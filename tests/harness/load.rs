@@ -93,6 +93,7 @@ impl Load {
         let client: Client<HttpConnector, Empty<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
         let (tally, stop, tasks, host) =
             (load.tally.clone(), load.stop.clone(), load.tasks.clone(), host.to_owned());
+        let begun = Instant::now();
         load.tasks.spawn(async move {
             let mut every = tokio::time::interval(Duration::from_secs(1) / rate);
             every.set_missed_tick_behavior(MissedTickBehavior::Burst);
@@ -105,7 +106,7 @@ impl Load {
                         tally.took.push(started.elapsed());
                         match outcome {
                             Ok(()) => tally.good += 1,
-                            Err(words) => tally.failures.push(words),
+                            Err(words) => tally.failures.push(format!("{:.2?} after the start: {words}", begun.elapsed())),
                         }
                     }
                 });

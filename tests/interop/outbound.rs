@@ -62,7 +62,9 @@ spec:
   - match: [{uri: {exact: /redirect/uri}}]
     redirect: {uri: /else}
   - match: [{uri: {prefix: /redirect/prefix}}]
-    redirect: {uri: "%PREFIX()%/else", redirectCode: 308}
+    redirect: {prefixRewrite: /else, redirectCode: 308}
+  - match: [{uri: {exact: /redirect/relative}}]
+    redirect: {uri: else}
   - match: [{uri: {exact: /redirect/authority}}]
     redirect: {authority: other.example, redirectCode: 302}
   - match: [{uri: {exact: /redirect/scheme}}]
@@ -93,10 +95,10 @@ spec:
     fault: {abort: {httpStatus: 555, percentage: {value: 0}}}
     route: [{destination: {host: echo, subset: v1}}]
   - match: [{uri: {prefix: /timeout}}]
-    timeout: 200ms
+    timeout: 1s
     route: [{destination: {host: echo, subset: v1}}]
   - match: [{uri: {prefix: /retry}}]
-    retries: {attempts: 2, retryOn: "5xx,reset", perTryTimeout: 300ms, backoff: 5ms}
+    retries: {attempts: 2, retryOn: "5xx,reset", perTryTimeout: 700ms, backoff: 5ms}
     route: [{destination: {host: echo, subset: v1}}]
   - match: [{uri: {prefix: /once}}]
     retries: {attempts: 0}
@@ -116,6 +118,9 @@ spec:
     - {destination: {host: echo, subset: v2}, weight: 100}
   - match: [{uri: {prefix: /nobody}}]
     route: [{destination: {host: echo, subset: v9}}]
+  - match: [{uri: {prefix: /refused/once}}]
+    retries: {attempts: 0}
+    route: [{destination: {host: refused.example}}]
   - match: [{uri: {prefix: /refused}}]
     route: [{destination: {host: refused.example}}]
   - match: [{uri: {prefix: /ok}}]
@@ -151,6 +156,11 @@ fn matches() -> Vec<Case> {
         get("no header", "/match/header"),
         get("without a header", "/match/without"),
         with("with the header that must not be", "/match/without", &[("x-not", "here")]),
+        with("with another value first", "/match/without", &[("x-not", "there"), ("x-not", "here")]),
+        with("with another value last", "/match/without", &[("x-not", "here"), ("x-not", "there")]),
+        with("header twice, in the other order", "/match/header", &[("x-exact", "two"), ("x-exact", "one")]),
+        with("header twice, joined", "/match/header", &[("x-exact", "one,two")]),
+        with("header twice, prefix", "/match/header", &[("x-prefix", "one"), ("x-prefix", "two")]),
         ("method", Ask::Http1("PUT", "/match/method", &[], 10)),
         ("another method", Ask::Http1("POST", "/match/method", &[], 10)),
         get("query parameter", "/match/query?x=1&v=2"),
@@ -184,6 +194,7 @@ fn actions() -> Vec<Case> {
         get("rewrite of the authority", "/rewrite/authority"),
         get("redirect of the path", "/redirect/uri?a=b"),
         get("redirect of a prefix", "/redirect/prefix/rest?a=b"),
+        get("redirect to a path without a slash", "/redirect/relative"),
         get("redirect of the authority", "/redirect/authority?a=b"),
         get("redirect of the scheme", "/redirect/scheme"),
         get("redirect of the port", "/redirect/port"),
@@ -201,12 +212,12 @@ fn actions() -> Vec<Case> {
         get("fault, abort", "/fault/abort"),
         get("fault, delay", "/fault/delay"),
         get("fault with a percentage of 0", "/fault/never"),
-        get("timeout", "/timeout?delay_ms=2000"),
+        get("timeout", "/timeout?delay_ms=4000"),
         get("answer in time", "/timeout?delay_ms=1"),
         get("retries that help", "/retry?status=500&fail=2&key=WHO-a"),
         get("retries that do not", "/retry?status=503&fail=5&key=WHO-b"),
         get("retries after a reset", "/retry?reset=1&fail=1&key=WHO-c"),
-        get("timeout of each try", "/retry?delay_ms=2000"),
+        get("timeout of each try", "/retry?delay_ms=4000"),
         get("no retries", "/once?status=503"),
         get("reset without retries", "/once?reset=1"),
         with(
@@ -221,6 +232,7 @@ fn actions() -> Vec<Case> {
         ),
         get("no endpoint", "/nobody"),
         get("refused connection", "/refused"),
+        get("refused connection without retries", "/refused/once"),
         (
             "preflight",
             Ask::Http1(
