@@ -252,6 +252,9 @@ fn common_tls(pb: pb::CommonTlsContext) -> Result<CommonTls, Invalid> {
             ));
         }
     };
+    if pb.alpn_protocols.iter().any(|p| p.is_empty() || p.len() > 255) {
+        return Err(Invalid::new("alpn_protocols", "a name has 1 to 255 bytes"));
+    }
     let alpn = pb.alpn_protocols.into_iter().map(|p| p.into_bytes().into_boxed_slice()).collect();
     let validation = validation_type(pb.validation_context_type)?;
     Ok(CommonTls { certificate, validation, alpn, min_version, max_version })

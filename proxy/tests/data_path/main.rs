@@ -11,4 +11,5 @@ mod faults;
 mod harness;
 mod mtls;
 mod plain;
+mod tokens;
 mod updates;

@@ -219,6 +219,48 @@ static_resources:
 }
 
 #[tokio::test]
+async fn a_connection_that_rules_turn_away_is_counted_and_logged() {
+    let server = shouting().await;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("access.log");
+    let text = format!(
+        r#"
+static_resources:
+  listeners:
+  - name: in
+    address: {{socket_address: {{address: 127.0.0.1, port_value: 0}}}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.rbac
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.rbac.v3.RBAC
+          stat_prefix: t
+          rules: {{action: DENY, policies: {{all: {{permissions: [{{any: true}}], principals: [{{any: true}}]}}}}}}
+      - name: envoy.filters.network.tcp_proxy
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy
+          stat_prefix: t
+          cluster: up
+          access_log: [{{name: f, typed_config: {{"@type": type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog, path: {}, log_format: {{text_format_source: {{inline_string: "%CONNECTION_TERMINATION_DETAILS% %UPSTREAM_HOST%\n"}}}}}}}}]
+  clusters:
+{}"#,
+        path.display(),
+        cluster("up", &[server], "")
+    );
+    let proxy = Running::start(&text).await;
+    assert_eq!(raw(proxy.address(), "").await, "");
+    assert!(proxy.metrics().await.contains("envoy_tcp_rbac_denied 1\n"));
+    proxy.end().await;
+    let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(10);
+    let mut line = String::new();
+    while line.is_empty() && tokio::time::Instant::now() < deadline {
+        tokio::task::yield_now().await;
+        line = std::fs::read_to_string(&path).unwrap_or_default();
+    }
+    assert_eq!(line, "rbac_access_denied_matched_policy[all] -\n");
+}
+
+#[tokio::test]
 async fn a_request_under_way_ends_before_the_proxy_does() {
     let backend = Backend::start("a").await;
     let proxy = Running::start(&bootstrap(TO_UP, "", &cluster("up", &[backend.address], ""))).await;

@@ -116,6 +116,15 @@ fn refused_clusters_name_the_field() {
         ("type: ORIGINAL_DST", "lb_policy: CLUSTER_PROVIDED goes with ORIGINAL_DST"),
         ("type: LOGICAL_DNS", "LOGICAL_DNS needs exactly one endpoint"),
         ("connect_timeout: 0s", "connect_timeout: must be more than 0"),
+        (
+            "type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED, original_dst_lb_config: {use_http_header: true}",
+            "original_dst_lb_config.use_http_header: not supported",
+        ),
+        ("outlier_detection: {enforcing_success_rate: 100}", "enforcing_success_rate: not supported"),
+        (
+            r#"transport_socket: {name: tls, typed_config: {"@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext, common_tls_context: {alpn_protocols: [""]}}}"#,
+            "alpn_protocols: a name has 1 to 255 bytes",
+        ),
         ("lb_policy: MAGLEV, maglev_lb_config: {table_size: 10}", "table_size: 10 is not a prime"),
         (
             "lb_policy: RING_HASH, ring_hash_lb_config: {minimum_ring_size: 10, maximum_ring_size: 5}",
@@ -148,4 +157,11 @@ fn refused_clusters_name_the_field() {
         ),
         "endpoints[0].lb_endpoints[0].load_balancing_weight",
     );
+}
+
+#[test]
+fn requests_are_not_dropped_at_the_word_of_discovery_without_being_told() {
+    let yaml =
+        "{cluster_name: c, policy: {drop_overloads: [{category: x, drop_percentage: {numerator: 5}}]}}";
+    refused(endpoints(yaml), "policy.drop_overloads: not supported");
 }

@@ -169,6 +169,11 @@ fn refused_routes_name_the_field() {
             "{match: {prefix: /}, route: {cluster: c, hedge_policy: {}}}",
             "route.hedge_policy: not supported".into(),
         ),
+        ("{match: {connect_matcher: {}}, route: {cluster: c}}", "connect_matcher: not supported".into()),
+        (
+            "{match: {prefix: /}, route: {cluster: c, upgrade_configs: [{upgrade_type: websocket}]}}",
+            "route.upgrade_configs: not supported".into(),
+        ),
         ("{match: {prefix: /}, route: {cluster: c, timeout: -1s}}", "route.timeout: -1s".into()),
         (
             "{match: {prefix: /}, route: {weighted_clusters: {clusters: [{name: a, weight: 0}]}}}",
