@@ -19,6 +19,7 @@ pub mod metrics;
 pub mod ratelimit;
 pub mod retry;
 pub mod router;
+mod run;
 pub mod sockets;
 pub mod tables;
 pub mod tcp;
@@ -27,6 +28,5 @@ pub mod tls;
 pub mod upstream;
 pub mod worker;
 pub mod xds;
-mod run;
 
 pub use run::{Bound, Proxy, StartError, run};
