@@ -273,9 +273,18 @@ pub(super) fn inbound(
             ..Default::default()
         }],
         validate_clusters: pb::boolv(false),
+        // Our proxy reads them first, and removes them itself.
+        request_headers_to_remove: if view.proxy.native {
+            Vec::new()
+        } else {
+            PEER_HEADERS.map(str::to_owned).to_vec()
+        },
         ..Default::default()
     }
 }
+
+/// What one proxy tells another of itself; no application sees it.
+const PEER_HEADERS: [&str; 2] = ["x-envoy-peer-metadata", "x-envoy-peer-metadata-id"];
 
 /// Which `VirtualService` routes the HTTP of each service: the one whose host is the most specific, the first among equals.
 pub(super) fn owners(services: &[std::sync::Arc<Service>], rules: &[RoutingRule]) -> BTreeMap<String, usize> {
