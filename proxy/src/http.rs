@@ -180,6 +180,22 @@ impl Decision {
     }
 }
 
+/// An injected delay under way, counted until it is over or the client has left.
+struct Delayed(Rc<Counter>);
+
+impl Delayed {
+    fn start(active: &Rc<Counter>) -> Self {
+        active.inc();
+        Self(Rc::clone(active))
+    }
+}
+
+impl Drop for Delayed {
+    fn drop(&mut self) {
+        self.0.sub(1);
+    }
+}
+
 /// The whole path of a request, in order.
 pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Request<Incoming>) -> HttpResponse {
     let mut call = match Call::begin(&http, &connection, request) {
@@ -192,9 +208,9 @@ pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Reques
         let mut pass = filters::ask(&http, filter, per_route, &mut call);
         if let Pass::Delay(delay, fault) = pass {
             call.exchange.flags.insert(Flags::DELAY_INJECTED);
-            http.stats.faults_active.inc();
+            let delayed = Delayed::start(&http.stats.faults_active);
             tokio::time::sleep(delay).await;
-            http.stats.faults_active.sub(1);
+            drop(delayed);
             pass = filters::abort(&http, &fault);
         }
         if let Pass::Answer(local) = pass {

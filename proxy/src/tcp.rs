@@ -106,7 +106,7 @@ async fn connect(
             return None;
         };
         session.host = Some(Rc::clone(&host));
-        let opened = match upstream.admit().await {
+        let opened = match upstream.admit(&host).await {
             Ok(opened) => opened,
             Err(_) => {
                 session.flags.insert(Flags::UPSTREAM_OVERFLOW);

@@ -24,6 +24,9 @@ use crate::xds::route::VirtualHost;
 use crate::xds::route::action::{Forward, HashOn, HostRewrite, MirrorPolicy};
 use crate::xds::route::retry::RetryPolicy;
 
+/// The longest life of a mirrored request: a server that never answers must not collect them.
+const MIRROR_LIFE: Duration = Duration::from_secs(300);
+
 /// An upstream's answer.
 #[derive(Debug)]
 pub struct Answered {
@@ -93,7 +96,12 @@ pub async fn run(
                 call.exchange.failure = miss.reason();
             }
             tried.push(endpoint);
-            drop(result);
+            // an answer that is complete leaves a connection that the next attempt can use
+            if let Ok((_, mut reply)) = result
+                && reply.is_end()
+            {
+                reply.release();
+            }
             if sleep_within(after, deadline).await {
                 continue;
             }
@@ -434,7 +442,11 @@ pub fn shadow(http: &Rc<Http>, policy: &MirrorPolicy, upstream: &Rc<Upstream>, c
     let Some(endpoint) = upstream.pick(ask) else { return };
     let upstream = Rc::clone(upstream);
     let buffered = call.replay.as_ref().and_then(super::body::Replay::again);
-    http.worker.shared.tasks.spawn_local(async move {
+    if buffered.is_some() {
+        // the copy must not count as somebody who still reads the client's body
+        copy.body = super::body::RequestBody::Empty;
+    }
+    let copying = async move {
         if let Some(replay) = buffered {
             // the copy goes when the whole request is here, as Envoy has it
             let Some(bytes) = replay.wait().await else { return };
@@ -443,5 +455,9 @@ pub fn shadow(http: &Rc<Http>, policy: &MirrorPolicy, upstream: &Rc<Upstream>, c
         let Ok((_, mut reply)) = upstream.send(&endpoint, copy).await else { return };
         while let Some(Ok(_)) = std::future::poll_fn(|cx| reply.poll_frame(cx)).await {}
         reply.release();
+    };
+    http.worker.shared.tasks.spawn_local(async move {
+        // nobody waits for a copy, so whether it came to its end is nobody's business either
+        let _over: Result<(), tokio::time::error::Elapsed> = tokio::time::timeout(MIRROR_LIFE, copying).await;
     });
 }

@@ -73,6 +73,7 @@ impl Call {
         connection.requests.set(connection.requests.get().saturating_add(1));
         let mut exchange =
             Box::new(Exchange::new(Rc::clone(http), Rc::clone(connection), started, parts.version));
+        exchange.is_head = parts.method == Method::HEAD;
         exchange.is_grpc =
             parts.headers.get(header::CONTENT_TYPE).is_some_and(|v| router::is_grpc_type(v.as_bytes()));
         let taken = authority(&mut parts, http).and_then(|a| framing(&parts, http).map(|()| a));
@@ -175,6 +176,9 @@ impl Call {
             for name in bad {
                 map.remove(name);
             }
+        }
+        if self.parts.version == Version::HTTP_2 {
+            headers::join_cookies(map);
         }
         let found = headers::look_over(map);
         if self.parts.version < Version::HTTP_2 && wants_upgrade(map) {

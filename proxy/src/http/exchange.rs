@@ -45,6 +45,8 @@ pub struct Exchange {
     pub started: Instant,
     /// Its version of HTTP.
     pub version: Version,
+    /// Whether its response can have no body, because of its method.
+    pub is_head: bool,
     /// Its head, when an access log will ask.
     pub told: Option<Box<Told>>,
     /// Whether it is gRPC.
@@ -107,6 +109,7 @@ impl Exchange {
             connection,
             started,
             version,
+            is_head: false,
             told: None,
             is_grpc: false,
             head_bytes: 0,

@@ -132,6 +132,20 @@ pub fn strip_internal(headers: &mut HeaderMap, found: Found) {
     }
 }
 
+/// Joins the pieces into which HTTP/2 may split `cookie` (RFC 9113, section 8.2.3).
+pub fn join_cookies(headers: &mut HeaderMap) {
+    let mut crumbs = headers.get_all(header::COOKIE).iter();
+    let (Some(first), Some(second)) = (crumbs.next(), crumbs.next()) else { return };
+    let mut whole = first.as_bytes().to_vec();
+    for crumb in std::iter::once(second).chain(crumbs) {
+        whole.extend_from_slice(b"; ");
+        whole.extend_from_slice(crumb.as_bytes());
+    }
+    if let Ok(value) = HeaderValue::from_bytes(&whole) {
+        headers.insert(header::COOKIE, value);
+    }
+}
+
 /// Takes hop-by-hop headers out of a response.
 pub fn strip_response(headers: &mut HeaderMap, upgrade: bool) {
     let found = look_over(headers);
@@ -325,6 +339,14 @@ mod tests {
         assert_eq!(ip(0).as_deref(), Some("3.3.3.3"));
         assert_eq!(ip(2).as_deref(), Some("1.1.1.1"));
         assert_eq!(ip(3), None);
+    }
+
+    #[test]
+    fn cookie_crumbs_become_one_cookie() {
+        let mut headers = map(&[("cookie", "a=1"), ("accept", "*/*"), ("cookie", "b=2"), ("cookie", "c=3")]);
+        join_cookies(&mut headers);
+        let all: Vec<_> = headers.get_all("cookie").iter().collect();
+        assert_eq!(all, ["a=1; b=2; c=3"]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
 use http::{Response, StatusCode};
 
 use super::body::ResponseBody;
@@ -109,6 +109,12 @@ impl Local {
             };
             (self.status, body)
         };
+        // the codec drops such a body unseen, which must not look like a client that left
+        let bodiless = exchange.is_head || matches!(status.as_u16(), 204 | 304);
+        if exchange.is_head {
+            headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+        }
+        let body = if bodiless { Bytes::new() } else { body };
         exchange.http.finish_headers(&exchange.connection, exchange.version, &mut headers);
         exchange.respond(status, &headers);
         let mut response = Response::new(ResponseBody::local(body, Some(exchange)));

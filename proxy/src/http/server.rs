@@ -178,7 +178,6 @@ async fn serve_h1(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
     };
     let mut builder = http1::Builder::new();
     builder
-        .half_close(true)
         .max_headers(usize::try_from(http.config.max_headers_count).unwrap_or(100))
         .max_buf_size(http.config.max_request_headers.max(8192))
         .title_case_headers(http.config.http1.proper_case);

@@ -51,7 +51,6 @@ impl H1 {
     /// When the codec refuses the stream.
     pub async fn start(io: Io, opened: Opened, proper_case: bool) -> hyper::Result<Self> {
         let (send, connection) = http1::Builder::new()
-            .max_headers(200)
             .max_buf_size(1 << 18)
             .title_case_headers(proper_case)
             .handshake(TokioIo::new(io))

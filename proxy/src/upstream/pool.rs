@@ -24,6 +24,10 @@ pub struct Pool {
     shared: RefCell<Vec<Shared>>,
     dialing: RefCell<Option<Rc<Dial>>>,
     closed: Cell<bool>,
+    /// Open connections, also those that requests hold just now.
+    connections: Rc<Cell<u32>>,
+    /// Told when an HTTP/1 connection came back.
+    returned: Notify,
 }
 
 #[derive(Debug)]
@@ -56,7 +60,23 @@ impl Pool {
     pub(super) fn put_h1(&self, connection: Box<H1>, now: Instant) {
         if !self.closed.get() {
             self.idle.borrow_mut().push((connection, now));
+            self.returned.notify_one();
         }
+    }
+
+    /// How many connections to the endpoint are open.
+    pub(super) fn connections(&self) -> &Rc<Cell<u32>> {
+        &self.connections
+    }
+
+    /// Ends when an HTTP/1 connection came back.
+    pub(super) async fn returned(&self) {
+        self.returned.notified().await;
+    }
+
+    /// Whether it takes no connections any more.
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.get()
     }
 
     /// A shared HTTP/2 connection with room for one more request.
@@ -74,6 +94,13 @@ impl Pool {
     pub(super) fn put_h2(&self, connection: H2, now: Instant) {
         if !self.closed.get() {
             self.shared.borrow_mut().push(Shared { connection, last_used: now, uses: 0 });
+        }
+    }
+
+    /// Takes a connection that a request has taken already.
+    pub(super) fn put_h2_used(&self, connection: H2, now: Instant) {
+        if !self.closed.get() {
+            self.shared.borrow_mut().push(Shared { connection, last_used: now, uses: 1 });
         }
     }
 

@@ -1,6 +1,6 @@
 //! Carries a request to an endpoint: a pooled or a new connection, HTTP/1 or HTTP/2, plain or TLS.
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::net::{IpAddr, Ipv4Addr};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -24,6 +24,9 @@ use crate::xds::cluster::TcpKeepalive;
 use crate::xds::cluster::http::HttpVersion;
 use crate::xds::decode::Address;
 use crate::xds::tls::UpstreamTls;
+
+/// How often a request waits for a connection that is made for all before it makes one of its own.
+const SHARED_DIALS: u32 = 3;
 
 /// A request on its way out, in no version's form yet.
 #[derive(Debug)]
@@ -145,7 +148,10 @@ impl Upstream {
         loop {
             let (mut connection, reused) = match host.pool.take_h1() {
                 Some(connection) => (connection, true),
-                None => (self.dial_h1(host, &name).await?, false),
+                None => match self.dial_h1(host, &name).await? {
+                    Some(connection) => (connection, false),
+                    None => continue, // one came back to the pool while this request waited
+                },
             };
             match connection.send(request).await {
                 Ok(response) => {
@@ -163,7 +169,7 @@ impl Upstream {
 
     /// Makes the first connection to an endpoint whose version of HTTP only the handshake tells.
     async fn learn_version(self: &Rc<Self>, host: &Rc<Host>, name: &HeaderValue) -> Result<(), Failure> {
-        let open = self.admit().await?;
+        let open = self.admit(host).await?;
         let (io, link) = self.connect(host, Some(name)).await?;
         let is_h2 = link.peer.as_ref().is_some_and(|p| p.alpn.as_deref() == Some(b"h2"));
         open.tell(link);
@@ -179,12 +185,20 @@ impl Upstream {
         Ok(())
     }
 
-    async fn dial_h1(self: &Rc<Self>, host: &Rc<Host>, name: &HeaderValue) -> Result<Box<H1>, Failure> {
-        let open = self.admit().await?;
+    /// A new connection; `None` when a pooled one became free before there was room for it.
+    async fn dial_h1(
+        self: &Rc<Self>,
+        host: &Rc<Host>,
+        name: &HeaderValue,
+    ) -> Result<Option<Box<H1>>, Failure> {
+        let Some(open) = self.try_admit(host) else {
+            self.wait_for_room(host).await?;
+            return Ok(None);
+        };
         let (io, link) = self.connect(host, Some(name)).await?;
         open.tell(link);
         let connection = H1::start(io, open, self.config.http.http1.proper_case).await;
-        connection.map(Box::new).map_err(|e| Failure::new(FailureKind::Connect, e))
+        connection.map(|c| Some(Box::new(c))).map_err(|e| Failure::new(FailureKind::Connect, e))
     }
 
     async fn send_h2(
@@ -213,7 +227,7 @@ impl Upstream {
 
     /// One connection is made for all requests that wait for it; it is made to the end even if they give up.
     async fn dial_h2(self: &Rc<Self>, host: &Rc<Host>, name: &HeaderValue) -> Result<H2, Failure> {
-        loop {
+        for _ in 0..SHARED_DIALS {
             let (dial, mine) = host.pool.dial();
             if mine {
                 let (this, host, name, dial) =
@@ -237,11 +251,18 @@ impl Upstream {
             if let Some(connection) = host.pool.get_h2(host.max_uses, Instant::now()) {
                 return Ok(connection);
             }
+            if host.pool.is_closed() {
+                break; // the endpoint is gone for others; this request still goes to it
+            }
         }
+        // others were faster each time, or no connection is kept: one of this request's own
+        let connection = self.start_h2(host, name).await?;
+        host.pool.put_h2_used(connection.clone(), Instant::now());
+        Ok(connection)
     }
 
     async fn start_h2(self: &Rc<Self>, host: &Rc<Host>, name: &HeaderValue) -> Result<H2, Failure> {
-        let open = self.admit().await?;
+        let open = self.admit(host).await?;
         let (io, link) = self.connect(host, Some(name)).await?;
         open.tell(link);
         H2::start(io, open, &self.config.http.http2, &self.shared.tasks)
@@ -250,21 +271,42 @@ impl Upstream {
     }
 
     /// Room for one more connection: waits while the circuit breaker lets requests wait.
-    pub(crate) async fn admit(self: &Rc<Self>) -> Result<Opened, Failure> {
-        let limits = &self.config.limits;
-        while self.connections.get() >= limits.max_connections {
-            if self.pending.get() >= limits.max_pending {
-                self.stats.rq_pending_overflow.inc();
-                return Err(Failure::new(FailureKind::Overflow, ""));
+    pub(crate) async fn admit(self: &Rc<Self>, host: &Host) -> Result<Opened, Failure> {
+        loop {
+            if let Some(opened) = self.try_admit(host) {
+                return Ok(opened);
             }
-            self.pending.set(self.pending.get() + 1);
-            let _waiting = Waiting(self);
-            self.freed.notified().await;
+            self.wait_for_room(host).await?;
         }
+    }
+
+    /// Room for one more connection, if there is some now. An endpoint without any gets one in any case, as Envoy
+    /// has it: connections to other endpoints must not make it unreachable.
+    fn try_admit(self: &Rc<Self>, host: &Host) -> Option<Opened> {
+        let of_host = host.pool.connections();
+        if self.connections.get() >= self.config.limits.max_connections && of_host.get() > 0 {
+            return None;
+        }
+        of_host.set(of_host.get() + 1);
         self.connections.set(self.connections.get() + 1);
         self.stats.cx_total.inc();
         self.stats.cx_active.inc();
-        Ok(Opened { upstream: Rc::clone(self), link: OnceCell::new() })
+        Some(Opened { upstream: Rc::clone(self), of_host: Rc::clone(of_host), link: OnceCell::new() })
+    }
+
+    /// Waits until a connection has ended or came back to the endpoint's pool.
+    async fn wait_for_room(&self, host: &Host) -> Result<(), Failure> {
+        if self.pending.get() >= self.config.limits.max_pending {
+            self.stats.rq_pending_overflow.inc();
+            return Err(Failure::new(FailureKind::Overflow, ""));
+        }
+        self.pending.set(self.pending.get() + 1);
+        let _waiting = Waiting(self);
+        tokio::select! {
+            () = self.freed.notified() => {}
+            () = host.pool.returned() => {}
+        }
+        Ok(())
     }
 
     /// A new connection to an endpoint, with TLS where it takes it.
@@ -367,6 +409,8 @@ impl Upstream {
 #[derive(Debug)]
 pub struct Opened {
     upstream: Rc<Upstream>,
+    /// Open connections of the endpoint.
+    of_host: Rc<Cell<u32>>,
     link: OnceCell<Rc<Link>>,
 }
 
@@ -396,6 +440,7 @@ impl Opened {
 
 impl Drop for Opened {
     fn drop(&mut self) {
+        self.of_host.set(self.of_host.get().saturating_sub(1));
         self.upstream.connections.set(self.upstream.connections.get().saturating_sub(1));
         self.upstream.stats.cx_active.sub(1);
         self.upstream.freed.notify_one();

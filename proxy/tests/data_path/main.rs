@@ -9,6 +9,7 @@
 mod backend;
 mod faults;
 mod harness;
+mod limits;
 mod mtls;
 mod plain;
 mod tokens;
