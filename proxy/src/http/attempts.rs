@@ -66,9 +66,10 @@ pub async fn run(
     }
     let timeout = timeout_of(forward, call);
     let deadline = timeout.map(|t| call.exchange.started + t);
-    if let Some(timeout) = timeout.filter(|_| !http.router.suppress_envoy_headers) {
-        let per_try = policy.and_then(|p| p.per_try_timeout).unwrap_or(timeout).min(timeout);
-        let ms = u64::try_from(per_try.as_millis()).unwrap_or(u64::MAX);
+    let per_try = policy.and_then(|p| p.per_try_timeout);
+    let expected = [per_try, timeout].into_iter().flatten().min();
+    if let Some(expected) = expected.filter(|_| !http.router.suppress_envoy_headers) {
+        let ms = u64::try_from(expected.as_millis()).unwrap_or(u64::MAX);
         call.parts.headers.insert(headers::EXPECTED_TIMEOUT, headers::number(ms));
     }
     let (hash, cookie) = hash_of(http, forward, call);
@@ -236,12 +237,11 @@ fn conclude(
 fn failed(failure: &Failure, attempts: u32) -> Local {
     let reset = failure.reset_reason();
     let retried = if attempts > 1 { "retried and the latest reset reason" } else { "reset reason" };
-    let mut text = format!("upstream connect error or disconnect/reset before headers. {retried}: {reset}");
+    // why the connection failed is for the operator's log, not for the caller
+    let text = format!("upstream connect error or disconnect/reset before headers. {retried}: {reset}");
     let details = if failure.reason.is_empty() {
         format!("upstream_reset_before_response_started{{{}}}", reset.replace(' ', "_"))
     } else {
-        text.push_str(", transport failure reason: ");
-        text.push_str(&failure.reason);
         let reason = failure.reason.replace(' ', "_");
         format!("upstream_reset_before_response_started{{{}|{reason}}}", reset.replace(' ', "_"))
     };

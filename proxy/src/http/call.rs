@@ -306,6 +306,9 @@ fn authority(parts: &mut request::Parts, http: &Http) -> Result<HeaderValue, Ref
     if parts.headers.get_all(header::HOST).iter().nth(1).is_some() {
         return Err((BAD, "multiple_host_headers", Flags::NONE));
     }
+    if parts.uri.scheme_str().is_some_and(|s| s != "http" && s != "https") {
+        return Err((BAD, "invalid_scheme", Flags::NONE));
+    }
     let host = parts.headers.remove(header::HOST);
     let value = match parts.uri.authority() {
         // credentials in an authority are nobody's business further on

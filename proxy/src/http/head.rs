@@ -1,7 +1,5 @@
 //! The head of a request as policies and routes look at it: one normalised view for all of them.
 
-use std::borrow::Cow;
-
 use http::{HeaderMap, Method};
 
 use crate::xds::matcher::{HeaderKey, HeaderMatcher};
@@ -44,25 +42,10 @@ impl<'a> Head<'a> {
         }
     }
 
-    /// A header's value; several are joined by commas, as RFC 9110, section 5.3 has it.
-    #[must_use]
-    pub fn header(&self, key: &HeaderKey) -> Option<Cow<'a, [u8]>> {
-        let HeaderKey::Name(name) = key else { return self.pseudo(key).map(Cow::Borrowed) };
-        let mut values = self.headers.get_all(name).iter();
-        let first = values.next()?.as_bytes();
-        let mut joined = Cow::Borrowed(first);
-        for value in values {
-            let all = joined.to_mut();
-            all.push(b',');
-            all.extend_from_slice(value.as_bytes());
-        }
-        Some(joined)
-    }
-
-    /// Whether the joined value fulfils a condition; for routing.
+    /// Whether one of the header's values fulfils a condition, or, for an inverted one, every value does; for routing.
     #[must_use]
     pub fn fulfils(&self, matcher: &HeaderMatcher) -> bool {
-        matcher.matches(self.header(&matcher.key).as_deref())
+        self.values_fulfil(matcher, matcher.invert)
     }
 
     /// Whether one value (`every` = false) or every value fulfils a condition; for policies, where a second value
