@@ -106,7 +106,9 @@ impl Load {
                         tally.took.push(started.elapsed());
                         match outcome {
                             Ok(()) => tally.good += 1,
-                            Err(words) => tally.failures.push(format!("{:.2?} after the start: {words}", begun.elapsed())),
+                            Err(words) => tally
+                                .failures
+                                .push(format!("{:.2?} after the start: {words}", begun.elapsed())),
                         }
                     }
                 });

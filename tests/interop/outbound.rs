@@ -123,10 +123,23 @@ spec:
     route: [{destination: {host: refused.example}}]
   - match: [{uri: {prefix: /refused}}]
     route: [{destination: {host: refused.example}}]
+  - match: [{uri: {prefix: /impostor}}]
+    retries: {attempts: 0}
+    route: [{destination: {host: victim.example}}]
   - match: [{uri: {prefix: /ok}}]
     route: [{destination: {host: echo, subset: v1}}]
 ---
 "#;
+
+/// A host whose only endpoint has another identity than it should.
+fn impostor(address: std::net::IpAddr) -> String {
+    format!(
+        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: victim}}\nspec:\n  \
+         hosts: [victim.example]\n  location: MESH_INTERNAL\n  resolution: STATIC\n  \
+         ports: [{{number: 80, name: http, protocol: HTTP}}]\n  endpoints:\n  \
+         - {{address: {address}, serviceAccount: victim, labels: {{security.istio.io/tlsMode: istio}}}}\n---\n"
+    )
+}
 
 /// A host whose only endpoint takes no connections.
 fn refused(port: u16) -> String {
@@ -232,6 +245,7 @@ fn actions() -> Vec<Case> {
         ),
         get("no endpoint", "/nobody"),
         get("refused connection", "/refused"),
+        get("a server of another identity", "/impostor"),
         get("refused connection without retries", "/refused/once"),
         (
             "preflight",
@@ -454,7 +468,9 @@ async fn an_application_cannot_tell_our_proxy_from_envoy() -> anyhow::Result<()>
     let mut mesh = Mesh::start(&[], &["echo-v1", "echo-v2"], &[]).await?;
     // Nobody listens there, and nobody else will while the port is held.
     let closed = TcpListener::bind("127.0.0.2:0")?.local_addr()?.port();
-    let yaml = strict().to_owned() + &subsets("echo", &["v1", "v2", "v9"]) + ROUTES + &refused(closed);
+    let impostor = impostor(mesh.of("echo-v1")?.inbound(80).ip());
+    let yaml =
+        strict().to_owned() + &subsets("echo", &["v1", "v2", "v9"]) + ROUTES + &refused(closed) + &impostor;
     mesh.istiod.apply_and_wait(&yaml).await?;
     let caller =
         |name: &str| WorkloadSpec { service_account: "caller".to_owned(), ..WorkloadSpec::client(name) };
