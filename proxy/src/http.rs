@@ -249,7 +249,7 @@ fn decide(http: &Rc<Http>, call: &mut Call) -> Option<Decision> {
         None => (None, None),
         Some(ClusterChoice::One(cluster)) => (None, decision.table.upstream(&http.worker, *cluster)),
         Some(ClusterChoice::Weighted(weighted)) => {
-            let at = http.worker.random() % weighted.total.max(1);
+            let at = http.worker.split.next(weighted.total);
             let drawn = weighted.clusters.iter().position(|c| at < c.until);
             let cluster = drawn.and_then(|d| weighted.clusters.get(d)).map(|c| c.cluster);
             (drawn, cluster.and_then(|c| decision.table.upstream(&http.worker, c)))

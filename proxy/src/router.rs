@@ -2,6 +2,7 @@
 //! certificate go in; a route comes out.
 
 pub mod rewrite;
+pub mod split;
 
 use std::sync::Arc;
 

@@ -28,6 +28,7 @@ use crate::metrics::standard::{Numbered, Principals, Service, Standard, Workload
 use crate::metrics::{Registry, Snapshot};
 use crate::ratelimit::Buckets;
 use crate::router::Routes;
+use crate::router::split::Split;
 use crate::tables::{TableStore, Tables};
 use crate::tls::{Identity, Secrets};
 use crate::upstream::{Shared, Upstream};
@@ -268,6 +269,8 @@ pub struct Worker {
     logs: RefCell<BTreeMap<Sink, Rc<Log>>>,
     buckets: Arc<Buckets>,
     next_connection: Cell<u64>,
+    /// Draws the clusters of weighted routes.
+    pub split: Split,
 }
 
 impl Worker {
@@ -305,6 +308,7 @@ impl Worker {
             writers: options.writers,
             logs: RefCell::default(),
             buckets: options.buckets,
+            split: Split::new(fastrand::u64(..)),
             next_connection: Cell::new(0),
         })
     }
