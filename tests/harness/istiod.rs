@@ -280,5 +280,5 @@ pub fn sum(metrics: &str, name: &str, with: &str) -> f64 {
         let (found, labels) = series.split_once('{').unwrap_or((series, ""));
         found == name && labels.contains(with)
     });
-    ours.filter_map(|(_, value)| value.parse::<f64>().ok()).sum()
+    ours.filter_map(|(_, value)| value.parse::<f64>().ok()).fold(0.0, |all, one| all + one)
 }
