@@ -20,6 +20,8 @@ use tokio_util::task::TaskTracker;
 const PROXIES: usize = 10;
 /// Changes.
 const CHANGES: usize = 60;
+/// Between two changes that come each by itself.
+const APART: Duration = Duration::from_millis(100);
 /// Between two looks at one proxy; the figures are too large by up to this much.
 const LOOK: Duration = Duration::from_millis(1);
 /// Half of the changes are served everywhere within this time.
@@ -40,24 +42,40 @@ async fn main() -> anyhow::Result<()> {
         let address = mesh.address(name, "echo", 80).await?;
         tasks.spawn(look(index, address, wanted.subscribe(), seen.clone()));
     }
-    let mut took = Vec::new();
     let mut served = seen.subscribe();
-    for number in 1..=CHANGES {
-        wanted.send_replace(number);
-        let started = Instant::now();
-        mesh.istiod.apply(&change(number)).await?;
-        let all = served.wait_for(|seen| seen.iter().all(|n| *n == number));
-        tokio::time::timeout(tests::PATIENCE, all).await.context("a change is not served everywhere")??;
-        took.push(started.elapsed());
+    let mut number = 0;
+    let mut slow = Vec::new();
+    for (how, pause) in [("one after the other", None), ("each by itself", Some(APART))] {
+        let (mut took, mut committed) = (Vec::new(), Vec::new());
+        for _ in 0..CHANGES {
+            if let Some(pause) = pause {
+                // paced: a change that comes alone finds nothing to be merged with
+                tokio::time::sleep(pause).await;
+            }
+            number += 1;
+            wanted.send_replace(number);
+            let started = Instant::now();
+            mesh.istiod.apply(&change(number)).await?;
+            committed.push(started.elapsed());
+            let all = served.wait_for(|seen| seen.iter().all(|n| *n == number));
+            tokio::time::timeout(tests::PATIENCE, all)
+                .await
+                .context("a change is not served everywhere")??;
+            took.push(started.elapsed());
+        }
+        let [p50, p99, acknowledged] =
+            [(&took, 0.5), (&took, 0.99), (&committed, 0.5)].map(|(t, s)| percentile(t, s));
+        println!(
+            "{CHANGES} changes, {how}, to the last of {PROXIES} proxies: p50 {p50:.2?}, p99 {p99:.2?}; answered to the \
+             operator: p50 {acknowledged:.2?}"
+        );
+        if p50 > P50 || p99 > P99 {
+            slow.push(how);
+        }
     }
     drop(wanted);
-    let (p50, p99) = (percentile(&took, 0.5), percentile(&took, 0.99));
-    println!(
-        "{CHANGES} changes to the last of {PROXIES} proxies: p50 {p50:.2?}, p99 {p99:.2?}, slowest {:.2?}",
-        percentile(&took, 1.0)
-    );
     mesh.finish(&[])?;
-    ensure!(p50 <= P50 && p99 <= P99, "wanted: p50 {P50:?}, p99 {P99:?}");
+    ensure!(slow.is_empty(), "{slow:?}: wanted: p50 {P50:?}, p99 {P99:?}");
     Ok(())
 }
 
