@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{LazyLock, Mutex};
 
 use anyhow::bail;
 use serde_json::Value;
@@ -13,8 +13,11 @@ use crate::http;
 use crate::istiod::Istiod;
 use crate::program::{self, Program};
 
-/// Loopback blocks: 256 of /20 in 127.240.0.0/12.
-const BLOCKS: u32 = 256;
+/// Loopback blocks: 512 of /20 in 127.192.0.0/11.
+const BLOCKS: u32 = 512;
+
+/// Whoever listens on this port of a block's own address has the block.
+const RESERVED: u16 = 15999;
 
 /// A workload behind one of our proxies.
 #[derive(Debug)]
@@ -182,18 +185,20 @@ pub fn own_address(block: Ipv4Addr) -> Ipv4Addr {
     Ipv4Addr::from_bits(block.to_bits() + 1)
 }
 
-/// A loopback block that nobody uses. Each process begins at a random one, so that tests and demos can run at once.
+/// A loopback block that nobody uses. Each process begins at a random one, and holds what it took to its end, so that
+/// several can run at once; the demo takes its blocks elsewhere.
 ///
 /// # Errors
 ///
 /// When all are taken.
 pub fn free_block() -> anyhow::Result<Ipv4Addr> {
     static NEXT: LazyLock<AtomicU32> = LazyLock::new(|| AtomicU32::new(fastrand::u32(..BLOCKS)));
+    static HELD: Mutex<Vec<TcpListener>> = Mutex::new(Vec::new());
     for _ in 0..BLOCKS {
         let index = NEXT.fetch_add(1, Ordering::Relaxed) % BLOCKS;
-        let block = Ipv4Addr::from_bits(Ipv4Addr::new(127, 240, 0, 0).to_bits() + index * 4096);
-        let own = own_address(block);
-        if [15012, 15021, 15080].iter().all(|port| TcpListener::bind((own, *port)).is_ok()) {
+        let block = Ipv4Addr::from_bits(Ipv4Addr::new(127, 192, 0, 0).to_bits() + index * 4096);
+        if let Ok(held) = TcpListener::bind((own_address(block), RESERVED)) {
+            HELD.lock().map_err(|_| anyhow::anyhow!("a test failed while it took a block"))?.push(held);
             return Ok(block);
         }
     }
