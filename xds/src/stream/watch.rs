@@ -331,7 +331,7 @@ impl Watch {
         let mut content = self.held.resources();
         removed.iter().for_each(|name| _ = content.remove(name.as_str()));
         content.extend(changed.iter().map(|resource| (resource.name.as_str(), resource)));
-        if content.is_empty() && !self.sub.wildcard {
+        if content.is_empty() && removed.is_empty() && !self.sub.wildcard {
             self.reply_owed = false;
             return Step::Silent;
         }

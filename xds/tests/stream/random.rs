@@ -311,10 +311,8 @@ fn variant() -> impl Strategy<Value = Variant> {
     prop_oneof![Just(Variant::Delta), Just(Variant::StateOfTheWorld)]
 }
 
-use proptest::test_runner::RngSeed;
-
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 256, rng_seed: RngSeed::Fixed(1), ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig::with_cases(256))]
 
     #[test]
     fn a_client_that_accepts_everything_ends_with_exactly_the_view(
@@ -396,7 +394,7 @@ fn any_request()
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 256, rng_seed: RngSeed::Fixed(1), ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig::with_cases(256))]
 
     #[test]
     fn nothing_that_a_client_says_breaks_the_stream(

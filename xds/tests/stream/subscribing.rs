@@ -92,6 +92,23 @@ fn a_wildcard_can_be_named_and_taken_back() {
 }
 
 #[test]
+fn a_named_cluster_that_goes_leaves_an_empty_state_of_the_world() {
+    whole(
+        "view 1 cds a=1
+         -> cds a
+         <- cds 1-1 a=1
+         -> cds ack
+         -> lds x ack
+         wait 500
+         view 2
+         <- cds 2-2
+         -> cds a ack
+         <- nothing
+         cds synced",
+    );
+}
+
+#[test]
 fn clusters_are_not_removed_before_a_client_that_reconnects_could_ask_for_listeners() {
     delta(
         "view 9 cds a=1
