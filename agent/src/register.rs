@@ -16,8 +16,8 @@ use wire::mesh::{DeregisterRequest, HealthRequest, RegisterRequest};
 
 /// A call to the control plane that takes longer is given up.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
-/// At the end nobody waits longer than this for the control plane.
-const FAREWELL: Duration = Duration::from_secs(2);
+/// At the end nobody waits longer than this for the control plane, which answers when the other proxies know.
+const FAREWELL: Duration = Duration::from_secs(5);
 /// Pause after a first failure; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 /// Longest pause between attempts.

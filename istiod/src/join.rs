@@ -17,6 +17,7 @@ use registry::snapshot::Snapshot;
 use registry::source::vm::{self, Join};
 use registry::state::{Batch, Command as Change, CommandOutcome, Registration, WorkloadKey};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 use wire::mesh::workload_service_server::WorkloadService;
 use wire::mesh::{
@@ -30,6 +31,9 @@ use crate::raft::{Command, Outcome, ProposeError, Raft};
 /// The most registrations of one service account.
 const MOST: usize = 1000;
 
+/// An agent that leaves waits at most this long for the proxies that may still send to it.
+const LEAVING: Duration = Duration::from_secs(3);
+
 /// Label that names the workload to telemetry; the entry's own name has the address in it.
 const WORKLOAD_NAME_LABEL: &str = "service.istio.io/workload-name";
 
@@ -40,6 +44,8 @@ pub(crate) struct Joining {
     pub(crate) raft: Raft,
     /// The newest snapshot.
     pub(crate) snapshots: watch::Receiver<Arc<Snapshot>>,
+    /// What proxies run.
+    pub(crate) status: xds::status::Status,
     /// This member's authority.
     pub(crate) issuing: Issuing,
     /// Which agents are alive.
@@ -211,6 +217,8 @@ impl WorkloadService for Joining {
         }
         self.liveness.release(&key, &session);
         let (revision, _) = self.change(&author, Change::RemoveWorkload { key, session }).await?;
+        // Its proxy closes when this is answered: nobody should be sending to it by then.
+        self.status.decided(revision, Instant::now() + LEAVING).await;
         Ok(Response::new(DeregisterResponse { revision }))
     }
 }

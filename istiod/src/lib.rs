@@ -103,6 +103,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let joining = Joining {
         raft: started.raft.clone(),
         snapshots: started.snapshots.clone(),
+        status: status.clone(),
         issuing: issuing.clone(),
         liveness,
         clock: clock.clone(),

@@ -25,6 +25,10 @@ use crate::upstream::h1::H1;
 use crate::worker::Worker;
 use crate::xds::listener::hcm::Codec;
 
+/// How long an idle HTTP/1 connection outlives the order to end. A request may be on its way to us; HTTP/1 has no
+/// word to say beforehand that it would not be answered.
+const IDLE_LINGER: Duration = Duration::from_secs(1);
+
 /// What a connection does just now; shared by its task and its requests.
 #[derive(Debug)]
 struct Activity {
@@ -188,6 +192,7 @@ async fn serve_h1(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
     let mut server = pin!(server);
     let mut draining = pin!(worker.drain.draining());
     let mut cut = pin!(worker.drain.cut());
+    let mut lingers: Option<Pin<Box<Sleep>>> = None;
     let mut drained = false;
     let outcome = std::future::poll_fn(|cx| {
         if let Poll::Ready(result) = server.as_mut().poll(cx) {
@@ -196,9 +201,16 @@ async fn serve_h1(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
         if cut.as_mut().poll(cx).is_ready() {
             return Poll::Ready(None);
         }
-        // an idle connection ends at once; one with a request tells so in its response and ends after it
-        let drains =
-            !drained && (draining.as_mut().poll(cx).is_ready() || outlived.as_mut().poll(cx).is_ready());
+        if lingers.is_none()
+            && (draining.as_mut().poll(cx).is_ready() || outlived.as_mut().poll(cx).is_ready())
+        {
+            lingers = Some(Box::pin(tokio::time::sleep(IDLE_LINGER)));
+        }
+        // a connection with a request tells so in its response and ends after it
+        let drains = !drained
+            && lingers
+                .as_mut()
+                .is_some_and(|linger| activity.open.get() > 0 || linger.as_mut().poll(cx).is_ready());
         if drains || limits.poll(&activity, cx).is_ready() {
             drained = true;
             server.as_mut().graceful_shutdown();

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
+use tokio::time::error::Elapsed;
 
 use super::{Entry, Status, Table};
 use crate::proxy::Proxy;
@@ -65,6 +66,16 @@ impl Status {
             }
         }
         self.table().wait_report(revision, &present)
+    }
+
+    /// Waits until every proxy that is connected runs `revision`, or refuses it, or until the deadline. Those that
+    /// leave meanwhile are not waited for.
+    pub async fn decided(&self, revision: u64, deadline: Instant) {
+        let mut changed = self.shared.changed.subscribe();
+        let decided =
+            async { while !self.table().is_decided(revision) && changed.changed().await.is_ok() {} };
+        // late is as good as never: the caller goes on
+        let _in_time: Result<(), Elapsed> = tokio::time::timeout_at(deadline, decided).await;
     }
 }
 
