@@ -79,7 +79,10 @@ impl Backend for Joining {
                 _,
                 Outcome::Ca(CaOutcome::Changed | CaOutcome::Unchanged)
                 | Outcome::Registry(_)
-                | Outcome::Join { .. },
+                | Outcome::Join { .. }
+                | Outcome::Cluster(_)
+                | Outcome::Access(_)
+                | Outcome::Audit(_),
             ) => Err(RedeemError::Unavailable("the log answered something else".to_owned())),
         }
     }

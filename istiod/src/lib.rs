@@ -4,9 +4,12 @@
 //! makes, snapshots of the state ([`publish`]), pushes to proxies ([`push`]), and the ports: xDS and certificates on
 //! one, the operator's [`api`] on another, metrics on a third.
 
+pub mod access;
 pub mod api;
+pub mod audit;
 mod authority;
 pub mod cli;
+pub mod cluster;
 pub mod config;
 mod join;
 mod liveness;

@@ -15,6 +15,7 @@ pub mod machine;
 pub mod member;
 pub mod metrics;
 pub mod node;
+pub mod part;
 pub mod sessions;
 pub mod snapshots;
 pub mod state_machine;
@@ -40,6 +41,7 @@ use self::node::thread::{Ending, NoPeers, Node, RequestError, panic_text};
 use self::node::{Driver, Fatal, Refusal, Settings, Status};
 pub use self::state_machine::{Command, Mesh, Outcome, View};
 use self::store::sled::SledStore;
+pub use crate::audit::Origin;
 use crate::publish::{Publisher, Updates};
 
 /// The log, the snapshots and the applied state lie in this folder of the data folder.
@@ -186,7 +188,27 @@ impl Raft {
     ///
     /// [`ProposeError`]; after [`Refusal::Unknown`] and [`ProposeError::Stopped`] the command may have been applied.
     pub async fn propose(&self, command: &Command) -> Result<(Revision, Outcome), ProposeError> {
-        let bytes = command.encode().map_err(|error| ProposeError::Unstorable(error.to_string()))?;
+        self.propose_bytes(command.encode()).await
+    }
+
+    /// [`Raft::propose`] for an operator: the audit trail will say who it was.
+    ///
+    /// # Errors
+    ///
+    /// As [`Raft::propose`].
+    pub async fn propose_as(
+        &self,
+        command: &Command,
+        origin: &Origin,
+    ) -> Result<(Revision, Outcome), ProposeError> {
+        self.propose_bytes(command.encode_as(origin)).await
+    }
+
+    async fn propose_bytes(
+        &self,
+        bytes: Result<Vec<u8>, serde_json::Error>,
+    ) -> Result<(Revision, Outcome), ProposeError> {
+        let bytes = bytes.map_err(|error| ProposeError::Unstorable(error.to_string()))?;
         let (index, outcome) = self.node.propose(bytes).await?;
         Ok((Revision(index), outcome))
     }

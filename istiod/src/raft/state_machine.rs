@@ -1,7 +1,12 @@
-//! The mesh as what the log drives: the registry's state and the certificate authority's, side by side.
+//! The mesh as what the log drives: the parts of the replicated state, side by side.
 //!
-//! A [`Command`] is for one of them, or for both at once when a workload joins. Each part is applied by its own
-//! crate; here they are only told apart, stored under their own keys, and shown to the publisher.
+//! A [`Command`] is for one of them, or for two at once when a workload joins. Each part is applied by its own
+//! crate or module; here they are only told apart, stored under their own keys, and shown to the publisher. A command
+//! that an operator caused leaves an entry in the audit trail.
+
+mod command;
+mod slot;
+mod witness;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,103 +14,31 @@ use std::time::Instant;
 
 use ca::state::{CaCommand, CaOutcome, CaState};
 use prost::Message as _;
-use registry::state::{Batch, Changes, Outcome as RegistryOutcome, Revision, State, StoredCommand};
+use registry::state::{Batch, Changes, Outcome as RegistryOutcome, Revision, State};
 
+pub use self::command::{Command, Outcome, VERSION};
+use self::slot::Slot;
 use super::machine::{Frozen, Halt, StateMachine};
+use super::part::{Part as _, PartError, from_wire, to_wire};
 use super::store::{Pairs, Write};
-use super::wire::mesh_command::Part;
-use super::wire::{JoinCommand, MeshCommand, MeshState};
+use super::wire::MeshState;
+use crate::access::AccessState;
+use crate::audit::AuditState;
+use crate::cluster::ClusterState;
 use crate::publish::Publisher;
 
-/// The version of commands and states that this program writes; it reads this one and all before it.
-const VERSION: u32 = 1;
 /// Keys of the registry in the store.
 const REGISTRY_KEYS: &[u8] = b"r/";
 /// Keys of the certificate authority in the store.
 const CA_KEYS: &[u8] = b"c/";
+/// Keys of the members in the store.
+const CLUSTER_KEYS: &[u8] = b"m/";
+/// Keys of access in the store.
+const ACCESS_KEYS: &[u8] = b"a/";
+/// Keys of the audit trail in the store.
+const AUDIT_KEYS: &[u8] = b"t/";
 
-/// One entry of the log.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Command {
-    /// A change of the mesh.
-    Registry(Batch),
-    /// A change of the certificate authority's state.
-    Ca(CaCommand),
-    /// A workload joins: the token is redeemed and, only if that is done, the workload registered.
-    Join {
-        /// The redemption.
-        redeem: CaCommand,
-        /// The registration.
-        register: Batch,
-    },
-}
-
-/// What became of a command.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
-    /// Of [`Command::Registry`].
-    Registry(RegistryOutcome),
-    /// Of [`Command::Ca`].
-    Ca(CaOutcome),
-    /// Of [`Command::Join`].
-    Join {
-        /// What became of the token.
-        redeemed: CaOutcome,
-        /// What became of the registration; nothing if the token was refused.
-        registered: Option<RegistryOutcome>,
-    },
-}
-
-impl Command {
-    /// The bytes that the log holds.
-    ///
-    /// # Errors
-    ///
-    /// If a value has no stored form, which is a mistake of this program.
-    pub fn encode(&self) -> Result<Vec<u8>, serde_json::Error> {
-        let part = match self {
-            Self::Registry(batch) => Part::Registry(StoredCommand::encode(batch).into()),
-            Self::Ca(command) => Part::Ca(serde_json::to_vec(command)?.into()),
-            Self::Join { redeem, register } => Part::Join(JoinCommand {
-                redeem: serde_json::to_vec(redeem)?.into(),
-                register: StoredCommand::encode(register).into(),
-            }),
-        };
-        Ok(MeshCommand { version: VERSION, part: Some(part) }.encode_to_vec())
-    }
-
-    /// The command that the log holds at `index`.
-    ///
-    /// # Errors
-    ///
-    /// [`Halt`] if a newer program wrote it, or the bytes are no command.
-    pub fn decode(index: u64, bytes: &[u8]) -> Result<Self, Halt> {
-        let halt = |reason: String| Halt { index, reason };
-        let stored = MeshCommand::decode(bytes).map_err(|error| halt(format!("not a command: {error}")))?;
-        if stored.version > VERSION {
-            return Err(halt(newer("the command", stored.version)));
-        }
-        let registry = |bytes: &[u8]| StoredCommand::decode(bytes).map_err(|error| halt(error.to_string()));
-        let ca = |bytes: &[u8]| {
-            serde_json::from_slice(bytes)
-                .map_err(|error| halt(format!("an unknown command of the CA: {error}")))
-        };
-        Ok(match stored.part {
-            Some(Part::Registry(batch)) => Self::Registry(registry(&batch)?),
-            Some(Part::Ca(command)) => Self::Ca(ca(&command)?),
-            Some(Part::Join(join)) => {
-                Self::Join { redeem: ca(&join.redeem)?, register: registry(&join.register)? }
-            }
-            None => return Err(halt("a command of an unknown kind; upgrade this member".to_owned())),
-        })
-    }
-}
-
-fn newer(what: &str, found: u32) -> String {
-    format!("{what} has version {found}, this program knows up to {VERSION}; upgrade this member")
-}
-
-/// The whole state at one point: two values that nobody changes.
+/// The whole state at one point: values that nobody changes.
 #[derive(Debug, Clone)]
 pub struct View {
     /// The last applied index.
@@ -114,6 +47,48 @@ pub struct View {
     pub registry: Arc<State>,
     /// The certificate authority's state.
     pub ca: Arc<CaState>,
+    /// The members of the control plane.
+    pub cluster: Arc<ClusterState>,
+    /// Who may use the admin API.
+    pub access: Arc<AccessState>,
+    /// Who changed what.
+    pub audit: Arc<AuditState>,
+}
+
+impl View {
+    /// The whole state as a snapshot carries it. Equal states give equal bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let (cluster, access, audit) =
+            (to_wire(&*self.cluster), to_wire(&*self.access), to_wire(&*self.audit));
+        // What an older program can read is written so that it does.
+        let old = cluster.is_none() && access.is_none() && audit.is_none();
+        let version = if old { 1 } else { VERSION };
+        let (registry, ca) = (self.registry.encode().into(), self.ca.encode().into());
+        MeshState { version, registry, ca, cluster, access, audit }.encode_to_vec()
+    }
+
+    /// The state that [`View::encode`] wrote, as it was at `index`.
+    ///
+    /// # Errors
+    ///
+    /// [`Halt`] if a newer program wrote it, or the bytes are no state.
+    pub fn decode(index: u64, bytes: &[u8]) -> Result<Self, Halt> {
+        let halt = |reason: String| Halt { index, reason };
+        let stored = MeshState::decode(bytes).map_err(|error| halt(format!("not a state: {error}")))?;
+        if stored.version > VERSION {
+            return Err(halt(command::newer("the snapshot", stored.version)));
+        }
+        let part = |error: PartError| halt(error.to_string());
+        Ok(Self {
+            revision: Revision(index),
+            registry: Arc::new(State::decode(&stored.registry).map_err(|error| halt(error.to_string()))?),
+            ca: Arc::new(CaState::decode(&stored.ca).map_err(|error| halt(error.to_string()))?),
+            cluster: Arc::new(from_wire(stored.cluster).map_err(part)?),
+            access: Arc::new(from_wire(stored.access).map_err(part)?),
+            audit: Arc::new(from_wire(stored.audit).map_err(part)?),
+        })
+    }
 }
 
 /// The replicated mesh.
@@ -123,6 +98,9 @@ pub struct Mesh {
     /// Copied on the next change only while somebody still holds a [`View`].
     registry: Arc<State>,
     ca: Arc<CaState>,
+    cluster: Slot<ClusterState>,
+    access: Slot<AccessState>,
+    audit: Slot<AuditState>,
     publisher: Publisher,
     /// Since the last publication; the revision that was published.
     unshown: Changes,
@@ -142,6 +120,9 @@ impl Mesh {
             applied: 0,
             registry: Arc::default(),
             ca: Arc::default(),
+            cluster: Slot::new(CLUSTER_KEYS, Arc::default()),
+            access: Slot::new(ACCESS_KEYS, Arc::default()),
+            audit: Slot::new(AUDIT_KEYS, Arc::default()),
             publisher,
             unshown: Changes::default(),
             shown: Revision(0),
@@ -154,7 +135,14 @@ impl Mesh {
     /// The state as it is now.
     #[must_use]
     pub fn view(&self) -> View {
-        View { revision: Revision(self.applied), registry: self.registry.clone(), ca: self.ca.clone() }
+        View {
+            revision: Revision(self.applied),
+            registry: self.registry.clone(),
+            ca: self.ca.clone(),
+            cluster: self.cluster.get(),
+            access: self.access.get(),
+            audit: self.audit.get(),
+        }
     }
 
     fn apply_registry(&mut self, index: u64, batch: &Batch) -> RegistryOutcome {
@@ -174,11 +162,30 @@ impl Mesh {
         self.ca_writes.extend(writes.into_iter().map(|write| (write.key.into_bytes(), write.value)));
     }
 
+    fn apply_command(&mut self, index: u64, command: Command) -> Outcome {
+        match command {
+            Command::Registry(batch) => Outcome::Registry(self.apply_registry(index, &batch)),
+            Command::Ca(command) => Outcome::Ca(self.apply_ca(command)),
+            Command::Join { redeem, register } => {
+                let redeemed = self.apply_ca(redeem);
+                let welcome = matches!(redeemed, CaOutcome::Redeemed { .. });
+                let registered = welcome.then(|| self.apply_registry(index, &register));
+                Outcome::Join { redeemed, registered }
+            }
+            Command::Cluster(command) => Outcome::Cluster(self.cluster.apply(index, command)),
+            Command::Access(command) => Outcome::Access(self.access.apply(index, command)),
+            Command::Audit(command) => Outcome::Audit(self.audit.apply(index, command)),
+        }
+    }
+
     /// Another state in place of this one.
-    fn replace(&mut self, index: u64, registry: State, ca: CaState) {
-        self.applied = index;
-        self.registry = Arc::new(registry);
-        self.ca = Arc::new(ca);
+    fn replace(&mut self, view: View) {
+        self.applied = view.revision.0;
+        self.registry = view.registry;
+        self.ca = view.ca;
+        self.cluster = Slot::new(CLUSTER_KEYS, view.cluster);
+        self.access = Slot::new(ACCESS_KEYS, view.access);
+        self.audit = Slot::new(AUDIT_KEYS, view.audit);
         self.unshown = Changes::default();
         self.unwritten = Changes::default();
         self.ca_writes.clear();
@@ -190,18 +197,15 @@ impl StateMachine for Mesh {
     type Answer = Outcome;
 
     fn apply(&mut self, index: u64, command: &[u8]) -> Result<Outcome, Halt> {
-        let command = Command::decode(index, command)?;
+        let (command, origin) = Command::decode_as(index, command)?;
         self.applied = index;
-        Ok(match command {
-            Command::Registry(batch) => Outcome::Registry(self.apply_registry(index, &batch)),
-            Command::Ca(command) => Outcome::Ca(self.apply_ca(command)),
-            Command::Join { redeem, register } => {
-                let redeemed = self.apply_ca(redeem);
-                let welcome = matches!(redeemed, CaOutcome::Redeemed { .. });
-                let registered = welcome.then(|| self.apply_registry(index, &register));
-                Outcome::Join { redeemed, registered }
-            }
-        })
+        let Some(origin) = origin else { return Ok(self.apply_command(index, command)) };
+        let named = witness::named(&command);
+        let before = witness::see(&self.view(), &named);
+        let outcome = self.apply_command(index, command);
+        let objects = witness::changed(before, witness::see(&self.view(), &named));
+        self.audit.change(|audit| audit.append(index, origin, objects));
+        Ok(outcome)
     }
 
     fn take_writes(&mut self) -> Vec<Write> {
@@ -211,6 +215,9 @@ impl StateMachine for Mesh {
         let mut writes: Vec<Write> =
             registry.map(|(key, value)| Write { key: [REGISTRY_KEYS, &key].concat(), value }).collect();
         writes.extend(ca.map(|(key, value)| Write { key: [CA_KEYS, &key].concat(), value }));
+        writes.extend(self.cluster.take_writes());
+        writes.extend(self.access.take_writes());
+        writes.extend(self.audit.take_writes());
         writes
     }
 
@@ -225,6 +232,9 @@ impl StateMachine for Mesh {
         writes.extend(
             ca.map(|entry| Write { key: [CA_KEYS, entry.key.as_bytes()].concat(), value: entry.value }),
         );
+        writes.extend(self.cluster.all_writes());
+        writes.extend(self.access.all_writes());
+        writes.extend(self.audit.all_writes());
         writes
     }
 
@@ -244,38 +254,35 @@ impl StateMachine for Mesh {
     }
 
     fn freeze(&self) -> Frozen {
-        let (registry, ca) = (self.registry.clone(), self.ca.clone());
-        Box::new(move || {
-            let state =
-                MeshState { version: VERSION, registry: registry.encode().into(), ca: ca.encode().into() };
-            Ok(state.encode_to_vec())
-        })
+        let view = self.view();
+        Box::new(move || Ok(view.encode()))
     }
 
     fn restore(&mut self, index: u64, snapshot: &[u8]) -> Result<(), Halt> {
-        let halt = |reason: String| Halt { index, reason };
-        let stored = MeshState::decode(snapshot).map_err(|error| halt(format!("not a state: {error}")))?;
-        if stored.version > VERSION {
-            return Err(halt(newer("the snapshot", stored.version)));
-        }
-        let registry = State::decode(&stored.registry).map_err(|error| halt(error.to_string()))?;
-        let ca = CaState::decode(&stored.ca).map_err(|error| halt(error.to_string()))?;
-        self.replace(index, registry, ca);
+        self.replace(View::decode(index, snapshot)?);
         Ok(())
     }
 
     fn load(&mut self, index: u64, pairs: Pairs) -> Result<(), Halt> {
         let halt = |reason: String| Halt { index, reason };
-        let part = |prefix: &'static [u8]| {
+        let stored = |prefix: &'static [u8]| {
             let pairs = pairs.iter();
             pairs.filter_map(move |(key, value)| Some((key.strip_prefix(prefix)?, value.as_slice())))
         };
-        let registry = State::from_pairs(part(REGISTRY_KEYS)).map_err(|error| halt(error.to_string()))?;
+        let registry = State::from_pairs(stored(REGISTRY_KEYS)).map_err(|error| halt(error.to_string()))?;
         let ca: Result<Vec<_>, _> =
-            part(CA_KEYS).map(|(key, value)| Ok((std::str::from_utf8(key)?, value))).collect();
+            stored(CA_KEYS).map(|(key, value)| Ok((std::str::from_utf8(key)?, value))).collect();
         let ca = ca.map_err(|error: std::str::Utf8Error| halt(error.to_string()))?;
         let ca = CaState::from_entries(ca).map_err(|error| halt(error.to_string()))?;
-        self.replace(index, registry, ca);
+        let part = |error: PartError| halt(error.to_string());
+        self.replace(View {
+            revision: Revision(index),
+            registry: Arc::new(registry),
+            ca: Arc::new(ca),
+            cluster: Arc::new(ClusterState::from_pairs(stored(CLUSTER_KEYS)).map_err(part)?),
+            access: Arc::new(AccessState::from_pairs(stored(ACCESS_KEYS)).map_err(part)?),
+            audit: Arc::new(AuditState::from_pairs(stored(AUDIT_KEYS)).map_err(part)?),
+        });
         Ok(())
     }
 }

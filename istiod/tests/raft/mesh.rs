@@ -8,7 +8,8 @@ use ca::identity::TrustDomain;
 use ca::state::{CaCommand, CaOutcome, RedeemRefused, TokenRecord};
 use istiod::raft::metrics::Metrics;
 use istiod::raft::node::Settings;
-use istiod::raft::{Command, Outcome, Place, Raft, StartError, Started};
+use istiod::raft::part::Part as _;
+use istiod::raft::{Command, Origin, Outcome, Place, Raft, StartError, Started, View};
 use prometheus_client::registry::Registry;
 use registry::state::{Batch, Command as Change, Registration, Revision};
 use tokio_util::sync::CancellationToken;
@@ -193,6 +194,51 @@ async fn a_join_redeems_and_registers_in_one_command_or_does_neither() {
     end(started, stop).await;
 }
 
+fn origin(at_ms: i64) -> Origin {
+    let text = |text: &str| text.to_owned();
+    Origin { who: text("ann"), from: text("127.0.0.1:40000"), at_ms, action: text("apply") }
+}
+
+#[tokio::test]
+async fn the_audit_trail_tells_who_changed_what_and_verifies_after_a_restart() {
+    let dir = tempfile::tempdir().expect("makes a folder");
+    let stop = CancellationToken::new();
+    let started = start(dir.path(), &stop).expect("starts");
+    let raft = &started.raft;
+    let put = Command::Registry(batch(ROUTE, 1_800_000_000_000));
+    let (created, _) = raft.propose_as(&put, &origin(1)).await.expect("commits");
+    let (again, _) = raft.propose_as(&put, &origin(2)).await.expect("commits");
+    raft.propose(&Command::Registry(registration("vm-1"))).await.expect("commits");
+    let record = TokenRecord::of(&token(), time() + Duration::from_secs(60), 1, "ann");
+    let add = Command::Ca(CaCommand::AddJoinToken(record));
+    let (token, _) = raft.propose_as(&add, &origin(3)).await.expect("commits");
+    for number in 0..30 {
+        // Enough for a snapshot file and a compacted log.
+        let text = ROUTE.replace("name: reviews", &format!("name: r{number}"));
+        raft.propose(&Command::Registry(batch(&text, 1_800_000_000_000))).await.expect("commits");
+    }
+    let before = raft.view().await.expect("views").audit.clone();
+    end(started, stop).await;
+
+    std::fs::remove_dir_all(dir.path().join("raft/db")).expect("removes");
+    let stop = CancellationToken::new();
+    let started = start(dir.path(), &stop).expect("starts again");
+    started.raft.read_index().await.expect("reads");
+    let view = started.raft.view().await.expect("views");
+    assert_eq!(view.audit.pairs(), before.pairs());
+    let entries: Vec<_> = view.audit.entries().cloned().collect();
+    assert_eq!(entries.iter().map(|e| e.revision).collect::<Vec<_>>(), [created.0, again.0, token.0]);
+    let names: Vec<Vec<_>> =
+        entries.iter().map(|e| e.objects.iter().map(|o| o.what.as_str()).collect()).collect();
+    assert_eq!(names, [vec!["VirtualService/default/reviews"], vec![], vec!["JoinToken/t1"]]);
+    assert!(entries[0].objects[0].before.is_none() && entries[0].objects[0].after.is_some());
+    let head = istiod::audit::verify(&view.audit.anchor(), entries.iter().map(AsRef::as_ref));
+    assert_eq!(head, Ok(view.audit.head()));
+    let again = View::decode(view.revision.0, &view.encode()).expect("decodes");
+    assert_eq!(again.encode(), view.encode());
+    end(started, stop).await;
+}
+
 /// What the log of an older version holds must decode for ever: these bytes were recorded and are never changed.
 #[test]
 fn recorded_commands_decode() {
@@ -222,7 +268,7 @@ const RECORDED_EMPTY_BATCH: &str = "080112347b2276657273696f6e223a312c2274696d65
 
 #[test]
 fn a_newer_command_halts_and_says_what_to_do() {
-    let newer = unhex("08021200");
+    let newer = unhex("08031200");
     let halt = Command::decode(9, &newer).expect_err("halts").to_string();
     assert!(halt.contains("entry 9") && halt.contains("upgrade this member"), "{halt}");
     let unknown_kind = unhex("0801");
