@@ -219,9 +219,11 @@ impl WorkloadService for Joining {
             own("service account", &registered.service_account, &account)?;
         }
         self.liveness.release(&key, &session);
-        let (revision, _) = self.change(&author, Change::RemoveWorkload { key, session }).await?;
-        // Its proxy closes when this is answered: nobody should be sending to it by then.
+        // First nobody is sent to it any more; only then its proxy loses what it serves with.
+        let out = Change::WorkloadHealth { key: key.clone(), session: session.clone(), healthy: false };
+        let (revision, _) = self.change(&author, out).await?;
         self.status.decided(revision, Instant::now() + LEAVING).await;
+        let (revision, _) = self.change(&author, Change::RemoveWorkload { key, session }).await?;
         Ok(Response::new(DeregisterResponse { revision }))
     }
 }

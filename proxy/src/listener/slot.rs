@@ -121,9 +121,6 @@ impl Slot {
 
     /// The chain that serves this one's connections under the configuration of this moment.
     fn successor(&self, old: &FilterChain) -> Option<Rc<Chain>> {
-        if self.is_closed() {
-            return None;
-        }
         let same =
             |c: &&Rc<Chain>| c.config.matches == old.matches && c.config.tls.is_some() == old.tls.is_some();
         self.runtime().chains.iter().find(same).map(Rc::clone)
@@ -133,7 +130,7 @@ impl Slot {
     pub async fn outlived(&self, chain: &FilterChain) {
         loop {
             let changed = self.changed.notified();
-            if self.successor(chain).is_none() {
+            if self.is_closed() || self.successor(chain).is_none() {
                 return;
             }
             changed.await;
@@ -183,7 +180,7 @@ impl Slot {
         self.closed.is_cancelled()
     }
 
-    /// Accepts nothing more, and serves nothing more: what is under way ends in its own time.
+    /// Accepts nothing more: what is connected is told to end, and ends in its own time.
     pub fn close(&self) {
         self.closed.cancel();
         self.changed.notify_waiters();
@@ -242,7 +239,7 @@ impl Place {
     }
 
     /// The connection manager for the next request. When the listener was replaced, the connection goes on under
-    /// the new one's chain for the same connections.
+    /// the new one's chain for the same connections; when it is gone, it ends in its own time under the last one.
     ///
     /// # Errors
     ///
@@ -250,7 +247,10 @@ impl Place {
     /// forbid what this connection was let in for.
     pub fn http(&self, connection: &Connection) -> Result<Rc<Http>, Rc<Http>> {
         let current = self.slot.runtime();
-        if !self.slot.is_closed() && Rc::ptr_eq(&current, &self.runtime.borrow()) {
+        if self.slot.is_closed() {
+            connection.drain();
+        }
+        if Rc::ptr_eq(&current, &self.runtime.borrow()) {
             return Ok(Rc::clone(&self.http.borrow()));
         }
         let successor = self.slot.successor(&self.chain.borrow().config);
