@@ -10,11 +10,13 @@ pub mod call;
 pub mod exchange;
 pub mod filters;
 pub mod flags;
+pub mod flood;
 pub mod head;
 pub mod headers;
 pub mod path;
 pub mod reply;
 pub mod server;
+pub mod timing;
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -62,6 +64,14 @@ pub struct HttpStats {
     pub rbac_shadow_denied: Rc<Counter>,
     /// Delays under way.
     pub faults_active: Rc<Counter>,
+    /// Streams on which nothing moved for too long.
+    pub rq_idle_timeout: Rc<Counter>,
+    /// Requests that did not come whole in time.
+    pub rq_timeout: Rc<Counter>,
+    /// Connections closed because their clients gave up too many requests at once.
+    pub too_many_resets: Rc<Counter>,
+    /// Connections closed because their clients took nothing of a response for too long.
+    pub stalled: Rc<Counter>,
 }
 
 impl HttpStats {
@@ -79,6 +89,10 @@ impl HttpStats {
             rbac_denied: registry.counter("envoy_http_rbac_denied", &labels),
             rbac_shadow_denied: registry.counter("envoy_http_rbac_shadow_denied", &labels),
             faults_active: registry.gauge("envoy_http_fault_active_faults", &labels),
+            rq_idle_timeout: registry.counter("envoy_http_downstream_rq_idle_timeout", &labels),
+            rq_timeout: registry.counter("envoy_http_downstream_rq_timeout", &labels),
+            too_many_resets: registry.counter("envoy_http_downstream_rq_too_many_premature_resets", &labels),
+            stalled: registry.counter("envoy_http_downstream_flush_timeout", &labels),
         }
     }
 }
@@ -209,9 +223,12 @@ pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Reques
         if let Pass::Delay(delay, fault) = pass {
             call.exchange.flags.insert(Flags::DELAY_INJECTED);
             let delayed = Delayed::start(&http.stats.faults_active);
-            tokio::time::sleep(delay).await;
+            let late = attempts::pause(delay, &mut call).await;
             drop(delayed);
-            pass = filters::abort(&http, &fault);
+            pass = match late {
+                None => filters::abort(&http, &fault),
+                Some(late) => Pass::Answer(Box::new(attempts::too_late(&call, late))),
+            };
         }
         if let Pass::Answer(local) = pass {
             return local.into_response(call.exchange);
@@ -244,6 +261,11 @@ fn decide(http: &Rc<Http>, call: &mut Call) -> Option<Decision> {
     let (host, route) = router::match_route(&table.routes, &call.head(), call.certificate(), random)?;
     let (host, route) = (Arc::clone(host), Arc::clone(route));
     call.exchange.route = Some(Arc::clone(&route));
+    if let Action::Forward(forward) = &route.action
+        && let Some(idle) = forward.idle_timeout
+    {
+        call.exchange.timing.set_idle(idle);
+    }
     let mut decision = Decision { table, host, route, drawn: None };
     let (drawn, upstream) = match decision.forward().map(|f| &f.cluster) {
         None => (None, None),

@@ -202,6 +202,8 @@ pub struct Shared {
     pub standard: Standard,
     /// Certificates by name.
     pub secrets: Arc<crate::tls::Secrets>,
+    /// Timers for streams.
+    pub timers: crate::http::timing::Spare,
 }
 
 /// What a pick depends on.

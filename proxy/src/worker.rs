@@ -292,6 +292,7 @@ impl Worker {
                 registry,
                 standard,
                 secrets: Arc::new(secrets),
+                timers: crate::http::timing::Spare::default(),
             }),
             drain: options.drain,
             connections: TaskTracker::new(),

@@ -1,6 +1,8 @@
 //! Sends a request until there is an answer: pick, send under timeouts, judge, and perhaps again.
 
+use std::cell::Cell;
 use std::rc::Rc;
+use std::task::Poll;
 use std::time::Duration;
 
 use http::header::HeaderValue;
@@ -13,6 +15,7 @@ use super::call::Call;
 use super::flags::Flags;
 use super::headers;
 use super::reply::Local;
+use super::timing::{Attempt, Late};
 use crate::metrics::standard::Reporter;
 use crate::retry::{self, Next, Outcome};
 use crate::upstream::health::Signal;
@@ -43,8 +46,7 @@ pub struct Answered {
 /// How an attempt ended without an answer.
 enum Miss {
     Failed(Failure),
-    PerTryTimeout,
-    Deadline,
+    Late(Late),
 }
 
 /// Sends the request.
@@ -65,7 +67,7 @@ pub async fn run(
         return Err(Box::new(not_upgradable()));
     }
     let timeout = timeout_of(forward, call);
-    let deadline = timeout.map(|t| call.exchange.started + t);
+    call.exchange.timing.forward(Instant::now(), timeout);
     let per_try = policy.and_then(|p| p.per_try_timeout);
     let expected = [per_try, timeout].into_iter().flatten().min();
     if let Some(expected) = expected.filter(|_| !http.router.suppress_envoy_headers) {
@@ -86,7 +88,7 @@ pub async fn run(
         let Some(mut outgoing) = call.outgoing(keep, limit) else { return Err(Box::new(unrepeatable())) };
         dress(http, host, forward, &endpoint, attempt, &mut outgoing);
         let began = Instant::now();
-        let result = one(upstream, &endpoint, outgoing, policy, deadline).await;
+        let result = one(upstream, &endpoint, outgoing, per_try, call).await;
         note(upstream, &endpoint, &result);
         let next = judge(http, policy, attempt, &result);
         if let Next::Again { after } = next
@@ -103,43 +105,53 @@ pub async fn run(
             {
                 reply.release();
             }
-            if sleep_within(after, deadline).await {
-                continue;
+            match pause(after, call).await {
+                None => continue,
+                Some(late) => return Err(Box::new(too_late(call, late))),
             }
-            return Err(Box::new(timed_out()));
         }
         call.exchange.retrying = None;
-        return conclude(call, next, result, deadline, began, cookie).map_err(Box::new);
+        return conclude(call, next, result, began, cookie).map_err(Box::new);
     }
 }
 
-/// One attempt, within its own timeout and that of the whole.
+/// One attempt, within its own timeout and the limits of the stream.
 async fn one(
     upstream: &Rc<Upstream>,
     endpoint: &Rc<Host>,
     outgoing: Outgoing,
-    policy: Option<&RetryPolicy>,
-    deadline: Option<Instant>,
+    per_try: Option<Duration>,
+    call: &mut Call,
 ) -> Result<Answer, Miss> {
-    let sending = std::pin::pin!(upstream.send(endpoint, outgoing));
-    let per_try = policy.and_then(|p| p.per_try_timeout).map(|t| Instant::now() + t);
-    let soonest = match (per_try, deadline) {
-        (Some(a), Some(b)) => Some(a.min(b)),
-        (a, b) => a.or(b),
-    };
-    let Some(at) = soonest else { return sending.await.map_err(Miss::Failed) };
-    match tokio::time::timeout_at(at, sending).await {
-        Ok(result) => result.map_err(Miss::Failed),
-        Err(_) if deadline.is_some_and(|d| at >= d) => Err(Miss::Deadline),
-        Err(_) => Err(Miss::PerTryTimeout),
-    }
+    let ready = Cell::new(None);
+    let mut sending = std::pin::pin!(upstream.send(endpoint, outgoing, &ready));
+    std::future::poll_fn(|cx| {
+        if let Poll::Ready(result) = sending.as_mut().poll(cx) {
+            return Poll::Ready(result.map_err(Miss::Failed));
+        }
+        let attempt = Attempt { timeout: per_try, ready: ready.get() };
+        call.exchange.poll_late(Some(attempt), cx).map(|late| Err(Miss::Late(late)))
+    })
+    .await
+}
+
+/// Waits before the next attempt; tells which limit of the stream passed meanwhile, if one did.
+pub async fn pause(after: Duration, call: &mut Call) -> Option<Late> {
+    let mut sleep = std::pin::pin!(tokio::time::sleep(after));
+    std::future::poll_fn(|cx| {
+        if sleep.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(None);
+        }
+        call.exchange.poll_late(None, cx).map(Some)
+    })
+    .await
 }
 
 impl Miss {
     fn reason(&self) -> String {
         match self {
             Self::Failed(failure) => failure.reason.clone(),
-            Self::PerTryTimeout | Self::Deadline => String::new(),
+            Self::Late(_) => String::new(),
         }
     }
 }
@@ -148,8 +160,8 @@ fn judge(http: &Http, policy: Option<&RetryPolicy>, attempt: u32, result: &Resul
     let Some(policy) = policy else { return Next::Done };
     let outcome = match result {
         Ok((parts, _)) => Outcome::Response(parts.status, &parts.headers),
-        Err(Miss::Deadline) => return Next::Done,
-        Err(Miss::PerTryTimeout) => Outcome::Timeout,
+        Err(Miss::Late(Late::Try)) => Outcome::Timeout,
+        Err(Miss::Late(Late::Route | Late::Idle | Late::Request)) => return Next::Done,
         Err(Miss::Failed(failure)) => match failure.kind {
             FailureKind::Connect | FailureKind::ConnectTimeout => Outcome::ConnectFailure,
             FailureKind::Termination { sent } => Outcome::Reset { sent },
@@ -184,10 +196,12 @@ fn note(upstream: &Upstream, endpoint: &Rc<Host>, result: &Result<Answer, Miss>)
             }
             Signal::Status(status)
         }
-        Err(Miss::PerTryTimeout | Miss::Deadline) => {
+        Err(Miss::Late(Late::Try | Late::Route)) => {
             upstream.stats.rq_timeout.inc();
             Signal::Status(504)
         }
+        // that is the client's doing, or nobody's
+        Err(Miss::Late(Late::Idle | Late::Request)) => return,
         Err(Miss::Failed(failure)) => match failure.kind {
             FailureKind::Overflow | FailureKind::Client => return,
             FailureKind::Connect
@@ -206,7 +220,6 @@ fn conclude(
     call: &mut Call,
     next: Next,
     result: Result<Answer, Miss>,
-    deadline: Option<Instant>,
     began: Instant,
     cookie: Option<HeaderValue>,
 ) -> Result<Answered, Local> {
@@ -219,13 +232,9 @@ fn conclude(
             if parts.status == StatusCode::SWITCHING_PROTOCOLS && !call.upgrade {
                 return Err(Local::text(StatusCode::BAD_GATEWAY, "").flag(Flags::UPSTREAM_PROTOCOL));
             }
-            if let Some(deadline) = deadline.filter(|_| !reply.is_end()) {
-                call.exchange.deadline = Some(Box::pin(tokio::time::sleep_until(deadline)));
-            }
             Ok(Answered { parts, reply, elapsed: began.elapsed(), cookie })
         }
-        Err(Miss::Deadline) => Err(timed_out()),
-        Err(Miss::PerTryTimeout) => Err(timed_out().details("upstream_per_try_timeout")),
+        Err(Miss::Late(late)) => Err(too_late(call, late)),
         Err(Miss::Failed(failure)) => {
             call.exchange.failure.clone_from(&failure.reason);
             Err(failed(&failure, call.exchange.attempts))
@@ -262,10 +271,30 @@ fn failed(failure: &Failure, attempts: u32) -> Local {
     local
 }
 
-fn timed_out() -> Local {
+/// Envoy's answer when a limit passes before there is a response. Whose fault it is follows from whether the whole
+/// request is here.
+pub fn too_late(call: &Call, late: Late) -> Local {
+    let whole = call.exchange.upload().whole.is_some();
+    let status = if whole { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::REQUEST_TIMEOUT };
+    let stats = &call.exchange.http.stats;
+    match late {
+        Late::Idle => {
+            stats.rq_idle_timeout.inc();
+            Local::text(status, "stream timeout").flag(Flags::STREAM_IDLE).details("stream_idle_timeout")
+        }
+        Late::Request => {
+            stats.rq_timeout.inc();
+            Local::text(status, "request timeout").details("request_overall_timeout")
+        }
+        Late::Route => timed_out("response_timeout"),
+        Late::Try => timed_out("upstream_per_try_timeout"),
+    }
+}
+
+fn timed_out(details: &'static str) -> Local {
     Local::text(StatusCode::GATEWAY_TIMEOUT, "upstream request timeout")
         .flag(Flags::UPSTREAM_TIMEOUT)
-        .details("response_timeout")
+        .details(details)
 }
 
 fn unrouted() -> Local {
@@ -288,21 +317,6 @@ fn unrepeatable() -> Local {
     Local::text(StatusCode::INTERNAL_SERVER_ERROR, "")
         .flag(Flags::LOCAL_RESET)
         .details("request_payload_exceeded_retry_buffer_limit")
-}
-
-/// Waits, but not beyond the deadline; `false` when that comes first.
-async fn sleep_within(pause: Duration, deadline: Option<Instant>) -> bool {
-    let until = Instant::now() + pause;
-    match deadline {
-        Some(deadline) if deadline <= until => {
-            tokio::time::sleep_until(deadline).await;
-            false
-        }
-        _ => {
-            tokio::time::sleep_until(until).await;
-            true
-        }
-    }
 }
 
 fn ask<'a>(policy: Option<&RetryPolicy>, hash: Option<u64>, tried: &'a [Rc<Host>], call: &Call) -> Ask<'a> {
@@ -452,7 +466,7 @@ pub fn shadow(http: &Rc<Http>, policy: &MirrorPolicy, upstream: &Rc<Upstream>, c
             let Some(bytes) = replay.wait().await else { return };
             copy.body = super::body::RequestBody::Full(bytes);
         }
-        let Ok((_, mut reply)) = upstream.send(&endpoint, copy).await else { return };
+        let Ok((_, mut reply)) = upstream.send(&endpoint, copy, &Cell::new(None)).await else { return };
         while let Some(Ok(_)) = std::future::poll_fn(|cx| reply.poll_frame(cx)).await {}
         reply.release();
     };

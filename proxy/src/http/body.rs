@@ -11,6 +11,7 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::http::exchange::Exchange;
 use crate::upstream::pool::Reply;
@@ -26,7 +27,9 @@ pub struct Progress {
     /// Whether the whole body was seen.
     pub complete: Cell<bool>,
     /// When it was.
-    pub ended: Cell<Option<tokio::time::Instant>>,
+    pub ended: Cell<Option<Instant>>,
+    /// When the last piece came.
+    pub last: Cell<Option<Instant>>,
     /// Whether the client's side broke off.
     pub broken: Cell<bool>,
     /// Told at each step.
@@ -98,8 +101,10 @@ fn poll_client(
         Some(Err(_)) => progress.broken.set(true),
         None => progress.complete.set(true),
     }
+    let now = Some(Instant::now());
+    progress.last.set(now);
     if progress.complete.get() && progress.ended.get().is_none() {
-        progress.ended.set(Some(tokio::time::Instant::now()));
+        progress.ended.set(now);
     }
     progress.moved.notify_waiters();
     Poll::Ready(frame.map(|f| f.map_err(Into::into)))
@@ -240,6 +245,8 @@ pub struct ResponseBody {
     source: Source,
     /// Told when the body ends, however it ends.
     exchange: Option<Box<Exchange>>,
+    /// A piece was handed on, and the next one was not asked for yet.
+    held: bool,
 }
 
 #[derive(Debug, Default)]
@@ -255,7 +262,7 @@ impl ResponseBody {
     #[must_use]
     pub fn local(bytes: Bytes, exchange: Option<Box<Exchange>>) -> Self {
         let source = if bytes.is_empty() { Source::Empty } else { Source::Full(bytes) };
-        let mut body = Self { source, exchange };
+        let mut body = Self { source, exchange, held: false };
         if matches!(body.source, Source::Empty) {
             body.finish();
         }
@@ -265,7 +272,7 @@ impl ResponseBody {
     /// An upstream's body.
     #[must_use]
     pub fn upstream(reply: Box<Reply>, exchange: Box<Exchange>) -> Self {
-        let mut body = Self { source: Source::Upstream(reply), exchange: Some(exchange) };
+        let mut body = Self { source: Source::Upstream(reply), exchange: Some(exchange), held: false };
         body.finish_at_end();
         body
     }
@@ -280,13 +287,23 @@ impl ResponseBody {
     }
 
     fn finish(&mut self) {
+        self.took();
         self.exchange = None; // counts and logs itself
+    }
+
+    fn took(&mut self) {
+        if std::mem::take(&mut self.held)
+            && let Some(exchange) = &self.exchange
+        {
+            exchange.connection.take();
+        }
     }
 }
 
 impl Drop for ResponseBody {
     /// A body that is dropped before its end was abandoned by the client.
     fn drop(&mut self) {
+        self.took();
         if let Some(mut exchange) = self.exchange.take() {
             exchange.client_left();
         }
@@ -302,6 +319,7 @@ impl Body for ResponseBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = self.get_mut();
+        this.took();
         match &mut this.source {
             Source::Empty => Poll::Ready(None),
             Source::Full(bytes) => {
@@ -317,18 +335,27 @@ impl Body for ResponseBody {
                 let frame = match &mut this.exchange {
                     None => return Poll::Ready(None),
                     Some(exchange) => {
-                        if exchange.poll_deadline(cx).is_ready() {
+                        let Poll::Ready(frame) = reply.poll_frame(cx) else {
+                            let late = ready!(exchange.poll_late(None, cx));
+                            exchange.cut_short(late);
                             this.source = Source::Empty;
                             this.finish();
-                            return Poll::Ready(Some(Err("upstream response timeout".into())));
-                        }
-                        let frame = ready!(reply.poll_frame(cx));
+                            return Poll::Ready(Some(Err("the stream took too long".into())));
+                        };
                         exchange.on_frame(&frame);
                         frame
                     }
                 };
                 match &frame {
-                    Some(Ok(_)) => this.finish_at_end(),
+                    Some(Ok(_)) => {
+                        this.finish_at_end();
+                        if let Some(exchange) = &mut this.exchange {
+                            let now = Instant::now();
+                            exchange.timing.on_move(now);
+                            exchange.connection.hold(now);
+                            this.held = true;
+                        }
+                    }
                     Some(Err(_)) => {
                         this.source = Source::Empty;
                         this.finish();

@@ -1,7 +1,6 @@
 //! One request and its response, from its first header to its last byte: what metrics and access logs tell of it.
 
 use std::borrow::Cow;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -9,12 +8,13 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
 use http_body::Frame;
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 
 use super::Http;
 use super::body::{BodyError, Progress};
 use super::flags::Flags;
 use super::headers::GRPC_STATUS;
+use super::timing::{Attempt, Late, Timer, Timing, Upload};
 use crate::listener::connection::Connection;
 use crate::metrics::standard::{Numbered, Parties, Principals, Reporter, RequestKey, Workload};
 use crate::upstream::send::Link;
@@ -89,8 +89,10 @@ pub struct Exchange {
     pub grpc_status: Option<u16>,
     /// The response's trailers, when an access log will ask.
     pub trailers: Option<Box<HeaderMap>>,
-    /// When the whole exchange must be over.
-    pub deadline: Option<Pin<Box<Sleep>>>,
+    /// How long it may take.
+    pub timing: Timing,
+    timer: Timer,
+    left: bool,
     /// What filters found out about it, by their names.
     pub metadata: Option<Box<serde_json::Map<String, serde_json::Value>>>,
     /// What the access log calls the client's address.
@@ -104,6 +106,9 @@ impl Exchange {
         let remote = connection.remote;
         http.stats.rq_active.inc();
         http.stats.rq_total.inc();
+        connection.begin();
+        let timeouts = &http.config.timeouts;
+        let timing = Timing::new(started, timeouts.stream_idle, timeouts.request);
         Self {
             http,
             connection,
@@ -131,7 +136,9 @@ impl Exchange {
             response_head_bytes: 0,
             grpc_status: None,
             trailers: None,
-            deadline: None,
+            timing,
+            timer: Timer::default(),
+            left: false,
             metadata: None,
             remote,
         }
@@ -179,20 +186,45 @@ impl Exchange {
         }
     }
 
-    /// Ready when the exchange has taken too long.
-    pub fn poll_deadline(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let Some(deadline) = &mut self.deadline else { return Poll::Pending };
-        if deadline.as_mut().poll(cx).is_pending() {
-            return Poll::Pending;
+    /// Ready when one of the stream's limits has passed.
+    pub fn poll_late(&mut self, attempt: Option<Attempt>, cx: &mut Context<'_>) -> Poll<Late> {
+        let upload = self.upload();
+        let Some((at, late)) = self.timing.next(upload, attempt) else { return Poll::Pending };
+        self.timer.poll(at, &self.http.worker.shared.timers, cx).map(|()| late)
+    }
+
+    /// How far the request has come.
+    #[must_use]
+    pub fn upload(&self) -> Upload {
+        match &self.progress {
+            None => Upload { whole: Some(self.started), moved: None },
+            Some(progress) => Upload { whole: progress.ended.get(), moved: progress.last.get() },
         }
-        self.deadline = None;
-        self.flags.insert(Flags::UPSTREAM_TIMEOUT);
-        self.details = Cow::Borrowed("response_timeout");
-        Poll::Ready(())
+    }
+
+    /// Notes that a limit has passed after the response began, and why the stream ends.
+    pub fn cut_short(&mut self, late: Late) {
+        let (flags, details) = match late {
+            Late::Idle => {
+                self.http.stats.rq_idle_timeout.inc();
+                (Flags::STREAM_IDLE, "stream_idle_timeout")
+            }
+            Late::Request => {
+                self.http.stats.rq_timeout.inc();
+                (Flags::NONE, "request_overall_timeout")
+            }
+            Late::Route | Late::Try => (Flags::UPSTREAM_TIMEOUT, "response_timeout"),
+        };
+        self.flags.insert(flags);
+        self.details = Cow::Borrowed(details);
     }
 
     /// The client went away before the end.
     pub fn client_left(&mut self) {
+        if self.connection.is_stalled() {
+            return self.cut_short(Late::Idle);
+        }
+        self.left = true;
         self.flags.insert(Flags::DOWNSTREAM_TERMINATION);
         self.details = Cow::Borrowed("downstream_remote_disconnect");
     }
@@ -255,6 +287,14 @@ impl Drop for Exchange {
         if self.status.is_none() {
             self.client_left();
         }
+        let now = Instant::now();
+        self.connection.end(now);
+        if self.version == Version::HTTP_2 {
+            let mut resets = self.connection.resets.get();
+            resets.on_end(self.left.then(|| now.duration_since(self.started)));
+            self.connection.resets.set(resets);
+        }
+        self.timer.leave(&self.http.worker.shared.timers);
         self.count();
         if !self.http.logs.is_empty() {
             self.http.logs.write(self);

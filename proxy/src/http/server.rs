@@ -1,6 +1,6 @@
 //! HTTP/1 and HTTP/2 from the client: one task per connection, its requests through [`forward`].
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -15,6 +15,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::time::{Instant, Sleep};
 
 use super::exchange::Exchange;
+use super::flood::Metered;
 use super::{Http, forward};
 use crate::listener::connection::Connection;
 use crate::listener::detect::H2_PREFACE;
@@ -28,13 +29,6 @@ use crate::xds::listener::hcm::Codec;
 /// How long an idle HTTP/1 connection outlives the order to end. A request may be on its way to us; HTTP/1 has no
 /// word to say beforehand that it would not be answered.
 const IDLE_LINGER: Duration = Duration::from_secs(1);
-
-/// What a connection does just now; shared by its task and its requests.
-#[derive(Debug)]
-struct Activity {
-    open: Cell<u32>,
-    last: Cell<Instant>,
-}
 
 /// Serves a connection until it ends, is idle for too long, or is cut.
 pub async fn serve(http: Rc<Http>, place: Place, connection: Rc<Connection>, mut io: Io) {
@@ -85,30 +79,22 @@ async fn sniff(mut io: Io, idle: Option<Duration>) -> Option<(Io, bool)> {
     Some((io.resumed(ahead.into()), is_h2))
 }
 
-impl Activity {
-    fn new() -> Rc<Self> {
-        Rc::new(Self { open: Cell::new(0), last: Cell::new(Instant::now()) })
-    }
-
-    fn begin(self: &Rc<Self>) -> Open {
-        self.open.set(self.open.get() + 1);
-        Open(Rc::clone(self))
-    }
+/// How a connection ends before its client ends it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// Its requests may end first.
+    Gently,
+    /// At once.
+    Now,
 }
 
-struct Open(Rc<Activity>);
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.open.set(self.0.open.get().saturating_sub(1));
-        self.0.last.set(Instant::now());
-    }
-}
-
-/// The timers of a connection: idle, longest life.
+/// The timers of a connection: idle, longest life, a client that takes nothing.
 struct Limits {
     idle: Option<Duration>,
+    stall: Option<Duration>,
     until: Option<Instant>,
+    /// The connection was told to end gently.
+    told: bool,
     sleep: Option<Pin<Box<Sleep>>>,
 }
 
@@ -116,32 +102,50 @@ impl Limits {
     fn new(http: &Http, now: Instant) -> Self {
         let timeouts = &http.config.timeouts;
         let until = timeouts.max_connection_duration.map(|d| now + d);
-        let first = [timeouts.idle.map(|d| now + d), until].into_iter().flatten().min();
+        let (idle, stall) = (timeouts.idle, timeouts.stream_idle);
+        let first = [idle.map(|d| now + d), stall.map(|d| now + d), until].into_iter().flatten().min();
         let sleep = first.map(|at| Box::pin(tokio::time::sleep_until(at)));
-        Self { idle: timeouts.idle, until, sleep }
+        Self { idle, stall, until, told: false, sleep }
+    }
+
+    /// When the connection ends if nothing more happens, and how.
+    fn next(&self, connection: &Connection, now: Instant) -> Option<(Instant, End)> {
+        let quiet = connection.quiet_since();
+        let busy = quiet.is_none();
+        let idle = self.idle.map(|d| quiet.unwrap_or(now) + d);
+        let gently = [idle, self.until].into_iter().flatten().filter(|_| !self.told).min();
+        let stall = self.stall.filter(|_| busy || !self.told);
+        let stall = stall.map(|d| connection.held_since().filter(|_| busy).unwrap_or(now) + d);
+        let ends = [gently.map(|at| (at, End::Gently)), stall.map(|at| (at, End::Now))];
+        ends.into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
     /// Ready when the connection should end. The timer is moved when it fires, not with every request.
-    fn poll(&mut self, activity: &Activity, cx: &mut Context<'_>) -> Poll<()> {
-        let Some(sleep) = &mut self.sleep else { return Poll::Pending };
-        while sleep.as_mut().poll(cx).is_ready() {
+    fn poll(&mut self, connection: &Connection, cx: &mut Context<'_>) -> Poll<End> {
+        loop {
+            let Some(sleep) = &mut self.sleep else { return Poll::Pending };
+            if sleep.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
             let now = Instant::now();
-            if self.until.is_some_and(|u| now >= u) {
-                self.sleep = None;
-                return Poll::Ready(());
-            }
-            let idle =
-                self.idle.map(|d| if activity.open.get() > 0 { now + d } else { activity.last.get() + d });
-            if idle.is_some_and(|at| now >= at) {
-                self.sleep = None;
-                return Poll::Ready(());
-            }
-            match [idle, self.until].into_iter().flatten().min() {
-                Some(at) => sleep.as_mut().reset(at),
-                None => return Poll::Pending,
+            let next = self.next(connection, now);
+            match (next, &mut self.sleep) {
+                (Some((at, _)), Some(sleep)) if now < at => sleep.as_mut().reset(at),
+                (Some((_, End::Gently)), _) => {
+                    self.told = true;
+                    cx.waker().wake_by_ref(); // what else is limited is looked at next
+                    return Poll::Ready(End::Gently);
+                }
+                (Some((_, end @ End::Now)), _) => {
+                    self.sleep = None;
+                    return Poll::Ready(end);
+                }
+                (None, _) => {
+                    self.sleep = None;
+                    return Poll::Pending;
+                }
             }
         }
-        Poll::Pending
     }
 }
 
@@ -150,10 +154,8 @@ async fn request(
     worker: Rc<Worker>,
     place: Rc<Place>,
     connection: Rc<Connection>,
-    activity: Rc<Activity>,
     request: Request<Incoming>,
 ) -> Result<super::HttpResponse, std::convert::Infallible> {
-    let open = activity.begin();
     worker.refresh();
     let response = match place.http(&connection) {
         Ok(http) => forward(http, connection, request).await,
@@ -163,22 +165,18 @@ async fn request(
             gone.details("filter_chain_removed").into_response(Box::new(exchange))
         }
     };
-    drop(open);
     Ok(response)
 }
 
 async fn serve_h1(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: Io) {
     let worker = Rc::clone(&http.worker);
-    let (activity, place) = (Activity::new(), Rc::new(place));
+    let place = Rc::new(place);
     let outlived = Rc::clone(&place);
     let mut outlived = pin!(outlived.outlived());
     let mut limits = Limits::new(&http, Instant::now());
     let service = {
-        let (worker, connection, activity) =
-            (Rc::clone(&worker), Rc::clone(&connection), Rc::clone(&activity));
-        service_fn(move |r| {
-            request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), Rc::clone(&activity), r)
-        })
+        let (worker, connection) = (Rc::clone(&worker), Rc::clone(&connection));
+        service_fn(move |r| request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), r))
     };
     let mut builder = http1::Builder::new();
     builder
@@ -208,10 +206,15 @@ async fn serve_h1(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
         }
         // a connection with a request tells so in its response and ends after it
         let drains = !drained
-            && lingers
-                .as_mut()
-                .is_some_and(|linger| activity.open.get() > 0 || linger.as_mut().poll(cx).is_ready());
-        if drains || limits.poll(&activity, cx).is_ready() {
+            && lingers.as_mut().is_some_and(|linger| {
+                connection.quiet_since().is_none() || linger.as_mut().poll(cx).is_ready()
+            });
+        let end = limits.poll(&connection, cx);
+        if end == Poll::Ready(End::Now) {
+            stalled(&http, &connection);
+            return Poll::Ready(None);
+        }
+        if drains || end.is_ready() {
             drained = true;
             server.as_mut().graceful_shutdown();
             return server.as_mut().poll(cx).map(Some);
@@ -224,13 +227,19 @@ async fn serve_h1(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
     }
 }
 
+/// A client takes nothing of what waits for it: its connection is closed, and its requests end as idle ones.
+fn stalled(http: &Http, connection: &Connection) {
+    http.stats.stalled.inc();
+    connection.stall();
+}
+
 /// Relays bytes after an upgrade, once the client has the response.
 pub async fn tunnel(worker: Rc<Worker>, client: OnUpgrade, stream: Box<H1>, mut exchange: Box<Exchange>) {
     let (mut server, _opened) = stream.into_io();
     let Ok(client) = client.await else { return };
     let mut client = TokioIo::new(client);
     let counts = Counts::default();
-    let idle = exchange.http.config.timeouts.stream_idle;
+    let idle = exchange.timing.idle();
     tokio::select! {
         end = relay(&mut client, &mut server, idle, &counts) => {
             tracing::debug!(?end, "upgraded connection ended");
@@ -256,16 +265,13 @@ impl<F: Future + 'static> hyper::rt::Executor<F> for Local {
 
 async fn serve_h2(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: Io) {
     let worker = Rc::clone(&http.worker);
-    let (activity, place) = (Activity::new(), Rc::new(place));
+    let place = Rc::new(place);
     let outlived = Rc::clone(&place);
     let mut outlived = pin!(outlived.outlived());
     let mut limits = Limits::new(&http, Instant::now());
     let service = {
-        let (worker, connection, activity) =
-            (Rc::clone(&worker), Rc::clone(&connection), Rc::clone(&activity));
-        service_fn(move |r| {
-            request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), Rc::clone(&activity), r)
-        })
+        let (worker, connection) = (Rc::clone(&worker), Rc::clone(&connection));
+        service_fn(move |r| request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), r))
     };
     let settings = &http.config.http2;
     let mut builder = http2::Builder::new(Local(worker.shared.tasks.clone()));
@@ -280,6 +286,7 @@ async fn serve_h2(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
     if let Some((interval, timeout)) = settings.keepalive {
         builder.timer(TokioTimer::new()).keep_alive_interval(interval).keep_alive_timeout(timeout);
     }
+    let io = Metered::new(io, Instant::now());
     let server = builder.serve_connection(TokioIo::new(io), service);
     let mut server = pin!(server);
     let mut draining = pin!(worker.drain.draining());
@@ -297,7 +304,16 @@ async fn serve_h2(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
             && (connection.is_draining()
                 || draining.as_mut().poll(cx).is_ready()
                 || outlived.as_mut().poll(cx).is_ready());
-        if drains || limits.poll(&activity, cx).is_ready() {
+        let end = limits.poll(&connection, cx);
+        if end == Poll::Ready(End::Now) {
+            stalled(&http, &connection);
+            return Poll::Ready(None);
+        }
+        if connection.resets.get().are_too_many() {
+            http.stats.too_many_resets.inc();
+            return Poll::Ready(None);
+        }
+        if drains || end.is_ready() {
             *drained = true;
             server.as_mut().graceful_shutdown();
             return server.as_mut().poll(cx).map(Some);

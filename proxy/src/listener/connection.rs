@@ -9,6 +9,7 @@ use std::time::Instant;
 use http::HeaderValue;
 use tokio_util::sync::CancellationToken;
 
+use crate::http::flood::Resets;
 use crate::metrics::standard::{Numbered, Principals, Standard, Workload};
 use crate::ratelimit::Bucket;
 use crate::tls::Peer;
@@ -33,6 +34,17 @@ pub struct Connection {
     pub own_uris: Arc<[String]>,
     /// Requests so far.
     pub requests: Cell<u32>,
+    /// Requests that the client gave up, beside those that ended.
+    pub resets: Cell<Resets>,
+    /// Requests under way.
+    open: Cell<u32>,
+    /// When the last one ended; at first, when the connection was made.
+    ended: Cell<tokio::time::Instant>,
+    /// Pieces of responses that wait for the client to take them.
+    held: Cell<u32>,
+    /// When the client took a piece last.
+    taken: Cell<Option<tokio::time::Instant>>,
+    stalled: Cell<bool>,
     draining: Cell<bool>,
     cut: CancellationToken,
     bucket: RefCell<Option<Bucket>>,
@@ -53,6 +65,12 @@ impl Connection {
             server_name: None,
             own_uris: Arc::default(),
             requests: Cell::new(0),
+            resets: Cell::default(),
+            open: Cell::new(0),
+            ended: Cell::new(tokio::time::Instant::now()),
+            held: Cell::new(0),
+            taken: Cell::new(None),
+            stalled: Cell::new(false),
             draining: Cell::new(false),
             cut: CancellationToken::new(),
             bucket: RefCell::new(None),
@@ -64,6 +82,51 @@ impl Connection {
     /// Lets the connection end with the response to its next request.
     pub fn drain(&self) {
         self.draining.set(true);
+    }
+
+    /// Notes that a request has come.
+    pub fn begin(&self) {
+        self.open.set(self.open.get() + 1);
+    }
+
+    /// Notes that a request and its response are over.
+    pub fn end(&self, now: tokio::time::Instant) {
+        self.open.set(self.open.get().saturating_sub(1));
+        self.ended.set(now);
+    }
+
+    /// Since when there has been no request under way; `None` while there is one.
+    #[must_use]
+    pub fn quiet_since(&self) -> Option<tokio::time::Instant> {
+        (self.open.get() == 0).then(|| self.ended.get())
+    }
+
+    /// Notes that a piece of a response waits for the client.
+    pub fn hold(&self, now: tokio::time::Instant) {
+        self.held.set(self.held.get() + 1);
+        self.taken.set(Some(now));
+    }
+
+    /// Notes that the client has room for the next piece, or that there is none.
+    pub fn take(&self) {
+        self.held.set(self.held.get().saturating_sub(1));
+    }
+
+    /// Since when the client has taken nothing of what waits for it; `None` while nothing waits.
+    #[must_use]
+    pub fn held_since(&self) -> Option<tokio::time::Instant> {
+        self.taken.get().filter(|_| self.held.get() > 0)
+    }
+
+    /// Notes that the connection ends because the client takes nothing.
+    pub fn stall(&self) {
+        self.stalled.set(true);
+    }
+
+    /// Whether the connection ends because the client takes nothing.
+    #[must_use]
+    pub fn is_stalled(&self) -> bool {
+        self.stalled.get()
     }
 
     /// Closes the connection, whatever it is doing.

@@ -106,12 +106,18 @@ impl Failure {
 pub type Answer = (http::response::Parts, Box<Reply>);
 
 impl Upstream {
-    /// Sends a request to an endpoint and waits for the head of the response.
+    /// Sends a request to an endpoint and waits for the head of the response. `ready` tells when there was a
+    /// connection for it.
     ///
     /// # Errors
     ///
     /// When no response came; the failure says how far it got.
-    pub async fn send(self: &Rc<Self>, host: &Rc<Host>, outgoing: Outgoing) -> Result<Answer, Failure> {
+    pub async fn send(
+        self: &Rc<Self>,
+        host: &Rc<Host>,
+        outgoing: Outgoing,
+        ready: &Cell<Option<Instant>>,
+    ) -> Result<Answer, Failure> {
         if self.requests.get() >= self.config.limits.max_requests {
             self.stats.rq_pending_overflow.inc();
             return Err(Failure::new(FailureKind::Overflow, ""));
@@ -121,9 +127,9 @@ impl Upstream {
             self.learn_version(host, &outgoing.authority).await?;
         }
         if self.wants_h2(host, outgoing.client_h2) {
-            self.send_h2(host, outgoing, active).await
+            self.send_h2(host, outgoing, active, ready).await
         } else {
-            self.send_h1(host, outgoing, active).await
+            self.send_h1(host, outgoing, active, ready).await
         }
     }
 
@@ -142,6 +148,7 @@ impl Upstream {
         host: &Rc<Host>,
         outgoing: Outgoing,
         active: Active,
+        ready: &Cell<Option<Instant>>,
     ) -> Result<Answer, Failure> {
         let name = outgoing.authority.clone();
         let mut request = h1_request(outgoing);
@@ -153,6 +160,7 @@ impl Upstream {
                     None => continue, // one came back to the pool while this request waited
                 },
             };
+            ready.set(Some(Instant::now()));
             match connection.send(request).await {
                 Ok(response) => {
                     let (parts, body) = response.into_parts();
@@ -206,6 +214,7 @@ impl Upstream {
         host: &Rc<Host>,
         outgoing: Outgoing,
         active: Active,
+        ready: &Cell<Option<Instant>>,
     ) -> Result<Answer, Failure> {
         let name = outgoing.authority.clone();
         let request = h2_request(outgoing)?;
@@ -213,6 +222,7 @@ impl Upstream {
             Some(connection) => connection,
             None => self.dial_h2(host, &name).await?,
         };
+        ready.set(Some(Instant::now()));
         match connection.send(request).await {
             Ok((response, streams)) => {
                 let (parts, ()) = response.into_parts();

@@ -135,6 +135,16 @@ pub(crate) async fn get(to: SocketAddr, path: &str, headers: &[(&str, &str)]) ->
     send(to, request(path, headers)).await
 }
 
+/// Asks for the metrics until one of their lines is this.
+pub(crate) async fn eventually(proxy: &Running, line: &str) {
+    let waiting = async {
+        while !proxy.metrics().await.lines().any(|l| l == line) {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(20), waiting).await.expect(line);
+}
+
 /// Writes bytes and reads all that comes until the other side closes.
 pub(crate) async fn raw(to: SocketAddr, bytes: &str) -> String {
     let mut stream = TcpStream::connect(to).await.unwrap();

@@ -6,19 +6,9 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 
 use crate::backend::Backend;
-use crate::harness::{Running, bootstrap, cluster, get, raw};
+use crate::harness::{Running, bootstrap, cluster, eventually, get, raw};
 
 const TO_UP: &str = "              - {match: {prefix: \"/\"}, route: {cluster: up, timeout: 0s}}";
-
-/// Asks for the metrics until one of their lines is this.
-async fn eventually(proxy: &Running, line: &str) {
-    let waiting = async {
-        while !proxy.metrics().await.lines().any(|l| l == line) {
-            tokio::task::yield_now().await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(10), waiting).await.expect(line);
-}
 
 #[tokio::test]
 async fn requests_that_wait_for_a_connection_take_the_one_that_comes_back() {

@@ -8,9 +8,11 @@
 
 mod backend;
 mod faults;
+mod floods;
 mod harness;
 mod limits;
 mod mtls;
 mod plain;
+mod timeouts;
 mod tokens;
 mod updates;
