@@ -2,7 +2,7 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
-    let files = protox::compile(["raft.proto"], ["proto"])?;
-    tonic_prost_build::configure().bytes(".").build_client(false).build_server(false).compile_fds(files)?;
+    let files = protox::compile(["raft.proto", "peers.proto"], ["proto"])?;
+    tonic_prost_build::configure().bytes(".").compile_fds(files)?;
     Ok(())
 }

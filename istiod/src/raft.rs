@@ -2,7 +2,8 @@
 //!
 //! From the ground up: [`disk`] is the few file operations that matter, [`log`] and [`snapshots`] are durable on it,
 //! [`store`] keeps the applied state between runs, [`machine`] is what the log drives, [`node`] moves them in the
-//! safe order, and [`state_machine`] is the mesh itself as such a machine. [`Raft`] is the handle that the rest of
+//! safe order, [`peers`] carries what members say to each other, and [`state_machine`] is the mesh itself as such a
+//! machine. [`Raft`] is the handle that the rest of
 //! istiod uses.
 //!
 //! What [`Raft::propose`] promises: when it returns, the command is durable on a quorum and applied here, its
@@ -16,6 +17,7 @@ pub mod member;
 pub mod metrics;
 pub mod node;
 pub mod part;
+pub mod peers;
 pub mod sessions;
 pub mod snapshots;
 pub mod state_machine;

@@ -35,6 +35,26 @@ pub trait Disk: Send + Sync {
     /// The file system's.
     fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
 
+    /// Up to `length` bytes of a file from `offset` on; fewer at its end.
+    ///
+    /// # Errors
+    ///
+    /// The file system's.
+    fn read_at(&self, path: &Path, offset: u64, length: usize) -> io::Result<Vec<u8>> {
+        let bytes = self.read(path)?;
+        let from = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+        Ok(bytes.into_iter().skip(from).take(length).collect())
+    }
+
+    /// The length of a file in bytes.
+    ///
+    /// # Errors
+    ///
+    /// The file system's.
+    fn size(&self, path: &Path) -> io::Result<u64> {
+        Ok(self.read(path)?.len() as u64)
+    }
+
     /// An empty file in place of what was there.
     ///
     /// # Errors
@@ -154,6 +174,18 @@ impl Disk for RealDisk {
 
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
         fs::read(path)
+    }
+
+    fn read_at(&self, path: &Path, offset: u64, length: usize) -> io::Result<Vec<u8>> {
+        let file = fs::File::open(path)?;
+        let rest = file.metadata()?.len().saturating_sub(offset);
+        let mut bytes = vec![0; length.min(usize::try_from(rest).unwrap_or(usize::MAX))];
+        file.read_exact_at(&mut bytes, offset)?;
+        Ok(bytes)
+    }
+
+    fn size(&self, path: &Path) -> io::Result<u64> {
+        Ok(fs::metadata(path)?.len())
     }
 
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {

@@ -25,6 +25,7 @@ pub struct Metrics {
     sync_seconds: Histogram,
     snapshot_seconds: Histogram,
     refused: Counter,
+    dropped: Counter,
     last_leader: std::sync::Arc<std::sync::atomic::AtomicU64>,
 }
 
@@ -45,6 +46,7 @@ impl Default for Metrics {
             sync_seconds: quick(),
             snapshot_seconds: Histogram::new(exponential_buckets(0.001, 2.0, 16)),
             refused: Counter::default(),
+            dropped: Counter::default(),
             last_leader: std::sync::Arc::default(),
         }
     }
@@ -75,6 +77,7 @@ impl Metrics {
         }
         raft.register("leader_changes", "Leaders seen after the first", metrics.leader_changes.clone());
         raft.register("refused_requests", "Requests that were not done", metrics.refused.clone());
+        raft.register("messages_dropped", "Messages to peers that were not sent", metrics.dropped.clone());
         let durations = [
             ("commit", "From a proposal to its answer", metrics.commit_seconds.clone()),
             ("log_sync", "One fdatasync of the log", metrics.sync_seconds.clone()),
@@ -119,6 +122,11 @@ impl Metrics {
     /// A request was not done.
     pub fn refused(&self) {
         self.refused.inc();
+    }
+
+    /// A message to a peer was dropped, because its queue was full.
+    pub fn dropped(&self) {
+        self.dropped.inc();
     }
 
     /// Runs `action`, which writes a snapshot, and notes how long it took.

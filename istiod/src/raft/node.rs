@@ -7,6 +7,7 @@
 mod drain;
 mod event;
 pub mod files;
+mod proposals;
 mod settings;
 mod start;
 mod storage;
@@ -19,7 +20,8 @@ use prost::Message as _;
 use raft::eraftpb::{ConfState, Entry, EntryType, Message, Snapshot};
 use raft::{RawNode, SnapshotStatus, StateRole};
 
-pub use self::event::{Answer, Event, Fatal, Output, Refusal, Status};
+pub use self::event::{Answer, Event, Fatal, Forward, Output, Progress, Refusal, Status};
+use self::proposals::Proposals;
 pub use self::settings::Settings;
 pub use self::start::{Guard, Parts, found};
 use self::storage::LogStorage;
@@ -39,6 +41,9 @@ const MACHINE_KEYS: &[u8] = b"m/";
 pub trait Transport: Send {
     /// Takes messages to be sent. Never blocks; what cannot be sent is dropped, Raft sends it again.
     fn send(&mut self, messages: Vec<Message>);
+
+    /// Takes proposals for the leader. Never blocks; what cannot be sent is told by [`Event::ForwardAnswered`].
+    fn forward(&mut self, forwards: Vec<Forward>);
 }
 
 /// A snapshot on its way to disk.
@@ -73,6 +78,7 @@ pub struct Driver<M: StateMachine> {
     client: u64,
     applied: (u64, u64),
     shown: u64,
+    proposals: Proposals,
     waiting: Waiting,
     reads: Reads,
     /// The newest snapshot's index; whether one is being written; bytes applied since.
@@ -113,6 +119,7 @@ impl<M: StateMachine> Driver<M> {
         for event in events {
             self.take(event, now, out)?;
         }
+        self.give_proposals(out);
         self.ask_reads(now);
         self.settle(transport, out)?;
         if self.ask_reads(now) {
@@ -197,9 +204,21 @@ impl<M: StateMachine> Driver<M> {
                 }
             }
             Event::Propose { sequence, command } => {
-                let result = self.propose(sequence, command);
-                self.waiting.started(sequence, result, now + self.settings.answer_within, out);
+                let proposal = wire::Proposal { client: self.client, sequence, command: command.into() };
+                let deadline = now + self.settings.answer_within;
+                self.proposals.add(sequence, proposal.encode_to_vec().into(), deadline);
             }
+            Event::Forwarded { sequence, proposal } => {
+                let result = self.take_forwarded(proposal);
+                out.answers.push((sequence, result.map_or_else(Answer::Refused, |()| Answer::Accepted)));
+            }
+            Event::ForwardAnswered { sequence, result } => match result {
+                Ok(()) => {}
+                Err(Refusal::NotLeader(_) | Refusal::NoLeader | Refusal::Unknown) => {
+                    self.proposals.give_later(sequence);
+                }
+                Err(refusal) => self.proposals.refused(sequence, refusal, out),
+            },
             Event::ChangeMembers { sequence, change } => {
                 let result = self.change_members(sequence, change);
                 self.waiting.started(sequence, result, now + self.settings.answer_within, out);
@@ -212,6 +231,8 @@ impl<M: StateMachine> Driver<M> {
             }
             Event::SnapshotSaved(result) => self.snapshot_saved(&result?)?,
             Event::Transfer(to) => self.raw.transfer_leader(to),
+            Event::StepDown => self.step_down(),
+            Event::Removed => return Err(Fatal::Removed(self.settings.id)),
         }
         Ok(())
     }
@@ -222,17 +243,64 @@ impl<M: StateMachine> Driver<M> {
         let timeout = self.settings.election_timeout(self.raw.raft.id, self.raw.raft.term);
         self.raw.raft.set_randomized_election_timeout(timeout);
         self.raw.tick();
+        self.proposals.tick();
+        self.proposals.expire(now, out);
         self.waiting.expire(now, out);
         self.reads.expire(now, out);
     }
 
-    fn propose(&mut self, sequence: u64, command: Vec<u8>) -> Result<(), Refusal> {
+    /// Gives the leader, if there is one, the proposals that it does not have yet.
+    fn give_proposals(&mut self, out: &mut Output<M::Answer>) {
+        let Some(leader) = self.leader() else { return };
+        let (id, term) = (self.raw.raft.id, self.raw.raft.term);
+        for (sequence, proposal) in self.proposals.give(term) {
+            if leader != id {
+                out.forwards.push(Forward { to: leader, sequence, proposal });
+                continue;
+            }
+            match self.append(&proposal) {
+                Ok(()) => {}
+                Err(Refusal::NotLeader(_)) => self.proposals.give_later(sequence),
+                Err(refusal) => self.proposals.refused(sequence, refusal, out),
+            }
+        }
+    }
+
+    fn take_forwarded(&mut self, proposal: bytes::Bytes) -> Result<(), Refusal> {
+        // What cannot be decoded would halt every member once it is in the log.
+        let decoded = wire::Proposal::decode(proposal.clone());
+        decoded.map_err(|error| Refusal::Invalid(format!("not a proposal: {error}")))?;
+        self.append(&proposal)
+    }
+
+    /// Puts a proposal into the log that this member leads.
+    fn append(&mut self, proposal: &[u8]) -> Result<(), Refusal> {
         self.must_lead()?;
-        let proposal = wire::Proposal { client: self.client, sequence, command: command.into() };
-        match self.raw.propose(Vec::new(), proposal.encode_to_vec()) {
+        match self.raw.propose(Vec::new(), proposal.to_vec()) {
             Ok(()) => Ok(()),
+            // The next leader will take it.
+            Err(raft::Error::ProposalDropped) if self.raw.raft.lead_transferee.is_some() => {
+                Err(Refusal::NotLeader(None))
+            }
             Err(raft::Error::ProposalDropped) => Err(Refusal::Busy),
             Err(error) => Err(Refusal::Invalid(error.to_string())),
+        }
+    }
+
+    /// Hands leadership to the voter that is the furthest among those that were heard of late.
+    fn step_down(&mut self) {
+        let raft = &self.raw.raft;
+        if raft.state != StateRole::Leader {
+            return;
+        }
+        let voters = &self.raw.store().conf_state.voters;
+        let others = raft.prs().iter().filter(|(id, progress)| {
+            **id != raft.id && progress.recent_active && voters.contains(id)
+        });
+        let next = others.max_by_key(|(id, progress)| (progress.matched, **id)).map(|(id, _)| *id);
+        if let Some(next) = next {
+            tracing::info!(member = raft.id, to = next, "leadership is handed over");
+            self.raw.transfer_leader(next);
         }
     }
 
@@ -288,7 +356,7 @@ impl<M: StateMachine> Driver<M> {
             Answer::Refused(Refusal::Duplicate)
         };
         if proposal.client == self.client {
-            self.waiting.ended(proposal.sequence, answer, out);
+            self.proposals.ended(proposal.sequence, answer, out);
         }
         Ok(())
     }
@@ -430,7 +498,22 @@ impl<M: StateMachine> Driver<M> {
             snapshot: self.snapshot.0,
             voters: storage.conf_state.voters.clone(),
             learners: storage.conf_state.learners.clone(),
+            outgoing: storage.conf_state.voters_outgoing.clone(),
+            progress: self.progress(),
         }
+    }
+
+    fn progress(&self) -> std::collections::BTreeMap<u64, Progress> {
+        let raft = &self.raw.raft;
+        if raft.state != StateRole::Leader {
+            return std::collections::BTreeMap::new();
+        }
+        let others = raft.prs().iter().filter(|(id, _)| **id != raft.id);
+        let told = |progress: &raft::Progress| Progress {
+            matched: progress.matched,
+            active: progress.recent_active,
+        };
+        others.map(|(id, progress)| (*id, told(progress))).collect()
     }
 
     /// The state machine.

@@ -12,7 +12,7 @@ use super::wire;
 /// Clients remembered; beyond it the one that has been silent for longest is forgotten.
 const CLIENTS: usize = 256;
 /// Gaps remembered for each client; beyond it the oldest gap counts as applied, so its proposals are refused.
-const RANGES: usize = 64;
+const RANGES: usize = 1024;
 
 /// The applied proposals of all clients.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]

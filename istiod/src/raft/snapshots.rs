@@ -14,6 +14,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use prost::Message as _;
 
+mod transfer;
+
+pub use self::transfer::{Incoming, Outgoing};
 use super::disk::{Disk, TEMPORARY};
 use super::wire::{SnapshotHead, SnapshotMetadata};
 
@@ -21,6 +24,8 @@ const MAGIC: &[u8; 8] = b"ISTIODSN";
 const VERSION: u32 = 1;
 const CHUNK: usize = 256 << 10;
 const SUFFIX: &str = ".snapshot";
+/// The head of a file, with its members, is within this many bytes.
+const HEAD_BYTES: usize = 64 << 10;
 /// How many files are kept.
 const KEEP: usize = 2;
 
@@ -158,27 +163,43 @@ impl Snapshots {
         self.remove_all_but(0)
     }
 
+    /// The point of the newest snapshot at or after `index`, from the head of its file; the data is not read.
+    ///
+    /// # Errors
+    ///
+    /// [`SnapshotError::None`] if there is none, and what [`Snapshots::load`] says of the newest.
+    pub fn point_at(&self, index: u64) -> Result<SnapshotMetadata, SnapshotError> {
+        let newest = self.points()?.last().copied().filter(|(at, _)| *at >= index);
+        let (index, term) = newest.ok_or_else(|| SnapshotError::None { dir: self.dir.clone() })?;
+        let path = self.path(index, term);
+        let bytes = self.disk.read_at(&path, 0, HEAD_BYTES).map_err(io("read", &path))?;
+        let (head, _) = read_head(&bytes, &path)?;
+        Ok(head.metadata.unwrap_or_default())
+    }
+
+    fn path(&self, index: u64, term: u64) -> PathBuf {
+        self.dir.join(format!("{index:016x}-{term:016x}{SUFFIX}"))
+    }
+
     fn read(&self, index: u64, term: u64) -> Result<(SnapshotMetadata, Bytes), SnapshotError> {
-        let path = self.dir.join(format!("{index:016x}-{term:016x}{SUFFIX}"));
-        let bytes = self.disk.read(&path).map_err(io("read", &path))?;
-        let corrupt = |offset| SnapshotError::Corrupt { path: path.clone(), offset };
-        if bytes.get(..8) != Some(MAGIC) {
-            return Err(corrupt(0));
-        }
-        let version = u32_at(&bytes, 8).ok_or_else(|| corrupt(8))?;
-        if version > VERSION {
-            return Err(SnapshotError::Version { path, found: version });
-        }
-        let mut at = 12;
-        let head = take_chunk(&bytes, &mut at).ok_or_else(|| corrupt(12))?;
-        let head = SnapshotHead::decode(head).map_err(|_| corrupt(12))?;
+        self.read_file(&self.path(index, term), (index, term))
+    }
+
+    fn read_file(
+        &self,
+        path: &Path,
+        point: (u64, u64),
+    ) -> Result<(SnapshotMetadata, Bytes), SnapshotError> {
+        let bytes = self.disk.read(path).map_err(io("read", path))?;
+        let corrupt = |offset| SnapshotError::Corrupt { path: path.to_owned(), offset };
+        let (head, mut at) = read_head(&bytes, path)?;
         let mut data = Vec::with_capacity(usize::try_from(head.length).unwrap_or(0).min(bytes.len()));
         while at < bytes.len() {
             let chunk = take_chunk(&bytes, &mut at).ok_or_else(|| corrupt(at))?;
             data.extend_from_slice(chunk);
         }
         let metadata = head.metadata.unwrap_or_default();
-        if data.len() as u64 != head.length || (metadata.index, metadata.term) != (index, term) {
+        if data.len() as u64 != head.length || (metadata.index, metadata.term) != point {
             return Err(corrupt(at));
         }
         Ok((metadata, data.into()))
@@ -195,11 +216,26 @@ impl Snapshots {
     fn remove_all_but(&self, keep: usize) -> Result<(), SnapshotError> {
         let points = self.points()?;
         for (index, term) in points.iter().take(points.len().saturating_sub(keep)) {
-            let path = self.dir.join(format!("{index:016x}-{term:016x}{SUFFIX}"));
+            let path = self.path(*index, *term);
             self.disk.remove(&path).map_err(io("remove", &path))?;
         }
         Ok(())
     }
+}
+
+/// The head of a file, and where its chunks begin.
+fn read_head(bytes: &[u8], path: &Path) -> Result<(SnapshotHead, usize), SnapshotError> {
+    let corrupt = |offset| SnapshotError::Corrupt { path: path.to_owned(), offset };
+    if bytes.get(..8) != Some(MAGIC) {
+        return Err(corrupt(0));
+    }
+    let version = u32_at(bytes, 8).ok_or_else(|| corrupt(8))?;
+    if version > VERSION {
+        return Err(SnapshotError::Version { path: path.to_owned(), found: version });
+    }
+    let mut at = 12;
+    let head = take_chunk(bytes, &mut at).ok_or_else(|| corrupt(12))?;
+    Ok((SnapshotHead::decode(head).map_err(|_| corrupt(12))?, at))
 }
 
 fn name(metadata: &SnapshotMetadata) -> String {

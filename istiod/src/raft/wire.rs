@@ -6,7 +6,13 @@
 
 use raft::eraftpb;
 
-#[expect(missing_docs, clippy::all, reason = "generated from proto/raft.proto")]
+#[expect(
+    missing_docs,
+    clippy::all,
+    clippy::allow_attributes_without_reason,
+    clippy::too_many_lines,
+    reason = "generated from proto/raft.proto and proto/peers.proto"
+)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/istiod.raft.v1.rs"));
 }

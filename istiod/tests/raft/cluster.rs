@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use istiod::raft::disk::Disk;
 use istiod::raft::disk::memory::MemoryDisk;
 use istiod::raft::node::files::Beginning;
-use istiod::raft::node::{Answer, Driver, Event, Output, Transport};
+use istiod::raft::node::{Answer, Driver, Event, Forward, Output, Refusal, Transport};
 use istiod::raft::store::memory::MemoryStore;
 use istiod::raft::wire;
 use raft::eraftpb::Message;
@@ -34,11 +34,17 @@ impl Transport for Wires {
             self.bytes.push((message.from, message.to, bytes));
         }
     }
+
+    fn forward(&mut self, _: Vec<Forward>) {
+        unreachable!("only the thread hands these over");
+    }
 }
 
 struct Cluster {
     members: BTreeMap<u64, Member>,
     wires: Wires,
+    /// Proposals on their way to a leader, by their member.
+    forwards: Vec<(u64, Forward)>,
     cut: BTreeSet<u64>,
     loss: f64,
     rng: fastrand::Rng,
@@ -55,6 +61,7 @@ impl Cluster {
         let mut cluster = Self {
             members: BTreeMap::new(),
             wires: Wires::default(),
+            forwards: Vec::new(),
             cut: BTreeSet::new(),
             loss: 0.0,
             rng: fastrand::Rng::with_seed(seed),
@@ -107,6 +114,7 @@ impl Cluster {
         let map = &driver.machine().map;
         let known = self.applied.entry(applied).or_insert_with(|| map.clone());
         assert_eq!(known, map, "member {id} differs at index {applied}");
+        self.forwards.extend(out.forwards.into_iter().map(|forward| (id, forward)));
         self.answers.extend(out.answers.into_iter().map(|(sequence, answer)| ((id, sequence), answer)));
     }
 
@@ -122,8 +130,12 @@ impl Cluster {
     fn carry(&mut self) {
         for _ in 0..200 {
             let mut batch = std::mem::take(&mut self.wires.bytes);
-            if batch.is_empty() {
+            let forwards = std::mem::take(&mut self.forwards);
+            if batch.is_empty() && forwards.is_empty() {
                 return;
+            }
+            for (from, forward) in forwards {
+                self.carry_forward(from, forward);
             }
             if self.loss > 0.0 {
                 self.rng.shuffle(&mut batch);
@@ -140,6 +152,24 @@ impl Cluster {
                 }
             }
         }
+    }
+
+    /// A proposal to the leader and its answer back; either may be lost.
+    fn carry_forward(&mut self, from: u64, Forward { to, sequence, proposal }: Forward) {
+        let parted = self.cut.contains(&from) || self.cut.contains(&to);
+        let (lost, unanswered) = (self.rng.f64() < self.loss, self.rng.f64() < self.loss);
+        let mut result = Err(Refusal::Unknown);
+        if !parted && !lost {
+            self.sequence += 1;
+            let number = self.sequence;
+            self.step(to, Event::Forwarded { sequence: number, proposal });
+            match self.answers.remove(&(to, number)) {
+                Some(Answer::Accepted) if !unanswered => result = Ok(()),
+                Some(Answer::Refused(refusal)) if !unanswered => result = Err(refusal),
+                _ => {}
+            }
+        }
+        self.step(from, Event::ForwardAnswered { sequence, result });
     }
 
     fn leader(&self) -> Option<u64> {
@@ -338,5 +368,51 @@ fn nothing_acknowledged_is_lost_under_loss_and_power_cuts() {
                 assert!(found >= index, "seed {seed}: {key} is at {found}, acknowledged at {index}");
             }
         }
+    }
+}
+
+#[test]
+fn every_member_takes_writes_once_also_while_leaders_change_and_messages_are_lost() {
+    for seed in 0..20 {
+        let mut cluster = Cluster::new(seed, &[1, 2, 3]);
+        cluster.write("a=1");
+        let mut waiting: Vec<(u64, u64, String)> = Vec::new();
+        for round in 0..40_u64 {
+            cluster.loss = if round % 4 == 0 { 0.2 } else { 0.0 };
+            let id = round % 3 + 1;
+            let key = format!("k{round}");
+            let sequence = cluster.propose(id, &format!("{key}=x"));
+            waiting.push((id, sequence, key));
+            match cluster.rng.u32(0..8) {
+                0 => cluster.cut.extend(cluster.leader()),
+                1 => cluster.cut.clear(),
+                _ => {}
+            }
+            for _ in 0..3 {
+                cluster.tick();
+            }
+        }
+        (cluster.loss, cluster.cut) = (0.0, BTreeSet::new());
+        cluster.settle();
+        for _ in 0..220 {
+            cluster.tick();
+        }
+        let map = cluster.map(1);
+        let mut applied = 0;
+        for (id, sequence, key) in waiting {
+            match cluster.answers.get(&(id, sequence)) {
+                Some(Answer::Applied(index, before)) => {
+                    applied += 1;
+                    assert_eq!(*before, 0, "seed {seed}: {key} took effect twice");
+                    assert_eq!(map[&key].0, *index, "seed {seed}: {key}");
+                }
+                Some(Answer::Refused(Refusal::Unknown | Refusal::Duplicate)) => {}
+                Some(Answer::Refused(Refusal::NoLeader)) => {
+                    assert!(!map.contains_key(&key), "seed {seed}: {key} is there, though it was not done");
+                }
+                other => panic!("seed {seed}: {key}: {other:?}"),
+            }
+        }
+        assert!(applied > 30, "seed {seed}: only {applied} of 40 were applied");
     }
 }

@@ -12,4 +12,6 @@ mod member;
 #[cfg(test)]
 mod mesh;
 #[cfg(test)]
+mod peers;
+#[cfg(test)]
 mod toy;

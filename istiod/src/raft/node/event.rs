@@ -1,5 +1,8 @@
 //! What goes into a driver and what comes out of it.
 
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
 use raft::eraftpb::{ConfState, Message};
 
 use super::SnapshotJob;
@@ -22,6 +25,20 @@ pub enum Event {
         sequence: u64,
         /// The command's bytes.
         command: Vec<u8>,
+    },
+    /// Another member wants its proposal in this leader's log; answered with [`Answer::Accepted`].
+    Forwarded {
+        /// The number under which the answer comes.
+        sequence: u64,
+        /// The encoded [`wire::Proposal`].
+        proposal: Bytes,
+    },
+    /// What the leader did with a [`Forward`] of this member. [`Refusal::Unknown`] if it was not heard from.
+    ForwardAnswered {
+        /// Of the forward.
+        sequence: u64,
+        /// It is in the leader's log, or why not.
+        result: Result<(), Refusal>,
     },
     /// Somebody here wants the members changed.
     ChangeMembers {
@@ -48,6 +65,10 @@ pub enum Event {
     SnapshotSaved(Result<SnapshotMetadata, Fatal>),
     /// Leadership is to move.
     Transfer(u64),
+    /// Leadership is to move to whoever is the furthest, because this member is not fit to lead.
+    StepDown,
+    /// A peer says that this member was removed from the cluster.
+    Removed,
 }
 
 /// What a step asks the thread to do, besides what went to the transport.
@@ -56,11 +77,24 @@ pub struct Output<A> {
     pub answers: Vec<(u64, Answer<A>)>,
     /// A snapshot to be written, on another thread or at once; its end is told by [`Event::SnapshotSaved`].
     pub snapshot: Option<SnapshotJob>,
+    /// Proposals for the leader; what became of each is told by [`Event::ForwardAnswered`].
+    pub forwards: Vec<Forward>,
+}
+
+/// A proposal on its way to the leader.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Forward {
+    /// The leader.
+    pub to: u64,
+    /// The proposal's number.
+    pub sequence: u64,
+    /// The encoded [`wire::Proposal`]. Sent twice it takes effect once.
+    pub proposal: Bytes,
 }
 
 impl<A> Default for Output<A> {
     fn default() -> Self {
-        Self { answers: Vec::new(), snapshot: None }
+        Self { answers: Vec::new(), snapshot: None, forwards: Vec::new() }
     }
 }
 
@@ -69,6 +103,8 @@ impl<A> Default for Output<A> {
 pub enum Answer<A> {
     /// The command is applied at this index.
     Applied(u64, A),
+    /// A forwarded proposal is in this leader's log.
+    Accepted,
     /// The members have changed at this index.
     Members(u64, ConfState),
     /// Everything committed before the read was asked for is applied; the index that it covers.
@@ -83,6 +119,9 @@ pub enum Refusal {
     /// Not done: only the leader may, and this member is not it.
     #[error("this member is not the leader{}", .0.map(|id| format!("; member {id} is")).unwrap_or_default())]
     NotLeader(Option<u64>),
+    /// Not done: no leader was known for as long as the request waited.
+    #[error("the control plane has no leader at present")]
+    NoLeader,
     /// Not done: too much is waiting to be committed.
     #[error("the control plane is overloaded, try again")]
     Busy,
@@ -121,6 +160,12 @@ pub enum Fatal {
     /// What the files say together makes no sense.
     #[error("the files of this member contradict each other: {0}")]
     Contradiction(String),
+    /// Its peers have removed this member.
+    #[error(
+        "member {0} was removed from the cluster; its number is never used again: clear its data folder and let it \
+         join anew with a ticket of `istioctl members add`"
+    )]
+    Removed(u64),
     /// A panic, in the raft crate most likely.
     #[error("the raft thread panicked: {0}")]
     Panicked(String),
@@ -153,4 +198,17 @@ pub struct Status {
     pub voters: Vec<u64>,
     /// The members that only follow.
     pub learners: Vec<u64>,
+    /// The voters of the other side while a change of members is under way.
+    pub outgoing: Vec<u64>,
+    /// On the leader: how far each other member is.
+    pub progress: BTreeMap<u64, Progress>,
+}
+
+/// How far another member is, as the leader knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Progress {
+    /// The highest index that its log is known to hold.
+    pub matched: u64,
+    /// It was heard within the last election timeout.
+    pub active: bool,
 }

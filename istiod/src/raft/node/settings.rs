@@ -35,6 +35,8 @@ pub struct Settings {
     pub answer_within: Duration,
     /// A read that was not confirmed in this time is asked again: Raft drops such requests without a word.
     pub read_retry: Duration,
+    /// Messages that announce a snapshot carry it; otherwise only its point, and the transport reads the file.
+    pub inline_snapshots: bool,
     /// Where the spread of election timeouts comes from.
     pub election_seed: u64,
 }
@@ -58,6 +60,7 @@ impl Settings {
             segment_bytes: SEGMENT_BYTES,
             answer_within: Duration::from_secs(5),
             read_retry: Duration::from_millis(200),
+            inline_snapshots: true,
             election_seed,
         }
     }

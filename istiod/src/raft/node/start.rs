@@ -8,7 +8,7 @@ use raft::RawNode;
 
 use super::storage::LogStorage;
 use super::{
-    Driver, Fatal, MACHINE_KEYS, Reads, SESSION_KEYS, Settings, Waiting, decode_body, drain, stored_writes,
+    Driver, Fatal, MACHINE_KEYS, Proposals, Reads, SESSION_KEYS, Settings, Waiting, decode_body, drain, stored_writes,
 };
 use crate::raft::log::Log;
 use crate::raft::machine::StateMachine;
@@ -98,7 +98,8 @@ impl<M: StateMachine> Driver<M> {
         }
         let conf_state = mark.conf_state.unwrap_or_default().into();
         let config = settings.raft(mark.index);
-        let storage = LogStorage { log, snapshots, conf_state, wanted: Cell::new(false) };
+        let inline = settings.inline_snapshots;
+        let storage = LogStorage { log, snapshots, conf_state, inline, wanted: Cell::new(false) };
         let raw = RawNode::new(&config, storage, &drain::logger())?;
         let mut driver = Self {
             raw,
@@ -110,6 +111,7 @@ impl<M: StateMachine> Driver<M> {
             client,
             applied: (mark.index, mark.term),
             shown: 0,
+            proposals: Proposals::default(),
             waiting: Waiting::default(),
             reads: Reads::new(client),
             snapshot: (newest.map_or(0, |(index, _)| index), false, 0),

@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 
+use bytes::Bytes;
 use raft::eraftpb::{ConfState, Entry, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 
@@ -15,6 +16,8 @@ pub(super) struct LogStorage {
     pub(super) snapshots: Snapshots,
     /// The members as of the applied index.
     pub(super) conf_state: ConfState,
+    /// Whether a snapshot for a peer is read here, or by the transport.
+    pub(super) inline: bool,
     /// A peer needs a newer snapshot than there is.
     pub(super) wanted: Cell<bool>,
 }
@@ -58,7 +61,12 @@ impl Storage for LogStorage {
 
     fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
         let least = request_index.max(self.log.start().0);
-        match self.snapshots.load(least) {
+        let found = if self.inline {
+            self.snapshots.load(least)
+        } else {
+            self.snapshots.point_at(least).map(|metadata| (metadata, Bytes::new()))
+        };
+        match found {
             Ok((metadata, _)) if !knows(&metadata, to) => {
                 // The peer became a member later; it refuses a snapshot in which it is none.
                 self.wanted.set(true);

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use bytes::Bytes;
 use raft::eraftpb::{ConfState, Message};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use super::{Answer, Driver, Event, Fatal, Output, Refusal, SnapshotJob, Status, Transport};
+use super::{Answer, Driver, Event, Fatal, Forward, Output, Refusal, SnapshotJob, Status, Transport};
 use crate::raft::machine::StateMachine;
 use crate::raft::metrics::Metrics;
 use crate::raft::wire;
@@ -23,6 +24,9 @@ const REQUESTS: usize = 1024;
 const MESSAGES: usize = 4096;
 /// Requests taken in one step, which share one fdatasync.
 const BATCH: usize = 512;
+
+/// Numbers of requests that are no proposals begin here.
+const OTHERS: u64 = 1 << 63;
 
 /// A running member. Clones are handles to the same one.
 pub struct Node<M: StateMachine> {
@@ -58,6 +62,7 @@ enum Request<M: StateMachine> {
     Propose(Vec<u8>, oneshot::Sender<Result<(u64, M::Answer), Refusal>>),
     Members(wire::ConfChangeV2, oneshot::Sender<Result<(u64, ConfState), Refusal>>),
     Read(oneshot::Sender<Result<u64, Refusal>>),
+    Forwarded(Bytes, oneshot::Sender<Result<(), Refusal>>),
     Inspect(Inspect<M>),
 }
 
@@ -71,6 +76,7 @@ enum Reply<A> {
     Propose(oneshot::Sender<Result<(u64, A), Refusal>>, Instant),
     Members(oneshot::Sender<Result<(u64, ConfState), Refusal>>),
     Read(oneshot::Sender<Result<u64, Refusal>>),
+    Forwarded(oneshot::Sender<Result<(), Refusal>>),
 }
 
 impl<M: StateMachine> Node<M> {
@@ -98,7 +104,8 @@ impl<M: StateMachine> Node<M> {
             to_self: messages.clone(),
             status: status_out,
             replies: BTreeMap::new(),
-            sequence: 0,
+            proposals: 0,
+            others: OTHERS,
             snapshot: None,
         };
         // The runtime is only for the timer and the queues; everything that blocks blocks this thread alone.
@@ -143,6 +150,16 @@ impl<M: StateMachine> Node<M> {
     pub async fn read_index(&self) -> Result<u64, RequestError> {
         let (reply, answer) = oneshot::channel();
         self.ask(Request::Read(reply), answer).await
+    }
+
+    /// Puts another member's proposal into the log that this member leads. That member learns what becomes of it.
+    ///
+    /// # Errors
+    ///
+    /// [`RequestError`].
+    pub async fn take_forwarded(&self, proposal: Bytes) -> Result<(), RequestError> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Request::Forwarded(proposal, reply), answer).await
     }
 
     /// Looks at the state machine as it is after some step; no command is applied meanwhile, so `look` must be short.
@@ -207,7 +224,9 @@ struct Worker<M: StateMachine> {
     to_self: mpsc::Sender<Event>,
     status: watch::Sender<Status>,
     replies: BTreeMap<u64, Reply<M::Answer>>,
-    sequence: u64,
+    /// Numbers of proposals are without gaps, because the table of sessions remembers gaps.
+    proposals: u64,
+    others: u64,
     snapshot: Option<JoinHandle<()>>,
 }
 
@@ -261,7 +280,10 @@ impl<M: StateMachine> Worker<M> {
         for request in requests.drain(..) {
             match request {
                 Request::Inspect(look) => looks.push(look),
-                other @ (Request::Propose(..) | Request::Members(..) | Request::Read(_)) => {
+                other @ (Request::Propose(..)
+                | Request::Members(..)
+                | Request::Read(_)
+                | Request::Forwarded(..)) => {
                     events.extend(self.note(other, now));
                 }
             }
@@ -278,6 +300,9 @@ impl<M: StateMachine> Worker<M> {
             *shown = status;
             changed
         });
+        if !out.forwards.is_empty() {
+            self.transport.forward(out.forwards);
+        }
         for (sequence, answer) in out.answers {
             self.answer(sequence, answer);
         }
@@ -286,8 +311,9 @@ impl<M: StateMachine> Worker<M> {
     }
 
     fn note(&mut self, request: Request<M>, now: Instant) -> Option<Event> {
-        self.sequence += 1;
-        let sequence = self.sequence;
+        let next = if matches!(request, Request::Propose(..)) { &mut self.proposals } else { &mut self.others };
+        *next += 1;
+        let sequence = *next;
         let (reply, event) = match request {
             Request::Propose(command, reply) => {
                 (Reply::Propose(reply, now), Event::Propose { sequence, command })
@@ -296,6 +322,9 @@ impl<M: StateMachine> Worker<M> {
                 (Reply::Members(reply), Event::ChangeMembers { sequence, change })
             }
             Request::Read(reply) => (Reply::Read(reply), Event::Read { sequence }),
+            Request::Forwarded(proposal, reply) => {
+                (Reply::Forwarded(reply), Event::Forwarded { sequence, proposal })
+            }
             Request::Inspect(_) => return None,
         };
         self.replies.insert(sequence, reply);
@@ -314,6 +343,7 @@ impl<M: StateMachine> Worker<M> {
                 reply.send(Ok((index, state))).is_err()
             }
             (Some(Reply::Read(reply)), Answer::Readable(index)) => reply.send(Ok(index)).is_err(),
+            (Some(Reply::Forwarded(reply)), Answer::Accepted) => reply.send(Ok(())).is_err(),
             (Some(reply), Answer::Refused(refusal)) => {
                 refused(&refusal);
                 self.metrics.refused();
@@ -321,9 +351,10 @@ impl<M: StateMachine> Worker<M> {
                     Reply::Propose(reply, _) => reply.send(Err(refusal)).is_err(),
                     Reply::Members(reply) => reply.send(Err(refusal)).is_err(),
                     Reply::Read(reply) => reply.send(Err(refusal)).is_err(),
+                    Reply::Forwarded(reply) => reply.send(Err(refusal)).is_err(),
                 }
             }
-            (None, _) | (Some(_), Answer::Applied(..) | Answer::Members(..) | Answer::Readable(_)) => true,
+            (None, _) | (Some(_), Answer::Applied(..) | Answer::Accepted | Answer::Members(..) | Answer::Readable(_)) => true,
         };
         if gone {
             tracing::trace!(sequence, "nobody waits for this answer");
@@ -361,5 +392,9 @@ pub struct NoPeers;
 impl Transport for NoPeers {
     fn send(&mut self, messages: Vec<Message>) {
         tracing::trace!(dropped = messages.len(), "messages to peers that nobody carries");
+    }
+
+    fn forward(&mut self, forwards: Vec<Forward>) {
+        tracing::trace!(dropped = forwards.len(), "proposals to a leader that nobody reaches");
     }
 }

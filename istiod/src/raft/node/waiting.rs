@@ -1,11 +1,11 @@
-//! Who waits for what: proposals until they are applied, reads until what they may see is applied.
+//! Who waits for what: changes of members until they are applied, reads until what they may see is applied.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::{Answer, Output, Refusal};
 
-/// Proposals on their way, with their deadlines.
+/// Changes of members on their way, with their deadlines.
 #[derive(Default)]
 pub(super) struct Waiting {
     deadlines: BTreeMap<u64, Instant>,
