@@ -294,9 +294,10 @@ impl<M: StateMachine> Driver<M> {
             return;
         }
         let voters = &self.raw.store().conf_state.voters;
-        let others = raft.prs().iter().filter(|(id, progress)| {
-            **id != raft.id && progress.recent_active && voters.contains(id)
-        });
+        let others = raft
+            .prs()
+            .iter()
+            .filter(|(id, progress)| **id != raft.id && progress.recent_active && voters.contains(id));
         let next = others.max_by_key(|(id, progress)| (progress.matched, **id)).map(|(id, _)| *id);
         if let Some(next) = next {
             tracing::info!(member = raft.id, to = next, "leadership is handed over");

@@ -185,11 +185,7 @@ impl Snapshots {
         self.read_file(&self.path(index, term), (index, term))
     }
 
-    fn read_file(
-        &self,
-        path: &Path,
-        point: (u64, u64),
-    ) -> Result<(SnapshotMetadata, Bytes), SnapshotError> {
+    fn read_file(&self, path: &Path, point: (u64, u64)) -> Result<(SnapshotMetadata, Bytes), SnapshotError> {
         let bytes = self.disk.read(path).map_err(io("read", path))?;
         let corrupt = |offset| SnapshotError::Corrupt { path: path.to_owned(), offset };
         let (head, mut at) = read_head(&bytes, path)?;

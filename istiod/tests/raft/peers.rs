@@ -76,7 +76,8 @@ impl Cluster {
     }
 
     async fn start_member(&mut self, id: u64) {
-        let beginning = if self.voters.contains(&id) { Beginning::Found(&self.voters) } else { Beginning::Join };
+        let beginning =
+            if self.voters.contains(&id) { Beginning::Found(&self.voters) } else { Beginning::Join };
         let settings = Settings { inline_snapshots: false, ..busy(id, id) };
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
         let identity = tls::identity(self.root(), id, clock(), &tasks, stop.clone()).await.unwrap();
@@ -230,10 +231,8 @@ async fn a_member_that_was_away_is_sent_the_snapshot_file_and_a_new_one_joins_by
     cluster.applied(away, last).await;
     // Somebody new is nothing until it is made a learner.
     cluster.start_member(4).await;
-    let changes = vec![wire::ConfChangeSingle {
-        change_type: wire::ConfChangeType::AddLearnerNode.into(),
-        node_id: 4,
-    }];
+    let changes =
+        vec![wire::ConfChangeSingle { change_type: wire::ConfChangeType::AddLearnerNode.into(), node_id: 4 }];
     let change = wire::ConfChangeV2 { changes, ..wire::ConfChangeV2::default() };
     let leader = cluster.leader().await;
     let (index, members) = cluster.node(leader).change_members(change).await.unwrap();
@@ -266,10 +265,7 @@ async fn without_a_quorum_a_write_is_told_and_a_removed_member_stops() {
     write(cluster.node(leader), "b=1").await;
     cluster.stop_member(leader).await.unwrap();
     let error = cluster.node(followers[1]).propose(b"c=1".to_vec()).await.unwrap_err();
-    assert!(
-        matches!(error, RequestError::Refused(Refusal::NoLeader | Refusal::Unknown)),
-        "{error}"
-    );
+    assert!(matches!(error, RequestError::Refused(Refusal::NoLeader | Refusal::Unknown)), "{error}");
     cluster.stop().await;
 }
 
@@ -286,8 +282,11 @@ async fn strangers_and_certificates_of_the_mesh_are_refused_and_garbage_harms_no
     let authority = Arc::new(
         mesh.member(&domain, "1", Lifetimes::default(), clock()(), Serial::random().unwrap()).unwrap(),
     );
-    let local =
-        Local { authority: Box::new(move || Arc::clone(&authority)), dns_names: vec![tls::server_name(2)], clock: clock() };
+    let local = Local {
+        authority: Box::new(move || Arc::clone(&authority)),
+        dns_names: vec![tls::server_name(2)],
+        clock: clock(),
+    };
     let source = CertificateSource {
         issuance: local,
         clock: clock(),

@@ -8,7 +8,8 @@ use raft::RawNode;
 
 use super::storage::LogStorage;
 use super::{
-    Driver, Fatal, MACHINE_KEYS, Proposals, Reads, SESSION_KEYS, Settings, Waiting, decode_body, drain, stored_writes,
+    Driver, Fatal, MACHINE_KEYS, Proposals, Reads, SESSION_KEYS, Settings, Waiting, decode_body, drain,
+    stored_writes,
 };
 use crate::raft::log::Log;
 use crate::raft::machine::StateMachine;

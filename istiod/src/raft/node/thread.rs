@@ -311,7 +311,8 @@ impl<M: StateMachine> Worker<M> {
     }
 
     fn note(&mut self, request: Request<M>, now: Instant) -> Option<Event> {
-        let next = if matches!(request, Request::Propose(..)) { &mut self.proposals } else { &mut self.others };
+        let next =
+            if matches!(request, Request::Propose(..)) { &mut self.proposals } else { &mut self.others };
         *next += 1;
         let sequence = *next;
         let (reply, event) = match request {
@@ -354,7 +355,10 @@ impl<M: StateMachine> Worker<M> {
                     Reply::Forwarded(reply) => reply.send(Err(refusal)).is_err(),
                 }
             }
-            (None, _) | (Some(_), Answer::Applied(..) | Answer::Accepted | Answer::Members(..) | Answer::Readable(_)) => true,
+            (None, _)
+            | (Some(_), Answer::Applied(..) | Answer::Accepted | Answer::Members(..) | Answer::Readable(_)) => {
+                true
+            }
         };
         if gone {
             tracing::trace!(sequence, "nobody waits for this answer");

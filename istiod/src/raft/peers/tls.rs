@@ -56,7 +56,8 @@ pub fn server_name(id: u64) -> String {
 #[must_use]
 pub fn member_of(peer: &PeerCertificates) -> Option<u64> {
     let facts = Facts::parse(peer.chain().first()?).ok()?;
-    let id = |name: &String| name.strip_prefix("member-")?.strip_suffix(DOMAIN)?.strip_suffix('.')?.parse().ok();
+    let id =
+        |name: &String| name.strip_prefix("member-")?.strip_suffix(DOMAIN)?.strip_suffix('.')?.parse().ok();
     facts.dns.iter().find_map(id)
 }
 
