@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use super::{Checker, grammar};
 use crate::config::node::Segment;
 use crate::model::traffic::{
-    CorsPolicy, Delegate, Destination, ErrorType, FaultAbort, FaultDelay, HeaderOperations, Headers,
-    HttpBodySpecifier, HttpDelayType, HttpDirectResponse, HttpFaultInjection, HttpMatchRequest, HttpRedirect,
-    HttpRetry, HttpRewrite, HttpRoute, HttpRouteDestination, L4MatchAttributes, Percent, RedirectPort,
-    RouteDestination, StringMatch, TcpRoute, TlsRoute, VirtualService,
+    CorsPolicy, Delegate, Destination, ErrorType, FaultAbort, FaultDelay, GRPC_STATUS, HeaderOperations,
+    Headers, HttpBodySpecifier, HttpDelayType, HttpDirectResponse, HttpFaultInjection, HttpMatchRequest,
+    HttpRedirect, HttpRetry, HttpRewrite, HttpRoute, HttpRouteDestination, L4MatchAttributes, Percent,
+    RedirectPort, RouteDestination, StringMatch, TcpRoute, TlsRoute, VirtualService, grpc_status,
 };
 
 /// Largest body of a direct response, in bytes.
@@ -366,27 +366,6 @@ fn check_delay(cx: &mut Checker, delay: &FaultDelay) {
     cx.refuse(!(0..=100).contains(&delay.percent), "percent", "must be between 0 and 100");
 }
 
-/// Names of gRPC status codes.
-const GRPC_STATUS: &[&str] = &[
-    "OK",
-    "CANCELLED",
-    "UNKNOWN",
-    "INVALID_ARGUMENT",
-    "DEADLINE_EXCEEDED",
-    "NOT_FOUND",
-    "ALREADY_EXISTS",
-    "PERMISSION_DENIED",
-    "RESOURCE_EXHAUSTED",
-    "FAILED_PRECONDITION",
-    "ABORTED",
-    "OUT_OF_RANGE",
-    "UNIMPLEMENTED",
-    "INTERNAL",
-    "UNAVAILABLE",
-    "DATA_LOSS",
-    "UNAUTHENTICATED",
-];
-
 fn check_abort(cx: &mut Checker, abort: &FaultAbort) {
     match &abort.error_type {
         None => cx.error("must have one of httpStatus and grpcStatus"),
@@ -394,8 +373,7 @@ fn check_abort(cx: &mut Checker, abort: &FaultAbort) {
             cx.refuse(!(200..=599).contains(status), "httpStatus", "must be a status code, 200 to 599");
         }
         Some(ErrorType::GrpcStatus(status)) => {
-            let number = status.parse::<u8>().is_ok_and(|status| status <= 16);
-            if !number && !GRPC_STATUS.contains(&status.as_str()) {
+            if grpc_status(status).is_none() {
                 cx.error_at("grpcStatus", format!("must be a gRPC status: {}", GRPC_STATUS.join(", ")));
             }
         }

@@ -363,3 +363,31 @@ oneof! {
         Http2Error(String) = "http2Error",
     }
 }
+
+/// The gRPC status codes by number (gRPC, "Status codes and their use in gRPC").
+pub const GRPC_STATUS: [&str; 17] = [
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+];
+
+/// A gRPC status by name or number.
+#[must_use]
+pub fn grpc_status(text: &str) -> Option<u32> {
+    let by_name = GRPC_STATUS.iter().position(|known| *known == text).and_then(|n| u32::try_from(n).ok());
+    by_name.or_else(|| text.parse().ok().filter(|code| *code <= 16))
+}

@@ -9,7 +9,7 @@ use envoy_types::pb::envoy::extensions::filters::http::cors::v3 as cors;
 use envoy_types::pb::envoy::extensions::filters::http::fault::v3 as fault;
 use registry::model::traffic::{
     CorsPolicy, ErrorType, FaultAbort, FaultDelay, HeaderOperations, Headers, HttpDelayType,
-    HttpFaultInjection, UnmatchedPreflights,
+    HttpFaultInjection, UnmatchedPreflights, grpc_status,
 };
 
 use super::super::pb;
@@ -120,31 +120,6 @@ fn abort(abort: &FaultAbort) -> Option<fault::FaultAbort> {
         error_type: Some(error_type),
         ..Default::default()
     })
-}
-
-/// A gRPC status by name (gRPC, "Status codes") or number.
-fn grpc_status(name: &str) -> Option<u32> {
-    const NAMES: [&str; 17] = [
-        "OK",
-        "CANCELLED",
-        "UNKNOWN",
-        "INVALID_ARGUMENT",
-        "DEADLINE_EXCEEDED",
-        "NOT_FOUND",
-        "ALREADY_EXISTS",
-        "PERMISSION_DENIED",
-        "RESOURCE_EXHAUSTED",
-        "FAILED_PRECONDITION",
-        "ABORTED",
-        "OUT_OF_RANGE",
-        "UNIMPLEMENTED",
-        "INTERNAL",
-        "UNAVAILABLE",
-        "DATA_LOSS",
-        "UNAUTHENTICATED",
-    ];
-    let by_name = NAMES.iter().position(|known| *known == name).and_then(|n| u32::try_from(n).ok());
-    by_name.or_else(|| name.parse().ok().filter(|code| *code <= 16))
 }
 
 /// The CORS policy of a route.
