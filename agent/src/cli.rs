@@ -174,6 +174,7 @@ impl Member {
             data_dir: self.data_dir.clone(),
             token,
             endpoints: self.endpoints.clone(),
+            node: format!("{}@{}", self.name, self.address),
             certificate_lifetime: self.certificate_lifetime.map(Duration::from_secs),
             workload: if self.no_register { None } else { Some(self.workload()?) },
             seat,

@@ -14,6 +14,7 @@ use envoy_types::pb::google::protobuf::{Struct, Value, value::Kind};
 use proxy::xds::client::Protocol;
 use proxy::xds::decode::Address;
 use proxy::xds::transport::{ServerTls, Settings};
+use tokio::sync::watch;
 
 use crate::register::Workload;
 
@@ -27,8 +28,10 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// Join token; not needed after the first start.
     pub token: Option<JoinToken>,
-    /// Addresses of the control plane that replace the token's.
+    /// Addresses of the control plane that replace the token's, until it tells its members.
     pub endpoints: Vec<String>,
+    /// What sets this agent apart from others: its order of preference among members depends on it.
+    pub node: String,
     /// Lifetime to ask certificates for; the control plane's default when `None`.
     pub certificate_lifetime: Option<Duration>,
     /// What to register; `None` for a proxy without an application.
@@ -75,25 +78,26 @@ pub struct ProxySeat {
 }
 
 impl ProxySeat {
-    /// What the proxy is told: who it is, and a control plane at these addresses that it trusts by its identity.
+    /// What the proxy is told: who it is, and a control plane of these members that it trusts by its identity.
     ///
     /// # Errors
     ///
     /// An address that is none, or an identity that TLS cannot use.
     pub fn config(
         self,
-        endpoints: &[String],
+        members: watch::Receiver<Vec<String>>,
         identity: IdentityWatch,
     ) -> anyhow::Result<proxy::config::Config> {
         let spiffe_id = identity.borrow().spiffe_id.clone();
         let (namespace, service_account) = spiffe_id.workload_parts().unwrap_or_default();
         let control_plane = ExpectedIdentities::one(SpiffeId::control_plane(&spiffe_id.trust_domain()));
         let tls = ca::tls::client_config(identity.clone(), control_plane, &[b"h2"])?;
-        let servers = endpoints.iter().map(|e| address(e)).collect::<anyhow::Result<_>>()?;
+        let servers = members.borrow().iter().map(|e| address(e)).collect::<anyhow::Result<_>>()?;
         let name = rustls::pki_types::ServerName::try_from(CONTROL_PLANE_NAME)?;
         let mut config = proxy::config::Config::new(self.node(namespace, service_account));
         config.xds = Some(Settings {
             servers,
+            members: Some(members),
             tls: Some(ServerTls { config: tls, name: Some(name) }),
             protocol: Protocol::Delta,
             authority: None,
@@ -138,12 +142,7 @@ impl ProxySeat {
 }
 
 fn address(endpoint: &str) -> anyhow::Result<Address> {
-    if let Ok(socket) = endpoint.parse() {
-        return Ok(Address::Socket(socket));
-    }
-    let parts = endpoint.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?)));
-    let (host, port) = parts.with_context(|| format!("`{endpoint}` is not HOST:PORT"))?;
-    Ok(Address::Name(host.into(), port))
+    Address::parse(endpoint).with_context(|| format!("`{endpoint}` is not HOST:PORT"))
 }
 
 fn text(value: &str) -> Value {

@@ -15,15 +15,16 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
+use crate::members::Followed;
 
 /// File of the key store that says where the control plane is and who we are, for starts without a token.
 const MEMBERSHIP_FILE: &str = "membership.json";
 
 /// What joining gives.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Joined {
-    /// Addresses of the control plane, `host:port`.
-    pub endpoints: Vec<String>,
+    /// The members of the control plane.
+    pub members: Followed,
     /// Who we are; renewed in the background.
     pub identity: IdentityWatch,
 }
@@ -75,11 +76,16 @@ pub async fn identity(
     };
     let expected =
         SpiffeId::workload(&membership.trust_domain, &membership.namespace, &membership.service_account)?;
-    let endpoints = if config.endpoints.is_empty() { membership.endpoints } else { config.endpoints.clone() };
-    let issuance = match &config.token {
-        Some(token) => Remote::with_token(JoinToken { endpoints: endpoints.clone(), ..token.clone() }),
-        None => Remote::renew_only(endpoints.clone()),
+    let members = match (&config.token, config.endpoints.as_slice()) {
+        (None, []) => Followed::remembered(&config.node, membership.endpoints, store.clone())?,
+        (Some(_), []) => Followed::told(&config.node, membership.endpoints, store.clone()),
+        (_, given) => Followed::told(&config.node, given.to_vec(), store.clone()),
     };
+    let issuance = match &config.token {
+        Some(token) => Remote::with_token(token.clone()),
+        None => Remote::renew_only(Vec::new()),
+    };
+    let issuance = issuance.following(members.list());
     let source = CertificateSource {
         issuance,
         clock: clock(),
@@ -90,7 +96,7 @@ pub async fn identity(
     };
     let identity = source.start(tasks, stop).await.context("cannot get a certificate")?;
     tracing::info!(peer = %identity.borrow().spiffe_id, "joined the mesh");
-    Ok(Joined { endpoints, identity })
+    Ok(Joined { members, identity })
 }
 
 fn remembered(store: &KeyStore) -> anyhow::Result<Membership> {

@@ -1,12 +1,14 @@
 //! The node agent: what runs beside an application so that it is a member of the mesh.
 //!
-//! [`cli`] says what can be asked of it; [`join`] gets the identity, with a token the first time; [`register`] makes
-//! the workload an endpoint and says when it may be sent traffic; [`secrets`] hands the certificate to a stock Envoy.
+//! [`cli`] says what can be asked of it; [`join`] gets the identity, with a token the first time; [`members`] follows
+//! who the members of the control plane are; [`register`] makes the workload an endpoint and says when it may be sent
+//! traffic; [`secrets`] hands the certificate to a stock Envoy.
 //! The proxy itself is the crate `proxy`, run in this process.
 
 pub mod cli;
 pub mod config;
 pub mod join;
+pub mod members;
 pub mod register;
 pub mod secrets;
 
@@ -28,7 +30,9 @@ pub async fn run(config: Config, log: Option<LogLevel>, stop: CancellationToken)
     // The identity is renewed until the data plane has drained.
     let ended = CancellationToken::new();
     let joined = join::identity(&config, &tasks, ended.clone()).await?;
-    let control_plane = register::ControlPlane::new(joined.endpoints.clone(), joined.identity.clone());
+    let members = joined.members.list();
+    let control_plane = register::ControlPlane::new(members.clone(), joined.identity.clone());
+    tasks.spawn(joined.members.follow(control_plane.clone(), ended.clone()));
     let registration = config.workload.map(|workload| register::Registration::new(workload, control_plane));
 
     let data_plane = CancellationToken::new();
@@ -42,7 +46,7 @@ pub async fn run(config: Config, log: Option<LogLevel>, stop: CancellationToken)
     });
     let outcome = match config.seat {
         Seat::Proxy(proxy) => {
-            let config = proxy.config(&joined.endpoints, joined.identity)?;
+            let config = proxy.config(members, joined.identity)?;
             match Proxy::start(config, log).await {
                 Ok(proxy) => {
                     proxy.run(data_plane).await;

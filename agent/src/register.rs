@@ -8,6 +8,7 @@ use std::time::Duration;
 use ca::identity::SpiffeId;
 use ca::tls::{ExpectedIdentities, IdentityWatch};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
@@ -74,23 +75,25 @@ pub struct Workload {
 /// The control plane, called with the current certificate.
 #[derive(Debug, Clone)]
 pub struct ControlPlane {
-    endpoints: Vec<String>,
+    members: watch::Receiver<Vec<String>>,
     identity: IdentityWatch,
 }
 
 impl ControlPlane {
-    /// A control plane at these addresses (`host:port`).
+    /// A control plane of these members (`host:port`), the preferred one first.
     #[must_use]
-    pub fn new(endpoints: Vec<String>, identity: IdentityWatch) -> Self {
-        Self { endpoints, identity }
+    pub fn new(members: watch::Receiver<Vec<String>>, identity: IdentityWatch) -> Self {
+        Self { members, identity }
     }
 
     /// A connection to the member whose turn it is.
-    async fn client(&self, turn: usize) -> Result<WorkloadServiceClient<Channel>, Status> {
-        let endpoint = turn
-            .checked_rem(self.endpoints.len())
-            .and_then(|index| self.endpoints.get(index))
-            .ok_or_else(|| Status::failed_precondition("no address of a control plane"))?;
+    pub(crate) async fn client(&self, turn: usize) -> Result<WorkloadServiceClient<Channel>, Status> {
+        let endpoint = {
+            let members = self.members.borrow();
+            turn.checked_rem(members.len()).and_then(|index| members.get(index)).cloned()
+        };
+        let endpoint =
+            &endpoint.ok_or_else(|| Status::failed_precondition("no address of a control plane"))?;
         let control_plane = SpiffeId::control_plane(&self.identity.borrow().spiffe_id.trust_domain());
         let tls =
             ca::tls::client_config(self.identity.clone(), ExpectedIdentities::one(control_plane), &[b"h2"])
@@ -252,21 +255,34 @@ impl Registration {
         }
     }
 
+    /// Tells one member after the other until one knows.
     async fn leave(&self, entry: &str) {
+        let (mut pause, mut turn) = (FIRST_PAUSE, 0);
+        loop {
+            match self.deregister(entry, turn).await {
+                Ok(()) => {
+                    tracing::info!(workload = %self.workload.name, "left the mesh");
+                    return;
+                }
+                Err(status) if status.code() == Code::Unavailable => {
+                    tracing::debug!(error = status.message(), "cannot leave yet");
+                }
+                Err(status) => {
+                    tracing::warn!(workload = %self.workload.name, error = status.message(), "cannot leave");
+                    return;
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+            turn = turn.wrapping_add(1);
+        }
+    }
+
+    async fn deregister(&self, entry: &str, turn: usize) -> Result<(), Status> {
         let (namespace, _) = self.control_plane.namespace_and_account();
         let (name, session) = (entry.to_owned(), self.workload.session.clone());
-        let outcome = match self.control_plane.client(0).await {
-            Ok(mut client) => {
-                client.deregister(DeregisterRequest { name, namespace, session }).await.map(|_| ())
-            }
-            Err(status) => Err(status),
-        };
-        match outcome {
-            Ok(()) => tracing::info!(workload = %self.workload.name, "left the mesh"),
-            Err(status) => {
-                tracing::warn!(workload = %self.workload.name, error = status.message(), "cannot leave")
-            }
-        }
+        let mut client = self.control_plane.client(turn).await?;
+        client.deregister(DeregisterRequest { name, namespace, session }).await.map(|_| ())
     }
 }
 

@@ -22,6 +22,7 @@ use registry::state::{Batch, ObjectKey, ObjectResult};
 use serde_json::Value;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use xds::balance::Fleet;
 use xds::status::Status;
 
 use crate::raft::{Command, Outcome, ProposeError, Raft, View};
@@ -109,9 +110,16 @@ pub struct Api {
     pub clock: Clock,
     /// Where agents reach the xDS port, `host:port`.
     pub xds: String,
+    /// Who serves agents: the members, this one among them.
+    pub fleet: watch::Receiver<Fleet>,
 }
 
 impl Api {
+    /// The addresses of the xDS and certificate port of all members.
+    fn addresses(&self) -> Vec<String> {
+        self.fleet.borrow().addresses().map(str::to_owned).collect()
+    }
+
     fn snapshot(&self) -> Arc<Snapshot> {
         self.snapshots.borrow().clone()
     }
@@ -325,7 +333,7 @@ impl Api {
             trust_domain: self.issuing.load().trust_domain().clone(),
         };
         let root = issuing.roots().first().ok_or_else(|| ApiError::Internal("no root".to_owned()))?;
-        let token = JoinToken::generate(binding, vec![self.xds.clone()], Hash::of(root))
+        let token = JoinToken::generate(binding, self.addresses(), Hash::of(root))
             .map_err(|e| ApiError::Internal(e.to_string()))?;
         let expires = (self.clock)() + lifetime;
         let record = TokenRecord::of(&token, expires, request.uses, author);
@@ -382,6 +390,7 @@ impl Api {
             member: status.id,
             role: if status.leading { "leader" } else { "follower" }.to_owned(),
             xds: self.xds.clone(),
+            xds_members: self.addresses(),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What agents ask for: a certificate for a join token, and the registration of their workload.
 
 use std::net::IpAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use ca::renewal::Clock;
 use ca::service::{Backend, RedeemError};
 use ca::state::{CaCommand, CaOutcome, Redemption};
 use ca::tls::PeerCertificates;
+use futures::{Stream, StreamExt};
 use registry::config::{Kind, Object};
 use registry::model::workload::WorkloadGroup;
 use registry::snapshot::Snapshot;
@@ -18,11 +20,14 @@ use registry::source::vm::{self, Join};
 use registry::state::{Batch, Command as Change, CommandOutcome, Registration, WorkloadKey};
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use wire::mesh::workload_service_server::WorkloadService;
 use wire::mesh::{
-    DeregisterRequest, DeregisterResponse, HealthRequest, HealthResponse, RegisterRequest, RegisterResponse,
+    DeregisterRequest, DeregisterResponse, HealthRequest, HealthResponse, Members, RegisterRequest,
+    RegisterResponse, WatchMembersRequest,
 };
+use xds::balance::Fleet;
 
 use crate::authority::Issuing;
 use crate::liveness::Liveness;
@@ -52,6 +57,10 @@ pub(crate) struct Joining {
     pub(crate) liveness: Liveness,
     /// What time it is.
     pub(crate) clock: Clock,
+    /// Who the members are.
+    pub(crate) fleet: watch::Receiver<Fleet>,
+    /// Ends what goes on for long.
+    pub(crate) stop: CancellationToken,
 }
 
 impl Backend for Joining {
@@ -59,7 +68,13 @@ impl Backend for Joining {
         let unavailable = |e: ProposeError| RedeemError::Unavailable(e.to_string());
         let now = (self.clock)();
         // Whoever has no good token writes nothing to the log.
-        let view = self.raft.view().await.map_err(unavailable)?;
+        let mut view = self.raft.view().await.map_err(unavailable)?;
+        if view.ca.check_redeem(&token, key_hash, now).is_err() {
+            // The token may have been made at another member a moment ago: refuse only by what holds everywhere.
+            drop(view);
+            self.raft.read_index().await.map_err(unavailable)?;
+            view = self.raft.view().await.map_err(unavailable)?;
+        }
         if view.ca.check_redeem(&token, key_hash, now)? == Redemption::Repeated
             && let Some(record) = view.ca.token(&token.id)
         {
@@ -112,6 +127,23 @@ impl Joining {
         (registered, snapshot.revision().0)
     }
 
+    /// The registration of a workload as this session made it. What another member has just been told may not be here
+    /// yet, so nobody is said to be unknown before this member has caught up.
+    async fn registered_by(
+        &self,
+        key: &WorkloadKey,
+        session: &str,
+    ) -> Result<(Arc<Registration>, u64), Status> {
+        let known =
+            |(found, revision): (Option<Arc<Registration>>, u64)| found.map(|found| (found, revision));
+        if let Some(found) = known(self.registered(key)).filter(|(found, _)| found.session == session) {
+            return Ok(found);
+        }
+        self.raft.read_index().await.map_err(|e| Status::unavailable(e.to_string()))?;
+        known(self.registered(key))
+            .ok_or_else(|| Status::failed_precondition("this workload is not registered; register again"))
+    }
+
     async fn change(&self, author: &str, change: Change) -> Result<(u64, CommandOutcome), Status> {
         let since = (self.clock)().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let batch = Batch {
@@ -129,8 +161,28 @@ impl Joining {
     }
 }
 
+/// The members, and again whenever they change; `UNAVAILABLE` when this member stops.
+type MembersStream = Pin<Box<dyn Stream<Item = Result<Members, Status>> + Send>>;
+
 #[tonic::async_trait]
 impl WorkloadService for Joining {
+    type WatchMembersStream = MembersStream;
+
+    async fn watch_members(
+        &self,
+        request: Request<WatchMembersRequest>,
+    ) -> Result<Response<MembersStream>, Status> {
+        self.caller(&request)?;
+        let (fleet, stop) = (self.fleet.clone(), self.stop.clone());
+        let told = futures::stream::unfold((fleet, Vec::new()), async |(mut fleet, told)| {
+            let other = fleet.wait_for(|fleet| !fleet.addresses().eq(told.iter().map(String::as_str))).await;
+            let addresses: Vec<String> = other.ok()?.addresses().map(str::to_owned).collect();
+            Some((Ok(Members { addresses: addresses.clone() }), (fleet, addresses)))
+        });
+        let end = futures::stream::once(async { Err(Status::unavailable("the server is shutting down")) });
+        Ok(Response::new(Box::pin(told.take_until(stop.cancelled_owned()).chain(end))))
+    }
+
     async fn register(
         &self,
         request: Request<RegisterRequest>,
@@ -183,10 +235,7 @@ impl WorkloadService for Joining {
         own("namespace", &of, &namespace)?;
         let author = format!("agent {namespace}/{name}");
         let key = WorkloadKey { namespace, name };
-        let (registered, revision) = self.registered(&key);
-        let Some(registered) = registered else {
-            return Err(Status::failed_precondition("this workload is not registered; register again"));
-        };
+        let (registered, revision) = self.registered_by(&key, &session).await?;
         own("service account", &registered.service_account, &account)?;
         let fenced =
             || Status::failed_precondition("another session speaks for this workload; register again");

@@ -19,6 +19,7 @@ pub mod push;
 pub mod raft;
 mod upkeep;
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -27,10 +28,11 @@ use anyhow::Context;
 use ca::renewal::Clock;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use xds::server::{Ads, Authentication, JOINS};
+use xds::balance::{Fleet, Spread};
+use xds::server::{Ads, Authentication, JOINS, Joined};
 use xds::status::Status;
 
 use api::Api;
@@ -90,19 +92,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     tasks.spawn(push.run(stopped.clone()));
 
     // The ports.
-    let listen = async |address| {
-        TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
-    };
-    let (xds, admin, plain) =
-        (listen(config.xds).await?, listen(config.admin).await?, listen(config.metrics).await?);
+    let [xds, admin, plain] = listen([config.xds, config.admin, config.metrics]).await?;
     let advertised = config.advertise.clone().map_or_else(|| xds.local_addr().map(|a| a.to_string()), Ok)?;
-    let ads = Ads {
-        joins,
-        status: status.clone(),
-        authentication: Authentication::Required,
-        tasks: tasks.clone(),
-        stop: stopped.clone(),
-    };
+    let (_fleet, known) = watch::channel(Fleet::alone(&advertised));
+    let ads = serving(joins, &status, known.clone(), &tasks, &stopped);
     let joining = Joining {
         raft: started.raft.clone(),
         snapshots: started.snapshots.clone(),
@@ -110,6 +103,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         issuing: issuing.clone(),
         liveness,
         clock: clock.clone(),
+        fleet: known.clone(),
+        stop: stopped.clone(),
     };
     let api = Api {
         raft: started.raft.clone(),
@@ -118,6 +113,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         issuing,
         clock,
         xds: advertised,
+        fleet: known,
     };
     let access = ports::access(&config)?;
     tracing::info!(xds = %xds.local_addr()?, admin = %admin.local_addr()?, metrics = %plain.local_addr()?, "ready");
@@ -136,6 +132,35 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     match fatal {
         Some(why) => Err(why.into()),
         None => Ok(()),
+    }
+}
+
+/// A socket for each address.
+async fn listen<const N: usize>(addresses: [SocketAddr; N]) -> anyhow::Result<[TcpListener; N]> {
+    let bound = addresses.map(async |address| {
+        TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
+    });
+    let bound = futures::future::try_join_all(bound).await?;
+    bound.try_into().map_err(|_| anyhow::anyhow!("a socket is missing"))
+}
+
+/// The xDS service, which keeps to its share of all streams.
+fn serving(
+    joins: mpsc::Sender<Joined>,
+    status: &Status,
+    fleet: watch::Receiver<Fleet>,
+    tasks: &TaskTracker,
+    stop: &CancellationToken,
+) -> Ads {
+    let spread = Spread::new(fleet);
+    tasks.spawn(spread.clone().keep(stop.clone()));
+    Ads {
+        joins,
+        status: status.clone(),
+        spread,
+        authentication: Authentication::Required,
+        tasks: tasks.clone(),
+        stop: stop.clone(),
     }
 }
 

@@ -9,6 +9,7 @@ pub mod format;
 pub mod jwt;
 pub mod listener;
 pub mod matcher;
+pub mod members;
 pub mod mutation;
 pub mod parse;
 pub mod rbac;

@@ -21,9 +21,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::codegen::{Body, BoxFuture, Service, StdError, http};
+use tonic::metadata::{AsciiMetadataValue, MetadataMap};
 use tonic::server::{Grpc, NamedService, StreamingService};
 use tonic::{Request, Response, Status as Refusal, Streaming};
+use wire::members::{self, Hint};
 
+use crate::balance::{Place, Spread};
 use crate::cache::View;
 use crate::proxy::Proxy;
 use crate::status::{Connection, Status};
@@ -41,6 +44,9 @@ pub const JOINS: usize = 1024;
 
 /// A client that says nothing for this long after it opened a stream is cut.
 const FIRST_REQUEST: Duration = Duration::from_secs(15);
+
+/// A client that has more than we have waits this long for us to catch up before it is sent elsewhere.
+const CATCH_UP: Duration = Duration::from_secs(5);
 
 /// The largest request. A proxy with ten thousand resources tells the version of each when it reconnects.
 const REQUEST_BYTES: usize = 16 * 1024 * 1024;
@@ -72,6 +78,8 @@ pub struct Ads {
     pub joins: mpsc::Sender<Joined>,
     /// Where streams report.
     pub status: Status,
+    /// How streams spread over the members.
+    pub spread: Spread,
     /// Whether a certificate is needed.
     pub authentication: Authentication,
     /// Owns the streams' tasks.
@@ -146,12 +154,52 @@ impl StreamingService<Incoming> for Open {
                 ads.status.metrics().unauthenticated.inc();
                 return Err(Refusal::unauthenticated("a client certificate with a SPIFFE id is needed"));
             }
+            let place = ads.admit(request.metadata()).await?;
             let (outbox, responses) = mpsc::channel(OUTBOX);
             let tasks = ads.tasks.clone();
-            let task = Task { ads, variant, identity, requests: request.into_inner(), outbox };
+            let mut response = Response::new(ReceiverStream::new(responses));
+            members::tell(response.metadata_mut(), ads.spread.fleet().borrow().addresses());
+            let task = Task { ads, variant, identity, place, requests: request.into_inner(), outbox };
             tasks.spawn(task.run());
-            Ok(Response::new(ReceiverStream::new(responses)))
+            Ok(response)
         })
+    }
+}
+
+impl Ads {
+    /// A place for a stream with this metadata, once all that its client has is here too.
+    async fn admit(&self, metadata: &MetadataMap) -> Result<Place, Refusal> {
+        if self.stop.is_cancelled() {
+            return Err(self.elsewhere(Hint::Drain));
+        }
+        let number = |key: &str| metadata.get(key)?.to_str().ok()?.parse::<u64>().ok();
+        let place = self.spread.admit(number(members::REFUSALS)).map_err(|hint| self.elsewhere(hint))?;
+        match number(members::REVISION) {
+            Some(revision) if !self.catches_up(revision).await => Err(self.elsewhere(Hint::Behind)),
+            Some(_) | None => Ok(place),
+        }
+    }
+
+    /// Waits until views are of this revision or a later one; whether they are in time.
+    async fn catches_up(&self, revision: u64) -> bool {
+        tokio::select! {
+            reached = tokio::time::timeout(CATCH_UP, self.status.reached(revision)) => reached.is_ok(),
+            () = self.stop.cancelled() => false,
+        }
+    }
+
+    /// Tells a client to go to another member.
+    fn elsewhere(&self, hint: Hint) -> Refusal {
+        let text = match hint {
+            Hint::Surplus => "this member serves its share, go to another",
+            Hint::Drain => "the server is shutting down",
+            Hint::Behind => "this member has not applied what the client has, go to another",
+        };
+        let mut refusal = Refusal::unavailable(text);
+        let metadata = refusal.metadata_mut();
+        metadata.insert(members::MOVE, AsciiMetadataValue::from_static(hint.word()));
+        members::tell(metadata, self.spread.fleet().borrow().addresses());
+        refusal
     }
 }
 
@@ -160,6 +208,7 @@ struct Task {
     ads: Ads,
     variant: Variant,
     identity: Option<SpiffeId>,
+    place: Place,
     requests: Streaming<Incoming>,
     outbox: mpsc::Sender<Result<stream::Response, Refusal>>,
 }
@@ -192,11 +241,16 @@ impl Task {
         let first = self.first_request().await?;
         let node = first.node();
         let proxy = Arc::new(self.identify(node)?);
+        self.place.belongs_to(&proxy.id);
+        // A stock Envoy tells what it has in its first request, and understands no hint: it is served in any case.
+        if let Some(revision) = first.told_revision() {
+            self.ads.catches_up(revision).await;
+        }
         let version = node.map(proxy_version).unwrap_or_default();
         let mut connection = self.ads.status.connect(proxy.clone(), self.variant, version, now());
         let (views, mut latest) = watch::channel(None);
         let joined = Joined { key: connection.key(), proxy: proxy.clone(), views };
-        self.ads.joins.send(joined).await.map_err(|_| shutting_down())?;
+        self.ads.joins.send(joined).await.map_err(|_| self.moves(Hint::Drain))?;
         tracing::info!(proxy = proxy.id, variant = ?self.variant, "proxy connected");
         let result = self.converse(&proxy, first, &mut connection, &mut latest).await;
         tracing::info!(proxy = proxy.id, "proxy disconnected");
@@ -218,13 +272,14 @@ impl Task {
             self.carry_out(proxy, actions).await?;
             let wake = stream.deadline(now()).map(Instant::from_std);
             actions = tokio::select! {
-                () = self.ads.stop.cancelled() => return Err(shutting_down()),
+                () = self.ads.stop.cancelled() => return Err(self.moves(Hint::Drain)),
+                () = self.place.moved() => return Err(self.moves(Hint::Surplus)),
                 request = self.requests.message() => match request {
                     Ok(Some(request)) => on_request(&mut stream, request),
                     Ok(None) | Err(_) => return Err(End::Gone),
                 },
                 changed = latest.changed() => {
-                    changed.map_err(|_| shutting_down())?;
+                    changed.map_err(|_| self.moves(Hint::Drain))?;
                     view = latest.borrow_and_update().clone();
                     view.clone().map(|view| stream.on_view(view, now())).unwrap_or_default()
                 }
@@ -244,7 +299,7 @@ impl Task {
         for action in actions {
             match action {
                 Action::Send(response) => tokio::select! {
-                    () = self.ads.stop.cancelled() => return Err(shutting_down()),
+                    () = self.ads.stop.cancelled() => return Err(self.moves(Hint::Drain)),
                     sent = self.outbox.send(Ok(response)) => sent.map_err(|_| End::Gone)?,
                 },
                 Action::Accepted { .. } => {}
@@ -259,7 +314,7 @@ impl Task {
 
     async fn first_request(&mut self) -> Result<Incoming, End> {
         let first = tokio::select! {
-            () = self.ads.stop.cancelled() => return Err(shutting_down()),
+            () = self.ads.stop.cancelled() => return Err(self.moves(Hint::Drain)),
             first = tokio::time::timeout(FIRST_REQUEST, self.requests.message()) => first,
         };
         match first {
@@ -267,6 +322,10 @@ impl Task {
             Ok(Ok(None) | Err(_)) => Err(End::Gone),
             Err(_) => Err(Refusal::deadline_exceeded("no request on the stream").into()),
         }
+    }
+
+    fn moves(&self, hint: Hint) -> End {
+        End::Refused(self.ads.elsewhere(hint))
     }
 
     /// Who it is: the node says so, and the certificate must say the same.
@@ -299,10 +358,6 @@ fn on_request(stream: &mut Stream, request: Incoming) -> Vec<Action> {
 
 fn now() -> std::time::Instant {
     Instant::now().into_std()
-}
-
-fn shutting_down() -> End {
-    End::Refused(Refusal::unavailable("the server is shutting down"))
 }
 
 /// The version that a node tells: Istio's, else its user agent's.

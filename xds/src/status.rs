@@ -218,6 +218,13 @@ impl Status {
         });
     }
 
+    /// Waits until the push side has decided about `revision`: whoever connects after that gets it or a later one.
+    pub async fn reached(&self, revision: u64) {
+        let mut changed = self.shared.changed.subscribe();
+        // The sender lives as long as this handle.
+        drop(changed.wait_for(|_| self.table().processed >= revision).await);
+    }
+
     /// Every connected proxy, by node id.
     #[must_use]
     pub fn proxies(&self, now: Instant) -> Vec<ProxyStatus> {

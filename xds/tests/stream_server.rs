@@ -13,6 +13,8 @@ use mesh::{Client, Mesh, TIMEOUT, WholeClient, resources};
 use prost::Message;
 use tokio::time::Instant;
 use tonic::Code;
+use wire::members::{self, Hint};
+use xds::balance::Fleet;
 use xds::resources::Type;
 use xds::server::Authentication;
 use xds::stream::{Sync, Variant};
@@ -360,5 +362,70 @@ async fn a_proxy_that_refuses_a_later_revision_runs_the_earlier_one() {
     assert_eq!(mesh.status.wait(3, Instant::now() + TIMEOUT).await.pending.len(), 1);
     assert!(mesh.status.wait(2, Instant::now() + TIMEOUT).await.pending.is_empty());
     assert!(mesh.status.wait(1, Instant::now() + TIMEOUT).await.pending.is_empty());
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_member_above_its_share_sends_streams_elsewhere_and_serves_whom_nobody_else_does() {
+    let mesh = Mesh::start(Authentication::Optional, None).await;
+    let understands = [(members::REFUSALS, 0)];
+    let mut clients = Vec::new();
+    for number in 0..4 {
+        clients.push(Client::open(&mesh, number, &understands).await.unwrap());
+    }
+    // Somebody joins: this member may hold 1.1 times the mean of two, and one.
+    let members = [("own:1".to_owned(), None), ("other:1".to_owned(), Some(0))];
+    mesh.fleet.send_replace(Fleet { own: "own:1".to_owned(), members: members.into() });
+    let refused = Client::open(&mesh, 9, &understands).await.err().unwrap();
+    assert_eq!(
+        (refused.code(), Hint::from_metadata(refused.metadata())),
+        (Code::Unavailable, Some(Hint::Surplus))
+    );
+    assert_eq!(members::told(refused.metadata()).unwrap(), ["other:1", "own:1"]);
+    let _after_all_others = Client::open(&mesh, 9, &[(members::REFUSALS, 1)]).await.unwrap();
+    let _does_not_understand = Client::connect(&mesh, 10).await;
+    // Those that are too many are asked to move, in the words of a refusal.
+    for client in &mut clients {
+        client.ask(Type::Cluster, &[]).await;
+    }
+    let (first, _, _) = futures::future::select_all(clients.iter_mut().map(|c| Box::pin(c.end()))).await;
+    assert_eq!(Hint::from_metadata(first.metadata()), Some(Hint::Surplus));
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_member_that_stops_names_the_others() {
+    let mut mesh = Mesh::start(Authentication::Optional, None).await;
+    let members = [("own:1".to_owned(), None), ("other:1".to_owned(), None)];
+    mesh.fleet.send_replace(Fleet { own: "own:1".to_owned(), members: members.into() });
+    let mut client = Client::open(&mesh, 1, &[(members::REFUSALS, 0)]).await.unwrap();
+    client.ask(Type::Cluster, &[]).await;
+    drop(mesh.joined().await);
+    mesh.end_streams();
+    let end = client.end().await;
+    assert_eq!((end.code(), Hint::from_metadata(end.metadata())), (Code::Unavailable, Some(Hint::Drain)));
+    assert_eq!(members::told(end.metadata()).unwrap(), ["other:1", "own:1"]);
+    let refused = Client::open(&mesh, 2, &[(members::REFUSALS, 0)]).await.err().unwrap();
+    assert_eq!(Hint::from_metadata(refused.metadata()), Some(Hint::Drain));
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn nobody_goes_back_a_member_that_is_behind_catches_up_first_or_sends_the_client_elsewhere() {
+    let mesh = Mesh::start(Authentication::Optional, None).await;
+    mesh.status.decide(7, &[]);
+    drop(Client::open(&mesh, 1, &[(members::REVISION, 7)]).await.unwrap());
+    let status = mesh.status.clone();
+    let opening = Client::open(&mesh, 1, &[(members::REVISION, 8)]);
+    let (caught_up, ()) = futures::join!(opening, async {
+        tokio::task::yield_now().await;
+        status.decide(8, &[]);
+    });
+    drop(caught_up.unwrap());
+    let behind = Client::open(&mesh, 1, &[(members::REVISION, 9)]).await.err().unwrap();
+    assert_eq!(
+        (behind.code(), Hint::from_metadata(behind.metadata())),
+        (Code::Unavailable, Some(Hint::Behind))
+    );
     mesh.stop().await;
 }

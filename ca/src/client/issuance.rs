@@ -54,7 +54,7 @@ pub fn bootstrap_tls(root_sha256: Hash, domain: &TrustDomain) -> Result<Arc<Clie
 /// A certificate service over the network: first with a join token, then with the current certificate.
 #[derive(Debug)]
 pub struct Remote {
-    endpoints: Vec<String>,
+    endpoints: watch::Receiver<Vec<String>>,
     token: Option<JoinToken>,
     next: usize,
 }
@@ -63,13 +63,19 @@ impl Remote {
     /// Joins with a token, at the addresses in the token.
     #[must_use]
     pub fn with_token(token: JoinToken) -> Self {
-        Self { endpoints: token.endpoints.clone(), token: Some(token), next: 0 }
+        Self { endpoints: fixed(token.endpoints.clone()), token: Some(token), next: 0 }
     }
 
     /// Only renews what a key store holds, at these addresses (`host:port`).
     #[must_use]
     pub fn renew_only(endpoints: Vec<String>) -> Self {
-        Self { endpoints, token: None, next: 0 }
+        Self { endpoints: fixed(endpoints), token: None, next: 0 }
+    }
+
+    /// Asks at the addresses that `endpoints` has at the time, the first one first.
+    #[must_use]
+    pub fn following(self, endpoints: watch::Receiver<Vec<String>>) -> Self {
+        Self { endpoints, ..self }
     }
 
     fn credentials(
@@ -103,8 +109,10 @@ impl Issuance for Remote {
         presented: &Presented,
         lifetime: Option<Duration>,
     ) -> Result<Chain, RequestError> {
-        let count = self.endpoints.len();
-        let endpoint = self.endpoints.get(self.next.checked_rem(count).unwrap_or(0)).cloned();
+        let endpoint = {
+            let endpoints = self.endpoints.borrow();
+            endpoints.get(self.next.checked_rem(endpoints.len()).unwrap_or(0)).cloned()
+        };
         let endpoint = endpoint.ok_or_else(|| RequestError::Refused("no address to ask at".to_owned()))?;
         // the next attempt asks the next member, also after an answer: members share the work
         self.next = self.next.wrapping_add(1);
@@ -127,6 +135,11 @@ impl Issuance for Remote {
         Chain::from_reply(&answer.into_inner().cert_chain)
             .map_err(|e| RequestError::Unavailable(format!("{endpoint}: {e}")))
     }
+}
+
+/// Addresses that do not change: the last value of a `watch` stays when its sender has gone.
+fn fixed(endpoints: Vec<String>) -> watch::Receiver<Vec<String>> {
+    watch::channel(endpoints).1
 }
 
 fn renewal_tls(identity: Arc<Identity>) -> Result<Arc<ClientConfig>, rustls::Error> {

@@ -68,8 +68,11 @@ pub(super) async fn config(
         ProxyConfig::All(name) => ("all", name),
         ProxyConfig::Bootstrap(args) => {
             let xds = match &args.xds {
-                Some(xds) => xds.clone(),
-                None => client.get::<Version>("/version").await?.xds,
+                Some(xds) => vec![xds.clone()],
+                None => {
+                    let version = client.get::<Version>("/version").await?;
+                    if version.xds_members.is_empty() { vec![version.xds] } else { version.xds_members }
+                }
             };
             let trust_domain = match client.get::<Version>("/version").await {
                 Ok(version) => version.trust_domain,

@@ -303,4 +303,7 @@ pub struct Version {
     pub role: String,
     /// Address of the xDS and certificate port.
     pub xds: String,
+    /// The same of every member that serves, this one among them.
+    #[serde(default)]
+    pub xds_members: Vec<String>,
 }

@@ -10,12 +10,13 @@ use prometheus_client::registry::Registry;
 use registry::snapshot::Snapshot;
 use registry::state::{Batch, ObjectKey, Revision, State};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
+use xds::balance::{Fleet, Spread};
 use xds::debounce::Limits;
 use xds::proxy::Proxy;
 use xds::resources::Type;
@@ -58,7 +59,9 @@ impl Control {
             tasks.clone(),
         );
         tasks.spawn(push.run(stop.clone()));
+        let (_, fleet) = watch::channel(Fleet::alone("own:1"));
         let ads = Ads {
+            spread: Spread::new(fleet),
             joins,
             status: status.clone(),
             authentication: Authentication::Optional,

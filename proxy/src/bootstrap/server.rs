@@ -54,7 +54,7 @@ pub(super) fn settings(pb: core::ApiConfigSource, resources: &Update) -> Result<
     }
     let tls = server_tls(&cluster, resources).under(&format!("static cluster `{}`", cluster.name))?;
     let authority = (!envoy.authority.is_empty()).then_some(envoy.authority);
-    Ok(Settings { servers, tls, protocol, authority })
+    Ok(Settings { servers, members: None, tls, protocol, authority })
 }
 
 fn server_tls(cluster: &Cluster, resources: &Update) -> Result<Option<ServerTls>, Invalid> {

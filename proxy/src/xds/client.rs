@@ -111,6 +111,12 @@ impl Client {
         }
     }
 
+    /// The node id.
+    #[must_use]
+    pub fn node_id(&self) -> &str {
+        &self.node.id
+    }
+
     /// A stream came about: what it is opened with. What is held already is told, so that it need not come again.
     pub fn on_connect(&mut self) -> Vec<Request> {
         self.node_sent = false;

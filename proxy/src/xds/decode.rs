@@ -237,6 +237,17 @@ pub enum Address {
 }
 
 impl Address {
+    /// Reads `HOST:PORT`; `None` when it is not that.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        if let Ok(socket) = text.parse() {
+            return Some(Self::Socket(socket));
+        }
+        let (host, port) = text.rsplit_once(':')?;
+        let port = port.parse().ok().filter(|port| *port > 0)?;
+        (!host.is_empty()).then(|| Self::Name(host.into(), port))
+    }
+
     /// The IP address and port, where there is one.
     #[must_use]
     pub fn socket(&self) -> Option<SocketAddr> {

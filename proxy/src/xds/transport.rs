@@ -1,4 +1,5 @@
-//! The driver of [`Client`]: connects, moves messages, and connects again. It decides nothing about resources.
+//! The driver of [`Client`] and [`Choice`]: connects, moves messages, and connects again. It decides nothing: neither
+//! about resources, nor whom to call.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -17,10 +18,13 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
+use tonic::metadata::MetadataMap;
 use tonic::transport::{Channel, Endpoint, Uri};
+use wire::members::{self, Hint};
 
 use super::client::{Client, Protocol, Request, Response, TypeStatus};
 use super::decode::{Address, Kind};
+use super::members::{Choice, Ended};
 use crate::tables::TableWriter;
 
 /// Requests waiting for the stream to take them. Full means that the server does not read: we wait, and the
@@ -30,14 +34,17 @@ const REQUESTS: usize = 64;
 const MAX_MESSAGE: usize = 512 << 20;
 /// How long connecting may take, TLS and all.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// The shortest and the longest pause between two attempts.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(10));
+/// A stream that lived so long has worked, though nothing came on it: whoever has everything is sent nothing.
+const WORKED: Duration = Duration::from_secs(5);
 
 /// Where the control plane is and how it is spoken to.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// Servers; the next one is tried when one fails.
     pub servers: Vec<Address>,
+    /// The members of the control plane (`host:port`), always the latest, where somebody follows them; they are
+    /// preferred to `servers`.
+    pub members: Option<watch::Receiver<Vec<String>>>,
     /// TLS; `None`: plain text.
     pub tls: Option<ServerTls>,
     /// Which form of the protocol.
@@ -87,6 +94,33 @@ pub enum StreamError {
     /// The server ended it without an error.
     #[error("the server ended the stream")]
     Ended,
+    /// What came is older than what is held.
+    #[error("the server sent revision {sent}, and {held} is held")]
+    Older {
+        /// What came.
+        sent: u64,
+        /// What is held.
+        held: u64,
+    },
+}
+
+impl StreamError {
+    /// The server wants us elsewhere.
+    fn hint(&self) -> Option<Hint> {
+        match self {
+            Self::Closed(status) => Hint::from_metadata(status.metadata()),
+            Self::Older { .. } => Some(Hint::Behind),
+            Self::Connect { .. } | Self::Authority(_) | Self::Ended => None,
+        }
+    }
+
+    /// The members that the server named when it ended the stream.
+    fn members(&self) -> Option<Vec<String>> {
+        match self {
+            Self::Closed(status) => members::told(status.metadata()),
+            Self::Older { .. } | Self::Connect { .. } | Self::Authority(_) | Self::Ended => None,
+        }
+    }
 }
 
 /// The task that owns the stream and writes the tables.
@@ -111,26 +145,55 @@ enum Session {
     Sotw(Streaming<DiscoveryResponse>, mpsc::Sender<DiscoveryRequest>),
 }
 
+/// How far an attempt came.
+#[derive(Debug, Default)]
+struct Progress {
+    opened: Option<Instant>,
+    answered: bool,
+    /// The server is one of ours: its versions are revisions.
+    ours: bool,
+}
+
+impl Progress {
+    fn ended(&self, error: &StreamError, now: Instant) -> Ended {
+        let hint = error.hint();
+        let worked =
+            self.answered || self.opened.is_some_and(|at| now.saturating_duration_since(at) >= WORKED);
+        match (error, hint) {
+            (StreamError::Older { .. }, Some(hint)) => Ended::Refused(hint),
+            (_, Some(hint)) if self.opened.is_none() => Ended::Refused(hint),
+            (_, Some(hint)) => Ended::Lost(Some(hint)),
+            (_, None) if worked => Ended::Lost(None),
+            (_, None) => Ended::Failed,
+        }
+    }
+}
+
 impl Transport {
     /// Keeps a stream open until `stop`. What was taken stays in use while there is none.
     pub async fn run(mut self, stop: CancellationToken) {
-        let mut failures = 0_u32;
+        let mut choice = Choice::new(self.client.node_id(), self.settings.servers.clone());
         loop {
-            let turn = usize::try_from(failures).unwrap_or(0);
-            let Some(server) = self.settings.servers.get(turn % self.settings.servers.len().max(1)).cloned()
-            else {
-                return;
-            };
-            let mut answered = false;
+            if let Some(members) = &mut self.settings.members {
+                choice.on_members(&members.borrow_and_update());
+            }
+            let Some(server) = choice.next() else { return };
+            let mut progress = Progress::default();
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
-                ended = self.stream(&server, &mut answered) => ended,
+                ended = self.stream(&server, &mut choice, &mut progress) => ended,
             };
             self.status.send_modify(|s| s.connected = None);
-            failures = if answered { 1 } else { failures.saturating_add(1) };
-            let pause = pause(failures, &mut self.rng);
+            choice.on_members(&ended.members().unwrap_or_default());
+            let how = progress.ended(&ended, Instant::now());
+            let pause = choice.on_end(&server, &how, &mut self.rng);
             let reason: &dyn std::error::Error = &ended;
-            tracing::info!(%server, error = chain(reason), retry_ms = pause.as_millis(), "control plane lost");
+            match ended.hint() {
+                Some(hint) => tracing::info!(%server, %hint, "the control plane asks to call another member"),
+                None => {
+                    tracing::info!(%server, error = chain(reason), retry_ms = pause.as_millis(), "control plane lost");
+                }
+            }
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = self.wait(pause) => {}
@@ -157,12 +220,23 @@ impl Transport {
         self.report();
     }
 
-    async fn stream(&mut self, server: &Address, answered: &mut bool) -> StreamError {
+    async fn stream(
+        &mut self,
+        server: &Address,
+        choice: &mut Choice,
+        progress: &mut Progress,
+    ) -> StreamError {
         let opening = self.client.on_connect();
-        let mut session = match self.open(server, opening).await {
-            Ok(session) => session,
+        let (mut session, told) = match self.open(server, opening, choice).await {
+            Ok(opened) => opened,
             Err(e) => return e,
         };
+        progress.opened = Some(Instant::now());
+        choice.on_open();
+        if let Some(members) = members::told(&told) {
+            progress.ours = true;
+            choice.on_members(&members);
+        }
         tracing::info!(%server, "control plane connected");
         self.status.send_modify(|s| s.connected = Some(server.to_string()));
         loop {
@@ -179,7 +253,13 @@ impl Transport {
                 Ok(None) => return StreamError::Ended,
                 Err(status) => return StreamError::Closed(Box::new(status)),
             };
-            *answered = true;
+            progress.answered = true;
+            if let Some(revision) = response.version().parse().ok().filter(|_| progress.ours) {
+                match choice.revision().filter(|held| *held > revision) {
+                    Some(held) => return StreamError::Older { sent: revision, held },
+                    None => choice.on_revision(revision),
+                }
+            }
             for request in self.take(response) {
                 if !session.send(request).await {
                     return StreamError::Ended;
@@ -205,7 +285,13 @@ impl Transport {
         });
     }
 
-    async fn open(&self, server: &Address, opening: Vec<Request>) -> Result<Session, StreamError> {
+    /// Opens a stream with these requests; gives it and what the server tells with its answer.
+    async fn open(
+        &self,
+        server: &Address,
+        opening: Vec<Request>,
+        choice: &Choice,
+    ) -> Result<(Session, MetadataMap), StreamError> {
         let channel = self.connect(server).await?;
         let mut client =
             AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
@@ -218,8 +304,10 @@ impl Transport {
                         sender.try_send(*request).map_err(|_| StreamError::Ended)?;
                     }
                 }
-                let stream = client.delta_aggregated_resources(ReceiverStream::new(requests)).await;
-                Ok(Session::Delta(stream.map_err(closed)?.into_inner(), sender))
+                let stream =
+                    client.delta_aggregated_resources(asking(requests, choice)).await.map_err(closed)?;
+                let (told, stream, _) = stream.into_parts();
+                Ok((Session::Delta(stream, sender), told))
             }
             Protocol::Sotw => {
                 let (sender, requests) = mpsc::channel(REQUESTS);
@@ -228,8 +316,10 @@ impl Transport {
                         sender.try_send(*request).map_err(|_| StreamError::Ended)?;
                     }
                 }
-                let stream = client.stream_aggregated_resources(ReceiverStream::new(requests)).await;
-                Ok(Session::Sotw(stream.map_err(closed)?.into_inner(), sender))
+                let stream =
+                    client.stream_aggregated_resources(asking(requests, choice)).await.map_err(closed)?;
+                let (told, stream, _) = stream.into_parts();
+                Ok((Session::Sotw(stream, sender), told))
             }
         }
     }
@@ -284,11 +374,15 @@ async fn until(due: Option<Instant>) {
     }
 }
 
-/// A pause that doubles with each failure, half of it by chance.
-fn pause(failures: u32, rng: &mut fastrand::Rng) -> Duration {
-    let (shortest, longest) = BACKOFF;
-    let whole = shortest.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(longest);
-    whole.mul_f64(0.5 + rng.f64() / 2.0)
+/// A stream of requests, with what a member must know to serve it.
+fn asking<T>(requests: mpsc::Receiver<T>, choice: &Choice) -> tonic::Request<ReceiverStream<T>> {
+    let mut request = tonic::Request::new(ReceiverStream::new(requests));
+    let metadata = request.metadata_mut();
+    metadata.insert(members::REFUSALS, choice.refusals().into());
+    if let Some(revision) = choice.revision() {
+        metadata.insert(members::REVISION, revision.into());
+    }
+    request
 }
 
 fn chain(error: &dyn std::error::Error) -> String {

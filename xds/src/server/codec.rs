@@ -27,6 +27,14 @@ impl Incoming {
             Self::Whole(request) => request.node.as_ref(),
         }
     }
+
+    /// The revision of what a client has, where its first request tells: the state-of-the-world form does.
+    pub(super) fn told_revision(&self) -> Option<u64> {
+        match self {
+            Self::Delta(_) => None,
+            Self::Whole(request) => request.version_info.parse().ok(),
+        }
+    }
 }
 
 /// Reads and writes the messages of one form.

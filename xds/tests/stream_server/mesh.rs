@@ -19,7 +19,7 @@ use envoy_types::pb::google::rpc;
 use prometheus_client::registry::Registry;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tokio_util::sync::CancellationToken;
@@ -28,6 +28,7 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Server};
 use tonic::{Request, Status as Refusal, Streaming};
+use xds::balance::{Fleet, Spread};
 use xds::cache::View;
 use xds::resources::{Resource, Resources, Type};
 use xds::server::{Ads, Authentication, JOINS, Joined, tune};
@@ -69,6 +70,8 @@ pub(crate) fn resources(list: &[(Type, &str, u64)]) -> Resources {
 /// The server and what is around it.
 pub(crate) struct Mesh {
     pub(crate) status: Status,
+    /// Who the members are.
+    pub(crate) fleet: watch::Sender<Fleet>,
     address: String,
     joins: mpsc::Receiver<Joined>,
     registry: Registry,
@@ -85,9 +88,13 @@ impl Mesh {
         let status = Status::new(Metrics::register(&mut registry));
         let (sender, joins) = mpsc::channel(JOINS);
         let (tasks, end_streams) = (TaskTracker::new(), CancellationToken::new());
+        let (fleet_sender, fleet) = watch::channel(Fleet::alone("own:1"));
+        let spread = Spread::new(fleet);
+        tasks.spawn(spread.clone().keep(end_streams.clone()));
         let ads = Ads {
             joins: sender,
             status: status.clone(),
+            spread,
             authentication,
             tasks: tasks.clone(),
             stop: end_streams.clone(),
@@ -115,7 +122,7 @@ impl Mesh {
         let ended = end_server.clone().cancelled_owned();
         let server = tune(Server::builder()).add_service(ads);
         tasks.spawn(async move { server.serve_with_incoming_shutdown(incoming, ended).await.unwrap() });
-        Self { status, address, joins, registry, sent, tasks, end_streams, end_server }
+        Self { status, fleet: fleet_sender, address, joins, registry, sent, tasks, end_streams, end_server }
     }
 
     /// The next proxy that connects.
@@ -201,6 +208,22 @@ impl Client {
         let mut service = service(mesh).await;
         let responses = service.delta_aggregated_resources(ReceiverStream::new(outgoing)).await.unwrap();
         Self { number, requests, responses: responses.into_inner() }
+    }
+
+    /// Connects with metadata, as a client does that understands hints.
+    pub(crate) async fn open(
+        mesh: &Mesh,
+        number: u32,
+        metadata: &[(&'static str, u64)],
+    ) -> Result<Self, Refusal> {
+        let (requests, outgoing) = mpsc::channel(16);
+        let mut request = Request::new(ReceiverStream::new(outgoing));
+        for (key, value) in metadata {
+            request.metadata_mut().insert(*key, (*value).into());
+        }
+        let answer = service(mesh).await.delta_aggregated_resources(request).await?;
+        assert!(wire::members::told(answer.metadata()).is_some(), "members are told with every answer");
+        Ok(Self { number, requests, responses: answer.into_inner() })
     }
 
     /// Connects and asks, and is refused.

@@ -3,14 +3,16 @@
 //! The messages themselves are `envoy-types`; this crate adds what protobuf gives only through descriptors:
 //! [`json`] reads and prints messages in protobuf's JSON form with every nested `Any` expanded, as Envoy's
 //! bootstrap files and config dumps have it, and [`canonical`] encodes a message to the same bytes every time.
+//! [`members`] is how clients choose among the members of a control plane.
 
 pub mod canonical;
 pub mod json;
+pub mod members;
 mod pool;
 
 pub use pool::forget_descriptors;
 
-/// What agents say about their workloads (`istio.mesh.v1`, `proto/mesh.proto`).
+/// What agents say about their workloads, and what they are told of members (`istio.mesh.v1`, `proto/mesh.proto`).
 pub mod mesh {
     #![expect(
         missing_docs,

@@ -4,20 +4,22 @@
 //! so its key never leaves the machine and renewals need no restart.
 
 use anyhow::{Context, ensure};
+use proxy::xds::decode::Address;
 use serde_json::{Map, Value, json};
 
 use crate::cli::Bootstrap;
 
-/// The bootstrap as Envoy's JSON.
-pub(super) fn envoy(args: &Bootstrap, xds: &str, trust_domain: &str) -> anyhow::Result<Value> {
+/// The bootstrap as Envoy's JSON, for a control plane whose members serve xDS at these addresses (`HOST:PORT`).
+pub(super) fn envoy(args: &Bootstrap, xds: &[String], trust_domain: &str) -> anyhow::Result<Value> {
     let (name, namespace) = args.workload.split_once('.').context("the workload is `name.namespace`")?;
     ensure!(!name.is_empty() && !namespace.is_empty(), "the workload is `name.namespace`");
-    let (host, port) = xds.rsplit_once(':').with_context(|| format!("`{xds}` is not HOST:PORT"))?;
-    let port: u16 = port.parse().with_context(|| format!("`{xds}` is not HOST:PORT"))?;
+    let node = node(args, name, namespace);
+    let id = node.get("id").and_then(Value::as_str).unwrap_or_default();
+    let members = members(id, xds)?;
     let api_type = if args.sotw { "GRPC" } else { "DELTA_GRPC" };
     let ads = json!({ "ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s" });
     Ok(json!({
-        "node": node(args, name, namespace),
+        "node": node,
         "admin": { "address": socket("127.0.0.1", args.admin_port) },
         "dynamic_resources": {
             "ads_config": {
@@ -29,7 +31,7 @@ pub(super) fn envoy(args: &Bootstrap, xds: &str, trust_domain: &str) -> anyhow::
             "cds_config": ads,
             "lds_config": ads,
         },
-        "static_resources": { "clusters": [control_plane(host, port, trust_domain), secrets(args)] },
+        "static_resources": { "clusters": [control_plane(&members, trust_domain), secrets(args)] },
     }))
 }
 
@@ -73,7 +75,24 @@ fn http2() -> Value {
     } })
 }
 
-fn control_plane(host: &str, port: u16, trust_domain: &str) -> Value {
+/// The members as endpoints, in the order in which this node prefers them; Envoy takes the next one when a stream
+/// fails, since they are of one priority: without health checks it would not leave a better one that is down. Whether
+/// one is a name that DNS must resolve.
+fn members(node: &str, xds: &[String]) -> anyhow::Result<(Value, bool)> {
+    let mut endpoints = Vec::new();
+    let mut named = false;
+    for member in wire::members::order(node, xds.iter().map(String::as_str)) {
+        let address = Address::parse(member).with_context(|| format!("`{member}` is not HOST:PORT"))?;
+        let (host, port) = member.rsplit_once(':').with_context(|| format!("`{member}` is not HOST:PORT"))?;
+        named |= address.socket().is_none();
+        let address = socket(host.trim_matches(['[', ']']), port.parse()?);
+        endpoints.push(json!({ "endpoint": { "address": address } }));
+    }
+    ensure!(!endpoints.is_empty(), "no member of the control plane is known");
+    Ok((Value::Array(endpoints), named))
+}
+
+fn control_plane((members, named): &(Value, bool), trust_domain: &str) -> Value {
     let sds = json!({
         "api_config_source": {
             "api_type": "GRPC",
@@ -86,10 +105,10 @@ fn control_plane(host: &str, port: u16, trust_domain: &str) -> Value {
     });
     json!({
         "name": "xds-grpc",
-        "type": if host.parse::<std::net::IpAddr>().is_ok() { "STATIC" } else { "STRICT_DNS" },
+        "type": if *named { "STRICT_DNS" } else { "STATIC" },
         "connect_timeout": "5s",
         "typed_extension_protocol_options": http2(),
-        "load_assignment": assignment("xds-grpc", &socket(host, port)),
+        "load_assignment": { "cluster_name": "xds-grpc", "endpoints": [{ "lb_endpoints": members }] },
         "transport_socket": {
             "name": "envoy.transport_sockets.tls",
             "typed_config": {
@@ -150,10 +169,17 @@ mod tests {
         let Command::ProxyConfig(ProxyConfig::Bootstrap(args)) = cli.command else {
             panic!("not a bootstrap")
         };
-        let json = envoy(&args, "127.0.0.1:15012", "cluster.local").unwrap();
+        let xds = ["127.0.0.1:15012", "127.0.0.2:15012", "[::1]:15012"].map(str::to_owned);
+        let json = envoy(&args, &xds, "cluster.local").unwrap();
         let bootstrap: EnvoyBootstrap = wire::json::message_from_json(&json).unwrap();
         assert_eq!(bootstrap.node.unwrap().id, "sidecar~127.0.0.1~reviews-v1.shop~shop.svc.cluster.local");
-        assert_eq!(bootstrap.static_resources.unwrap().clusters.len(), 2);
-        assert!(envoy(&args, "nonsense", "cluster.local").is_err());
+        let clusters = bootstrap.static_resources.unwrap().clusters;
+        assert_eq!(clusters.len(), 2);
+        let endpoints = &clusters[0].load_assignment.as_ref().unwrap().endpoints;
+        assert_eq!(endpoints.iter().map(|e| e.lb_endpoints.len()).collect::<Vec<_>>(), [3]);
+        assert!(json.to_string().contains(r#""address":"::1""#), "{json}");
+        for wrong in [&["nonsense".to_owned()][..], &[]] {
+            assert!(envoy(&args, wrong, "cluster.local").is_err());
+        }
     }
 }

@@ -32,6 +32,16 @@ pub enum Response {
     Sotw(Box<pb::DiscoveryResponse>),
 }
 
+impl Response {
+    /// The version of the whole.
+    pub(crate) fn version(&self) -> &str {
+        match self {
+            Self::Delta(pb) => &pb.system_version_info,
+            Self::Sotw(pb) => &pb.version_info,
+        }
+    }
+}
+
 /// What both forms of a response say.
 pub(super) struct Incoming {
     pub(super) kind: Kind,
