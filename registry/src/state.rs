@@ -3,13 +3,14 @@
 //! [`State::apply`] takes one log entry, a [`Batch`], and cannot fail: every check that needs more than the state
 //! itself is made before the entry is proposed. It returns the [`Changes`], from which the next
 //! [`Snapshot`](crate::snapshot::Snapshot) is built and what must be written is known, and the [`Outcome`] for the
-//! author of the entry. [`encode`] turns the state into bytes and back.
+//! author of the entry. [`encode`] turns the state into bytes and back; [`State::past`] is the configuration as it was.
 
 mod apply;
 pub mod changes;
 pub mod command;
 pub mod encode;
 pub mod history;
+mod past;
 mod stored;
 mod vip;
 
@@ -21,6 +22,7 @@ use serde_json::Value;
 pub use self::changes::{Changes, CommandOutcome, ObjectOutcome, ObjectResult, Outcome};
 pub use self::command::{Batch, Command, Delete, ObjectKey, Put, Registration, Revision, WorkloadKey};
 use self::history::History;
+pub use self::past::{Past, PastError};
 pub use self::stored::StoredCommand;
 use self::vip::VipTable;
 use crate::config::{Kind, Object};

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use registry::snapshot::Snapshot;
-use registry::state::{Batch, Revision, State, StoredCommand};
+use registry::state::{Batch, PastError, Revision, State, StoredCommand};
 use support::{batches, dump};
 
 fn replay(batches: &[Batch]) -> State {
@@ -101,6 +101,35 @@ proptest! {
             prop_assert_eq!(&store, &state.pairs());
         }
         prop_assert_eq!(State::from_pairs(store).unwrap().encode(), state.encode());
+    }
+
+    #[test]
+    fn the_past_is_what_was_as_far_as_history_reaches(log in batches(40)) {
+        let mut state = State::default();
+        let objects = |state: &State| -> BTreeMap<_, _> {
+            state.objects().map(|(key, object)| (key.clone(), object.clone())).collect()
+        };
+        let mut seen = vec![objects(&state)];
+        for (index, batch) in (1..).zip(&log) {
+            state.apply(Revision(index), batch);
+            seen.push(objects(&state));
+        }
+        let restored = State::decode(&state.encode()).unwrap();
+        for (revision, objects) in (0..).map(Revision).zip(seen) {
+            for state in [&state, &restored] {
+                match state.past(revision) {
+                    Ok(past) => prop_assert_eq!(&past.objects, &objects, "at {}", revision),
+                    Err(error) => {
+                        let oldest = state.history().forgotten();
+                        prop_assert_eq!(error, PastError::Forgotten { asked: revision, oldest });
+                        prop_assert!(revision < oldest);
+                    }
+                }
+            }
+        }
+        let next = Revision(state.revision().0 + 1);
+        let future = PastError::Future { asked: next, newest: state.revision() };
+        prop_assert_eq!(state.past(next), Err(future));
     }
 
     #[test]

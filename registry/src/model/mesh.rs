@@ -124,6 +124,9 @@ message! {
         service_entry_visibility: Option<Value> = "serviceEntryVisibility";
         /// Settings of proxies.
         default_config: Option<ProxyConfig> = "defaultConfig";
+        /// Largest share of the connected proxies, in percent, that one change of the configuration may touch unless
+        /// it is forced; absent is all of them. Not one of Istio's.
+        max_affected_proxies_percent: Option<u32> = "maxAffectedProxiesPercent";
     }
 
     /// Traffic for unknown destinations.

@@ -56,7 +56,13 @@ impl Entry<'_> {
             Command::WorkloadHealth { key, session, healthy } => self.health(key, session, *healthy),
             Command::RemoveWorkload { key, session } => self.remove_workload(key, session),
             Command::PutMesh { config } => applied(self.put_mesh(config)),
-            Command::SetHistoryLimit { entries } => applied(self.set_history_limit(*entries)),
+            Command::SetHistoryLimit { entries } => {
+                let age_ms = self.state.history.age_ms();
+                applied(self.set_history_retention(*entries, age_ms))
+            }
+            Command::SetHistoryRetention { entries, age_ms } => {
+                applied(self.set_history_retention(*entries, *age_ms))
+            }
         }
     }
 
@@ -351,11 +357,12 @@ impl Entry<'_> {
         true
     }
 
-    fn set_history_limit(&mut self, entries: u32) -> bool {
-        if self.state.history.limit() == entries {
+    fn set_history_retention(&mut self, entries: u32, age_ms: u64) -> bool {
+        let history = &mut self.state.history;
+        if (history.limit(), history.age_ms()) == (entries, age_ms) {
             return false;
         }
-        let forgotten = self.state.history.set_limit(entries);
+        let forgotten = history.set_retention(entries, age_ms);
         self.changes.written.extend(forgotten.into_iter().map(StoreKey::History));
         true
     }

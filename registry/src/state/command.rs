@@ -182,6 +182,13 @@ pub enum Command {
         /// Number of log entries.
         entries: u32,
     },
+    /// How many entries of history are kept, and for how long.
+    SetHistoryRetention {
+        /// Number of log entries.
+        entries: u32,
+        /// Milliseconds between an entry and the newest one; 0 keeps them whatever their age.
+        age_ms: u64,
+    },
 }
 
 /// One entry of the log: applied as a whole, at one revision.

@@ -58,6 +58,16 @@ impl StoreKey {
 struct MetaV1 {
     revision: u64,
     history_limit: u32,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    history_age_ms: u64,
+    /// The newest revision that history forgot.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    history_forgotten: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde asks for")]
+fn is_zero(value: &u64) -> bool {
+    *value == 0
 }
 
 #[derive(Serialize, Deserialize)]
@@ -101,9 +111,12 @@ impl State {
 
     fn value(&self, key: &StoreKey) -> Option<Vec<u8>> {
         match key {
-            StoreKey::Meta => {
-                Some(value(&MetaV1 { revision: self.revision.0, history_limit: self.history.limit() }))
-            }
+            StoreKey::Meta => Some(value(&MetaV1 {
+                revision: self.revision.0,
+                history_limit: self.history.limit(),
+                history_age_ms: self.history.age_ms(),
+                history_forgotten: self.history.forgotten().0,
+            })),
             StoreKey::Mesh => self.mesh.as_deref().map(value),
             StoreKey::Object(key) => self.objects.get(key).map(|object| value(&ObjectV1::stored(object))),
             StoreKey::Service(host, source) => {
@@ -225,7 +238,8 @@ struct Parts {
     state: State,
     vips: BTreeMap<Hostname, u32>,
     history: BTreeMap<Revision, history::Entry>,
-    limit: Option<u32>,
+    retention: history::Retention,
+    forgotten: Revision,
 }
 
 impl Parts {
@@ -236,7 +250,9 @@ impl Parts {
             b"meta" => {
                 let meta: MetaV1 = read(value)?;
                 state.revision = Revision(meta.revision);
-                self.limit = Some(meta.history_limit);
+                self.retention =
+                    history::Retention { entries: meta.history_limit, age_ms: meta.history_age_ms };
+                self.forgotten = Revision(meta.history_forgotten);
             }
             b"mesh" => state.mesh = Some(Arc::new(read::<Value>(value)?)),
             b"object" => {
@@ -272,7 +288,7 @@ impl Parts {
     fn finish(self) -> State {
         let mut state = self.state;
         state.vips = VipTable::restore(self.vips);
-        state.history = History::restore(self.limit.unwrap_or(history::DEFAULT_LIMIT), self.history);
+        state.history = History::restore(self.retention, self.forgotten, self.history);
         let entries: BTreeSet<ObjectKey> =
             state.objects_of(Kind::ServiceEntry).map(|(key, _)| key.clone()).collect();
         for key in entries {

@@ -81,27 +81,51 @@ impl Entry {
     }
 }
 
-/// The remembered entries, oldest first, bounded in number and in bytes.
-#[derive(Debug, Clone, PartialEq)]
+/// How much of history is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Retention {
+    /// Number of entries.
+    pub(super) entries: u32,
+    /// Milliseconds between an entry and the newest one; 0 keeps them whatever their age.
+    pub(super) age_ms: u64,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self { entries: DEFAULT_LIMIT, age_ms: 0 }
+    }
+}
+
+/// The remembered entries, oldest first, bounded in number, in age and in bytes.
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct History {
-    limit: u32,
+    retention: Retention,
+    /// The newest revision that was forgotten; 0 when none was.
+    forgotten: Revision,
     entries: VecDeque<Arc<Entry>>,
     /// Bytes of each entry, and of all.
     weights: VecDeque<usize>,
     bytes: usize,
 }
 
-impl Default for History {
-    fn default() -> Self {
-        Self { limit: DEFAULT_LIMIT, entries: VecDeque::new(), weights: VecDeque::new(), bytes: 0 }
-    }
-}
-
 impl History {
     /// How many entries are kept.
     #[must_use]
     pub fn limit(&self) -> u32 {
-        self.limit
+        self.retention.entries
+    }
+
+    /// How much older than the newest an entry may be, in milliseconds; 0: as old as it likes.
+    #[must_use]
+    pub fn age_ms(&self) -> u64 {
+        self.retention.age_ms
+    }
+
+    /// The newest revision that was forgotten; 0 when none was. The configuration at this revision is still known,
+    /// for everything after it is remembered.
+    #[must_use]
+    pub fn forgotten(&self) -> Revision {
+        self.forgotten
     }
 
     /// The entries, oldest first.
@@ -117,8 +141,12 @@ impl History {
     }
 
     /// The history with these entries.
-    pub(super) fn restore(limit: u32, entries: BTreeMap<Revision, Entry>) -> Self {
-        let mut history = Self { limit, ..Self::default() };
+    pub(super) fn restore(
+        retention: Retention,
+        forgotten: Revision,
+        entries: BTreeMap<Revision, Entry>,
+    ) -> Self {
+        let mut history = Self { retention, forgotten, ..Self::default() };
         entries.into_values().for_each(|entry| history.add(entry));
         history
     }
@@ -136,21 +164,32 @@ impl History {
         self.entries.push_back(Arc::new(entry));
     }
 
-    /// Sets the bound; returns the revisions that are forgotten.
-    pub(super) fn set_limit(&mut self, limit: u32) -> Vec<Revision> {
-        self.limit = limit;
+    /// Sets the bounds; returns the revisions that are forgotten.
+    pub(super) fn set_retention(&mut self, entries: u32, age_ms: u64) -> Vec<Revision> {
+        self.retention = Retention { entries, age_ms };
         self.trim()
     }
 
+    /// The age is between the times that entries carry, so that every member forgets the same.
     fn trim(&mut self) -> Vec<Revision> {
-        let keep = usize::try_from(self.limit).unwrap_or(usize::MAX);
+        let keep = usize::try_from(self.retention.entries).unwrap_or(usize::MAX);
         let mut forgotten = Vec::new();
-        while self.entries.len() > keep || self.bytes > MAX_BYTES && self.entries.len() > 1 {
+        while self.entries.len() > keep
+            || self.bytes > MAX_BYTES && self.entries.len() > 1
+            || self.oldest_is_too_old()
+        {
             let Some(entry) = self.entries.pop_front() else { break };
             self.bytes = self.bytes.saturating_sub(self.weights.pop_front().unwrap_or_default());
+            self.forgotten = entry.revision;
             forgotten.push(entry.revision);
         }
         forgotten
+    }
+
+    fn oldest_is_too_old(&self) -> bool {
+        let (Some(oldest), Some(newest)) = (self.entries.front(), self.entries.back()) else { return false };
+        let age = u64::try_from(newest.time_ms.saturating_sub(oldest.time_ms)).unwrap_or(0);
+        self.retention.age_ms != 0 && age > self.retention.age_ms
     }
 }
 
@@ -171,7 +210,20 @@ mod tests {
         assert_eq!(push(3, MAX_BYTES / 2), [Revision(1)]);
         assert_eq!(push(4, MAX_BYTES * 2), [Revision(2), Revision(3)]);
         assert_eq!(history.entries().count(), 1);
-        assert_eq!(history.set_limit(0), [Revision(4)]);
-        assert_eq!((history.bytes, history.weights.len()), (0, 0));
+        assert_eq!(history.set_retention(0, 0), [Revision(4)]);
+        assert_eq!((history.bytes, history.weights.len(), history.forgotten()), (0, 0, Revision(4)));
+    }
+
+    #[test]
+    fn history_is_bounded_in_age_by_the_times_that_entries_carry() {
+        let mut history = History::default();
+        let mut push = |revision: u64, time_ms: i64| {
+            let entry =
+                Entry { revision: Revision(revision), time_ms, author: String::new(), changes: Vec::new() };
+            history.push(entry)
+        };
+        assert_eq!((push(1, 1000), push(2, 2000), push(3, 9000)), (vec![], vec![], vec![]));
+        assert_eq!(history.set_retention(10, 7000), [Revision(1)]);
+        assert_eq!(history.forgotten(), Revision(1));
     }
 }

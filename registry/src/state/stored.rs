@@ -110,6 +110,11 @@ enum CommandV1 {
     SetHistoryLimit {
         entries: u32,
     },
+    /// Written by programs of command version 2 and later.
+    SetHistoryRetention {
+        entries: u32,
+        age_ms: u64,
+    },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -215,6 +220,9 @@ impl From<&Command> for CommandV1 {
             },
             Command::PutMesh { config } => Self::PutMesh { config: config.clone() },
             Command::SetHistoryLimit { entries } => Self::SetHistoryLimit { entries: *entries },
+            Command::SetHistoryRetention { entries, age_ms } => {
+                Self::SetHistoryRetention { entries: *entries, age_ms: *age_ms }
+            }
         }
     }
 }
@@ -246,6 +254,9 @@ impl TryFrom<CommandV1> for Command {
             }
             CommandV1::PutMesh { config } => Self::PutMesh { config },
             CommandV1::SetHistoryLimit { entries } => Self::SetHistoryLimit { entries },
+            CommandV1::SetHistoryRetention { entries, age_ms } => {
+                Self::SetHistoryRetention { entries, age_ms }
+            }
         })
     }
 }

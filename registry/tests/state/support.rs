@@ -289,6 +289,9 @@ fn random_command(r: [u8; 6]) -> Command {
         13 => Command::WorkloadHealth { key: workload_key(&id), session, healthy: r[5].is_multiple_of(2) },
         14 => Command::RemoveWorkload { key: workload_key(&id), session },
         _ if r[1].is_multiple_of(4) => Command::SetHistoryLimit { entries: u32::from(r[2] % 8) },
+        _ if r[1] % 4 == 1 => {
+            Command::SetHistoryRetention { entries: u32::from(r[2] % 16), age_ms: u64::from(r[3]) * 20 }
+        }
         _ => Command::PutMesh { config: json!({"trustDomain": pick(&["m1", "m2"], r[2]), "x": 0.1}) },
     }
 }

@@ -2,7 +2,7 @@
 
 use ca::state::{CaCommand, CaOutcome};
 use prost::Message as _;
-use registry::state::{Batch, Outcome as RegistryOutcome, StoredCommand};
+use registry::state::{Batch, Command as Change, Outcome as RegistryOutcome, StoredCommand};
 use serde::de::DeserializeOwned;
 
 use crate::access::{AccessCommand, AccessOutcome};
@@ -14,7 +14,7 @@ use crate::raft::wire::{self, JoinCommand, MeshCommand};
 
 /// The newest version of commands and states that this program reads; it reads all before it too.
 ///
-/// Version 2 added the members, access, the audit trail and origins.
+/// Version 2 added the members, access, the audit trail, origins, and how long history is kept.
 pub const VERSION: u32 = 2;
 
 /// One entry of the log.
@@ -84,7 +84,11 @@ impl Command {
     #[must_use]
     pub fn version(&self) -> u32 {
         match self {
-            Self::Registry(_) | Self::Ca(_) | Self::Join { .. } => 1,
+            Self::Registry(batch) | Self::Join { register: batch, .. } => {
+                let newer = |change: &Change| matches!(change, Change::SetHistoryRetention { .. });
+                if batch.commands.iter().any(newer) { 2 } else { 1 }
+            }
+            Self::Ca(_) => 1,
             Self::Cluster(_) | Self::Access(_) | Self::Audit(_) => 2,
         }
     }

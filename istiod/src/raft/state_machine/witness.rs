@@ -75,7 +75,7 @@ fn in_batch(batch: &Batch) -> Vec<Named> {
                 named.extend(puts.chain(deletes.iter().map(|delete| delete.key.clone())).map(Named::Object));
             }
             Change::PutMesh { .. } => named.push(Named::Mesh),
-            Change::SetHistoryLimit { .. } => named.push(Named::History),
+            Change::SetHistoryLimit { .. } | Change::SetHistoryRetention { .. } => named.push(Named::History),
             Change::PutService { .. }
             | Change::RemoveService { .. }
             | Change::ReplaceEndpoints { .. }
@@ -118,7 +118,8 @@ pub(super) fn see(view: &View, named: &[Named]) -> Seen {
                 seen.extend(bundle.map(|bundle| ("Bundle".to_owned(), Thing::Json(bundle))));
             }
             Named::History => {
-                let limit = Value::from(view.registry.history().limit());
+                let history = view.registry.history();
+                let limit = serde_json::json!([history.limit(), history.age_ms()]);
                 seen.insert("History/retention".to_owned(), Thing::Json(limit));
             }
             Named::Members => seen.extend(pairs("Member", &*view.cluster)),

@@ -22,6 +22,8 @@ pub(super) fn check(cx: &mut Checker, mesh: &MeshConfig) {
             cx.port(field, port);
         }
     }
+    let percent = mesh.max_affected_proxies_percent;
+    cx.refuse(percent.is_some_and(|p| p > 100), "maxAffectedProxiesPercent", "must be from 0 to 100");
     check_names(cx, mesh);
     for (field, namespaces) in [
         ("defaultServiceExportTo", &mesh.default_service_export_to),
