@@ -14,6 +14,7 @@ pub mod config;
 mod join;
 mod liveness;
 mod ports;
+pub mod preview;
 pub mod publish;
 pub mod push;
 pub mod raft;

@@ -32,7 +32,7 @@ use crate::proxy::Proxy;
 use crate::status::{Connection, Status};
 use crate::stream::{self, Action, Stream, Variant};
 use codec::Codec;
-pub use codec::Incoming;
+pub use codec::{Incoming, resource_len};
 
 /// Responses written and not yet taken by HTTP/2. A stream has at most one on its way per type, so full means
 /// that the client asks for types we do not serve faster than it reads the answers; it waits then.

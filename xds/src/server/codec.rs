@@ -108,6 +108,19 @@ fn delta_resource(resource: &Resource, buf: &mut impl BufMut) {
     string(3, &resource.name, buf);
 }
 
+/// Bytes of a resource in a response of this form.
+#[must_use]
+pub fn resource_len(variant: Variant, resource: &Resource) -> usize {
+    let body = resource.body.encoded_len();
+    match variant {
+        Variant::Delta => {
+            let version = version_text(resource.version);
+            field_len(2, field_len(1, version.len()) + field_len(2, body) + field_len(3, resource.name.len()))
+        }
+        Variant::StateOfTheWorld => field_len(2, body),
+    }
+}
+
 fn string(tag: u32, text: &str, buf: &mut impl BufMut) {
     length_delimited(tag, text.len(), buf);
     buf.put_slice(text.as_bytes());
