@@ -9,6 +9,7 @@ pub mod locality;
 use std::cell::{Cell, RefCell};
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
+use std::rc::Rc;
 
 use hash::Table;
 
@@ -16,16 +17,22 @@ use hash::Table;
 #[derive(Debug)]
 pub struct Load {
     /// Share of the traffic relative to the other endpoints, at least 1.
-    pub weight: u32,
+    pub weight: Cell<u32>,
     /// Requests in flight from this worker.
-    pub active: Cell<u32>,
+    pub active: Rc<Cell<u32>>,
 }
 
 impl Load {
     /// An endpoint of this weight with nothing in flight; a weight of 0 counts as 1.
     #[must_use]
     pub fn new(weight: u32) -> Self {
-        Self { weight: weight.max(1), active: Cell::new(0) }
+        Self::like(weight, &Rc::default())
+    }
+
+    /// An endpoint of this weight in place of one whose requests in flight are these.
+    #[must_use]
+    pub fn like(weight: u32, active: &Rc<Cell<u32>>) -> Self {
+        Self { weight: Cell::new(weight.max(1)), active: Rc::clone(active) }
     }
 }
 
@@ -78,9 +85,9 @@ impl Balancer {
     ///
     /// `start` is where round robin begins, so that workers do not march in step.
     pub fn new<H: AsRef<Load>>(policy: Policy, hosts: &[H], keys: &[String], start: usize) -> Self {
-        let first = hosts.first().map_or(1, |h| h.as_ref().weight);
-        let weighted = hosts.iter().any(|h| h.as_ref().weight != first);
-        let weights: Vec<u32> = hosts.iter().map(|h| h.as_ref().weight).collect();
+        let first = hosts.first().map_or(1, |h| h.as_ref().weight.get());
+        let weighted = hosts.iter().any(|h| h.as_ref().weight.get() != first);
+        let weights: Vec<u32> = hosts.iter().map(|h| h.as_ref().weight.get()).collect();
         let table = match policy {
             Policy::RingHash { min_size, max_size } => Some(Table::ring(keys, &weights, min_size, max_size)),
             Policy::Maglev { table_size } => Some(Table::maglev(keys, &weights, table_size)),
@@ -129,7 +136,7 @@ impl Balancer {
 }
 
 fn weight(load: &Load) -> f64 {
-    f64::from(load.weight)
+    f64::from(load.weight.get())
 }
 
 fn least_of<H: AsRef<Load>>(hosts: &[H], choices: u32, rng: &mut fastrand::Rng) -> usize {

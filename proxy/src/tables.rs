@@ -12,6 +12,7 @@ use envoy_types::pb::google::protobuf::Any;
 use tokio::sync::watch;
 
 use crate::sockets::Sockets;
+use crate::upstream::state::State;
 use crate::xds::cluster::Cluster;
 use crate::xds::cluster::endpoint::ClusterLoadAssignment;
 use crate::xds::decode::{Invalid, Kind, Rejected};
@@ -142,6 +143,8 @@ pub struct ActiveCluster {
     /// Its endpoints: its own or from discovery; for DNS clusters names that are still to be resolved, for
     /// original-destination clusters none.
     pub endpoints: Arc<ClusterLoadAssignment>,
+    /// What all workers share of it.
+    pub state: Arc<State>,
 }
 
 impl Tables {
@@ -279,8 +282,14 @@ impl Tables {
             let same = |active: &Arc<ActiveCluster>| {
                 Arc::ptr_eq(&active.cluster, &held.value) && Arc::ptr_eq(&active.endpoints, &endpoints)
             };
-            if !self.clusters.get(name).is_some_and(same) {
-                let active = ActiveCluster { cluster: Arc::clone(&held.value), endpoints };
+            let before = self.clusters.get(name);
+            if !before.is_some_and(same) {
+                let state = match before {
+                    Some(active) if Arc::ptr_eq(&active.cluster, &held.value) => Arc::clone(&active.state),
+                    Some(active) => Arc::new(State::after(&active.state)),
+                    None => Arc::default(),
+                };
+                let active = ActiveCluster { cluster: Arc::clone(&held.value), endpoints, state };
                 self.clusters.insert(Arc::clone(name), Arc::new(active));
             }
         }

@@ -99,6 +99,7 @@ async fn connect(
     let hash = config
         .hash_source_ip
         .then(|| xxhash_rust::xxh64::xxh64(session.connection.remote.ip().to_string().as_bytes(), 0));
+    upstream.warm().await;
     for _ in 0..config.max_connect_attempts {
         let ask = Ask { hash, avoid: &[], attempts: 1, original: session.connection.local };
         let Some(host) = upstream.pick(ask) else {
@@ -106,7 +107,7 @@ async fn connect(
             return None;
         };
         session.host = Some(Rc::clone(&host));
-        let opened = match upstream.admit(&host).await {
+        let opened = match upstream.admit(&host.pools.one).await {
             Ok(opened) => opened,
             Err(_) => {
                 session.flags.insert(Flags::UPSTREAM_OVERFLOW);

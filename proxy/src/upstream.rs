@@ -7,113 +7,33 @@ pub mod dns;
 pub mod h1;
 pub mod h2;
 pub mod health;
+pub mod host;
 pub mod pool;
 pub mod send;
+mod set;
+pub mod state;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::lb::locality::{self, Level, PriorityLoad};
-use crate::lb::{Balancer, Load, Policy};
-use crate::metrics::standard::{Numbered, Service, Standard, Workload};
+use crate::metrics::standard::{Numbered, Service, Standard};
 use crate::metrics::{Counter, Registry};
 use crate::tls::Connector;
-use crate::xds::cluster::endpoint::{ClusterLoadAssignment, Endpoint, Health};
-use crate::xds::cluster::lb::LbPolicy;
+use crate::xds::cluster::endpoint::ClusterLoadAssignment;
 use crate::xds::cluster::{Cluster, Discovery};
 use crate::xds::decode::Address;
 use crate::xds::tls::UpstreamTls;
-use health::{Outlier, Signal};
-use pool::Pool;
+use health::Signal;
+pub use host::Host;
 pub use send::{Failure, FailureKind};
-
-/// One endpoint on one worker.
-#[derive(Debug)]
-pub struct Host {
-    /// Where it is.
-    pub address: Address,
-    /// Its address as text.
-    pub text: Rc<str>,
-    /// What discovery says of it.
-    pub endpoint: Arc<Endpoint>,
-    /// Weight and requests under way.
-    pub load: Load,
-    /// Its connections.
-    pub pool: Pool,
-    /// TLS towards it.
-    pub tls: Option<Arc<UpstreamTls>>,
-    /// The workload behind it, for metrics.
-    pub workload: Rc<Numbered<Workload>>,
-    /// The most requests on one connection.
-    pub max_uses: Option<u32>,
-    outlier: RefCell<Outlier>,
-    ejected: Cell<bool>,
-    /// Whether TLS agreed on HTTP/2, for clusters that leave it to ALPN.
-    alpn_h2: Cell<Option<bool>>,
-}
-
-/// An endpoint as the balancer sees it.
-#[derive(Debug, Clone)]
-struct Candidate(Rc<Host>);
-
-impl AsRef<Load> for Candidate {
-    fn as_ref(&self) -> &Load {
-        &self.0.load
-    }
-}
-
-impl Host {
-    fn is_healthy(&self) -> bool {
-        !self.ejected.get() && self.endpoint.health == Health::Healthy
-    }
-
-    fn is_degraded(&self) -> bool {
-        !self.ejected.get() && self.endpoint.health == Health::Degraded
-    }
-
-    /// Whether passive health checks left it out.
-    #[must_use]
-    pub fn is_ejected(&self) -> bool {
-        self.ejected.get()
-    }
-}
-
-/// The endpoints that get requests: healthy ones; degraded ones only where the whole cluster has no healthy one.
-fn usable(hosts: &[Rc<Host>], any_healthy: bool) -> Vec<Rc<Host>> {
-    hosts.iter().filter(|h| h.is_healthy() || (!any_healthy && h.is_degraded())).cloned().collect()
-}
-
-/// Endpoints that are picked from together.
-#[derive(Debug)]
-struct Group {
-    hosts: Vec<Candidate>,
-    balancer: Balancer,
-}
-
-/// The endpoints of one priority.
-#[derive(Debug)]
-struct PriorityHosts {
-    all: Group,
-    usable: Group,
-    /// By locality, with weights, when localities are weighted.
-    localities: Vec<(u64, Group)>,
-    locality_total: u64,
-}
-
-/// The endpoints of a cluster, arranged for picking. Replaced as a whole when an endpoint or its health changes.
-#[derive(Debug, Default)]
-struct HostSet {
-    hosts: Vec<Rc<Host>>,
-    priorities: Vec<PriorityHosts>,
-    load: PriorityLoad,
-}
+use set::{HostSet, Placed};
+use state::State;
 
 /// What Envoy counts of a cluster.
 #[derive(Debug)]
@@ -126,10 +46,14 @@ pub struct ClusterStats {
     pub cx_total: Rc<Counter>,
     /// Connections open.
     pub cx_active: Rc<Counter>,
+    /// Connections that a circuit breaker refused.
+    pub cx_overflow: Rc<Counter>,
     /// Connections that did not come about.
     pub cx_connect_fail: Rc<Counter>,
     /// Retries.
     pub rq_retry: Rc<Counter>,
+    /// Retries that a circuit breaker refused.
+    pub rq_retry_overflow: Rc<Counter>,
     /// Requests that a circuit breaker refused.
     pub rq_pending_overflow: Rc<Counter>,
     /// Requests that timed out.
@@ -153,8 +77,10 @@ impl ClusterStats {
             rq_active: registry.gauge("envoy_cluster_upstream_rq_active", &labels),
             cx_total: counter("envoy_cluster_upstream_cx_total"),
             cx_active: registry.gauge("envoy_cluster_upstream_cx_active", &labels),
+            cx_overflow: counter("envoy_cluster_upstream_cx_overflow"),
             cx_connect_fail: counter("envoy_cluster_upstream_cx_connect_fail"),
             rq_retry: counter("envoy_cluster_upstream_rq_retry"),
+            rq_retry_overflow: counter("envoy_cluster_upstream_rq_retry_overflow"),
             rq_pending_overflow: counter("envoy_cluster_upstream_rq_pending_overflow"),
             rq_timeout: counter("envoy_cluster_upstream_rq_timeout"),
             ejections: counter("envoy_cluster_outlier_detection_ejections_total"),
@@ -162,9 +88,6 @@ impl ClusterStats {
         }
     }
 }
-
-/// The endpoints of a locality: priority, weight, endpoints.
-type Placed = (u32, Option<u32>, Vec<Rc<Host>>);
 
 /// A cluster on one worker.
 #[derive(Debug)]
@@ -177,16 +100,17 @@ pub struct Upstream {
     pub stats: ClusterStats,
     /// What all upstreams of the worker share.
     shared: Rc<Shared>,
+    /// What all workers share of it.
+    state: Arc<State>,
+    /// The version of the shared state that `set` goes by.
+    version: Cell<u64>,
     endpoints: RefCell<Arc<ClusterLoadAssignment>>,
     set: RefCell<Rc<HostSet>>,
     original: RefCell<BTreeMap<SocketAddr, Rc<Host>>>,
     connectors: RefCell<Vec<(Arc<UpstreamTls>, Connector)>>,
-    requests: Cell<u32>,
-    retries: Cell<u32>,
-    connections: Cell<u32>,
-    pending: Cell<u32>,
     freed: Notify,
-    next_tick: Cell<Option<Instant>>,
+    /// Whether a limit depends on how many requests are under way.
+    counts_requests: bool,
 }
 
 /// What the upstreams of one worker share.
@@ -222,32 +146,38 @@ pub struct Ask<'a> {
 impl Upstream {
     /// A cluster with these endpoints.
     #[must_use]
-    pub fn new(config: Arc<Cluster>, endpoints: Arc<ClusterLoadAssignment>, shared: Rc<Shared>) -> Rc<Self> {
+    pub fn new(
+        config: Arc<Cluster>,
+        endpoints: Arc<ClusterLoadAssignment>,
+        state: Arc<State>,
+        shared: Rc<Shared>,
+    ) -> Rc<Self> {
         let service = shared.standard.number(service_of(&config));
         let stats = ClusterStats::new(&shared.registry, &config.stat_name);
+        let limits = &config.limits;
         let this = Rc::new(Self {
             service,
             stats,
             shared,
-            endpoints: RefCell::new(Arc::clone(&endpoints)),
+            version: Cell::new(state.version()),
+            endpoints: RefCell::default(),
             set: RefCell::default(),
             original: RefCell::default(),
             connectors: RefCell::default(),
-            requests: Cell::new(0),
-            retries: Cell::new(0),
-            connections: Cell::new(0),
-            pending: Cell::new(0),
             freed: Notify::new(),
-            next_tick: Cell::new(None),
+            counts_requests: limits.max_requests < u32::MAX || limits.retry_budget.is_some(),
+            state,
             config,
         });
-        match &this.config.discovery {
-            Discovery::StrictDns(named, how) | Discovery::LogicalDns(named, how) => {
-                dns::start(&this, Arc::clone(named), *how);
+        let first = match &this.config.discovery {
+            Discovery::StrictDns(..) | Discovery::LogicalDns(..) => {
+                dns::start(&this.config, &this.state, &this.shared.tasks);
+                this.state.resolved()
             }
-            Discovery::Static(_) | Discovery::Eds { .. } | Discovery::OriginalDst(_) => {
-                this.rebuild(&endpoints);
-            }
+            Discovery::Static(_) | Discovery::Eds { .. } | Discovery::OriginalDst(_) => Some(endpoints),
+        };
+        if let Some(first) = first {
+            this.update(&first);
         }
         this
     }
@@ -266,122 +196,63 @@ impl Upstream {
         self.set.borrow().hosts.clone()
     }
 
+    /// Ends when the cluster has endpoints, or it is known that it has none: those of some come from DNS.
+    pub async fn warm(&self) {
+        if self.is_cold() {
+            self.state.was_resolved().await;
+        }
+    }
+
+    /// Whether its endpoints are still asked for, for the first time.
+    #[must_use]
+    pub fn is_cold(&self) -> bool {
+        dns::is_asked(&self.config.discovery) && self.state.resolved().is_none()
+    }
+
     fn rebuild(&self, endpoints: &ClusterLoadAssignment) {
         let old = Rc::clone(&self.set.borrow());
         let mut known: BTreeMap<&Address, &Rc<Host>> = old.hosts.iter().map(|h| (&h.address, h)).collect();
+        let (cluster, standard) = (&*self.config, &self.shared.standard);
         let mut placed = Vec::new();
         for locality in &endpoints.localities {
             let hosts = locality.endpoints.iter().map(|e| match known.remove(&e.address) {
                 Some(host) if host.endpoint == *e => Rc::clone(host),
-                Some(host) => self.host_like(e, host),
-                None => self.host(e, Outlier::default()),
+                Some(host) => host.with(e, cluster, standard),
+                None => Host::new(e, cluster, self.state.outlier(&e.address), standard),
             });
             placed.push((locality.priority, locality.weight, hosts.collect::<Vec<_>>()));
         }
         for gone in known.into_values() {
-            gone.pool.close();
+            gone.pools.close();
         }
-        self.arrange(placed, endpoints);
+        self.arrange(&placed, endpoints);
+        self.state.forget_unused();
     }
 
-    /// The same address with other attributes: its health stays, its connections are made anew.
-    fn host_like(&self, endpoint: &Arc<Endpoint>, old: &Rc<Host>) -> Rc<Host> {
-        old.pool.close();
-        self.host(endpoint, old.outlier.borrow().clone())
-    }
-
-    fn host(&self, endpoint: &Arc<Endpoint>, outlier: Outlier) -> Rc<Host> {
-        let workload = match &endpoint.workload {
-            Some(w) => Workload::from_endpoint(
-                &[&*w.name, &w.namespace, &w.canonical_name, &w.canonical_revision, &w.cluster].join(";"),
-            ),
-            None => Workload::default(),
-        };
-        let tls = self.config.transport(endpoint.transport_metadata()).cloned();
-        let http = &self.config.http;
-        // a connection whose server name is the request's must not serve another request
-        let per_request = http.auto_sni || tls.as_ref().is_some_and(|t| t.auto_host_sni);
-        Rc::new(Host {
-            address: endpoint.address.clone(),
-            text: endpoint.address.to_string().into(),
-            endpoint: Arc::clone(endpoint),
-            load: Load::new(endpoint.weight),
-            pool: Pool::default(),
-            tls,
-            workload: self.shared.standard.workload(workload),
-            max_uses: if per_request { Some(1) } else { http.max_requests_per_connection },
-            ejected: Cell::new(outlier.is_ejected()),
-            outlier: RefCell::new(outlier),
-            alpn_h2: Cell::new(None),
-        })
-    }
-
-    fn arrange(&self, placed: Vec<Placed>, endpoints: &ClusterLoadAssignment) {
-        let hosts: Vec<Rc<Host>> = placed.iter().flat_map(|(_, _, h)| h.iter().cloned()).collect();
-        let count = placed.iter().map(|(p, _, _)| p + 1).max().unwrap_or(0);
-        let any_healthy = hosts.iter().any(|h| h.is_healthy());
-        let mut priorities = Vec::new();
-        let mut levels = Vec::new();
-        for priority in 0..count {
-            let of: Vec<_> = placed.iter().filter(|(p, _, _)| *p == priority).collect();
-            let all: Vec<Rc<Host>> = of.iter().flat_map(|(_, _, h)| h.iter().cloned()).collect();
-            let usable = usable(&all, any_healthy);
-            levels.push(Level { total: all.len(), healthy: usable.len() });
-            let localities = if self.config.lb_common.locality_weighted {
-                self.localities(&of, any_healthy)
-            } else {
-                Vec::new()
-            };
-            let locality_total = localities.iter().map(|(w, _)| w).sum();
-            priorities.push(PriorityHosts {
-                all: self.group(all),
-                usable: self.group(usable),
-                localities,
-                locality_total,
-            });
+    fn arrange(&self, placed: &[Placed], endpoints: &ClusterLoadAssignment) {
+        if let Some(slow) = set::slow_start(&self.config.lb) {
+            let now = Instant::now();
+            placed.iter().flat_map(|(_, _, hosts)| hosts).for_each(|h| h.warm_up(slow, now));
         }
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "a percentage from 0 to 100"
-        )]
-        let panic_below = self.config.lb_common.panic_threshold.clamp(0.0, 100.0) as u32;
-        let factor = Some(endpoints.overprovisioning_factor).filter(|f| *f > 0);
-        let load = locality::priority_load(&levels, panic_below, factor);
-        *self.set.borrow_mut() = Rc::new(HostSet { hosts, priorities, load });
+        let factor = endpoints.overprovisioning_factor;
+        let mut rng = self.shared.rng.borrow_mut();
+        let next = Rc::new(HostSet::arrange(placed, &self.config, factor, &mut rng));
+        drop(rng);
+        *self.set.borrow_mut() = next;
     }
 
-    fn localities(&self, of: &[&Placed], any_healthy: bool) -> Vec<(u64, Group)> {
-        of.iter()
-            .map(|(_, weight, hosts)| {
-                let usable = usable(hosts, any_healthy);
-                let level = Level { total: hosts.len(), healthy: usable.len() };
-                (locality::locality_weight(weight.unwrap_or(0), level), self.group(usable))
-            })
-            .filter(|(weight, _)| *weight > 0)
-            .collect()
-    }
-
-    fn group(&self, hosts: Vec<Rc<Host>>) -> Group {
-        let policy = policy_of(&self.config.lb);
-        let by_name = self.config.lb_common.hash_hostname;
-        let keys: Vec<String> = match policy {
-            Policy::RingHash { .. } | Policy::Maglev { .. } => hosts
-                .iter()
-                .map(|h| {
-                    if by_name && !h.endpoint.hostname.is_empty() {
-                        h.endpoint.hostname.to_string()
-                    } else {
-                        h.text.to_string()
-                    }
-                })
-                .collect(),
-            Policy::RoundRobin | Policy::Random | Policy::LeastRequest { .. } => Vec::new(),
-        };
-        let start = self.shared.rng.borrow_mut().usize(..1 << 16);
-        let hosts: Vec<Candidate> = hosts.into_iter().map(Candidate).collect();
-        let balancer = Balancer::new(policy, &hosts, &keys, start);
-        Group { hosts, balancer }
+    /// Takes over what other workers found out about the endpoints.
+    fn catch_up(&self) {
+        let version = self.state.version();
+        if self.version.replace(version) == version {
+            return;
+        }
+        if dns::is_asked(&self.config.discovery)
+            && let Some(resolved) = self.state.resolved()
+        {
+            self.update(&resolved);
+        }
+        self.rearrange();
     }
 
     /// An endpoint for a request.
@@ -392,14 +263,21 @@ impl Upstream {
             address.set_port(settings.port.unwrap_or(address.port()));
             return Some(self.original_host(address));
         }
+        self.catch_up();
         let set = self.set.borrow();
         let mut rng = self.shared.rng.borrow_mut();
         let mut picked = set.pick(ask.hash, &mut rng)?;
+        let tried = |h: &Rc<Host>| ask.avoid.iter().any(|a| a.address == h.address);
         for _ in 1..ask.attempts {
-            if !ask.avoid.iter().any(|h| Rc::ptr_eq(h, picked)) {
+            if !tried(picked) {
                 break;
             }
             picked = set.pick(ask.hash, &mut rng)?;
+        }
+        if tried(picked)
+            && let Some(other) = set.other_than(ask.avoid, &mut rng)
+        {
+            picked = other; // chance kept to what failed, but there is another one
         }
         Some(Rc::clone(picked))
     }
@@ -407,8 +285,8 @@ impl Upstream {
     fn original_host(&self, address: SocketAddr) -> Rc<Host> {
         let mut original = self.original.borrow_mut();
         let host = original.entry(address).or_insert_with(|| {
-            let endpoint = dns::endpoint_at(address);
-            self.host(&Arc::new(endpoint), Outlier::default())
+            let endpoint = Arc::new(dns::endpoint_at(address));
+            Host::new(&endpoint, &self.config, Arc::default(), &self.shared.standard)
         });
         Rc::clone(host)
     }
@@ -417,21 +295,16 @@ impl Upstream {
     pub fn on_result(&self, host: &Rc<Host>, signal: Signal) {
         let Some(settings) = &self.config.outlier else { return };
         let draw = self.shared.rng.borrow_mut().u32(..100);
-        let wants = host.outlier.borrow_mut().on_result(signal, settings, draw);
-        if !wants || host.ejected.get() {
-            return;
-        }
-        let hosts = self.hosts();
-        let ejected = hosts.iter().filter(|h| h.ejected.get()).count();
-        if !health::may_eject(settings, ejected, hosts.len()) {
+        if !host.outlier.on_result(signal, settings, draw) || host.is_ejected() {
             return;
         }
         let jitter = settings.max_jitter.mul_f64(self.shared.rng.borrow_mut().f64());
-        host.outlier.borrow_mut().eject(settings, Instant::now().into_std(), jitter);
-        host.ejected.set(true);
-        self.stats.ejections.inc();
-        tracing::info!(cluster = %self.config.name, host = %host.text, "endpoint ejected");
-        self.rearrange();
+        let (set, now) = (Rc::clone(&self.set.borrow()), Instant::now().into_std());
+        let all = set.hosts.iter().map(|h| &h.outlier);
+        if self.state.eject(&host.outlier, all, settings, now, jitter) {
+            self.stats.ejections.inc();
+            tracing::info!(cluster = %self.config.name, host = %host.text, "endpoint ejected");
+        }
     }
 
     fn rearrange(&self) {
@@ -442,43 +315,39 @@ impl Upstream {
             let hosts = l.endpoints.iter().filter_map(|e| by_address.get(&e.address).map(|h| Rc::clone(h)));
             (l.priority, l.weight, hosts.collect())
         });
-        self.arrange(placed.collect(), &endpoints);
+        self.arrange(&placed.collect::<Vec<_>>(), &endpoints);
     }
 
-    /// The regular look: ejections that are over, connections that are idle for too long.
+    /// The regular look: ejections that are over, connections that are idle for too long, endpoints that are new.
     pub fn sweep(&self, now: Instant) {
         let idle = self.config.http.idle_timeout;
-        let mut back = false;
-        let tick = self.config.outlier.as_ref().is_some_and(|settings| {
-            let due = self.next_tick.get().is_none_or(|t| now >= t);
-            if due {
-                self.next_tick.set(Some(now + settings.interval.min(Duration::from_secs(3600))));
-            }
-            due
-        });
-        for host in self.hosts() {
-            host.pool.sweep(idle, now);
-            if tick && host.outlier.borrow_mut().tick(now.into_std()) {
-                host.ejected.set(false);
-                back = true;
-            }
+        let set = Rc::clone(&self.set.borrow());
+        for host in &set.hosts {
+            host.pools.sweep(idle, now);
         }
-        if back {
+        if let Some(settings) = &self.config.outlier
+            && self.state.is_due(now.into_std(), settings.interval)
+        {
+            self.state.look(set.hosts.iter().map(|h| &h.outlier), now.into_std());
+        }
+        if let Some(slow) = set::slow_start(&self.config.lb)
+            && set.hosts.iter().any(|h| h.is_warming(slow, now))
+        {
             self.rearrange();
         }
         self.original.borrow_mut().retain(|_, host| {
-            host.pool.sweep(idle, now);
-            !host.pool.is_empty() || host.load.active.get() > 0
+            host.pools.sweep(idle, now);
+            !host.pools.is_empty() || host.load.active.get() > 0
         });
     }
 
     /// Lets go of all connections: the cluster is gone or has another configuration.
     pub fn close(&self) {
         for host in self.hosts() {
-            host.pool.close();
+            host.pools.close();
         }
         for host in self.original.borrow().values() {
-            host.pool.close();
+            host.pools.close();
         }
     }
 
@@ -493,38 +362,18 @@ impl Upstream {
                     clippy::cast_sign_loss,
                     reason = "a share of a u32"
                 )]
-                let share = (f64::from(self.requests.get()) * percent / 100.0) as u32;
+                let share = (f64::from(self.state.requests.get() + self.state.pending.get()) * percent
+                    / 100.0) as u32;
                 share.max(least)
             }
             None => limits.max_retries,
         };
-        if self.retries.get() >= most {
+        if !self.state.retries.try_add(most) {
+            self.stats.rq_retry_overflow.inc();
             return None;
         }
-        self.retries.set(self.retries.get() + 1);
         self.stats.rq_retry.inc();
         Some(Retrying(Rc::clone(self)))
-    }
-}
-
-impl HostSet {
-    fn pick(&self, hash: Option<u64>, rng: &mut fastrand::Rng) -> Option<&Rc<Host>> {
-        let index = match self.load.percent.as_slice() {
-            [100] => 0,
-            _ => self.load.choose(rng.u32(..100))?,
-        };
-        let priority = self.priorities.get(index)?;
-        let group = if self.load.panic.get(index).copied().unwrap_or(false) {
-            &priority.all
-        } else if priority.locality_total > 0 {
-            let weights: Vec<u64> = priority.localities.iter().map(|(w, _)| *w).collect();
-            let at = locality::weighted_index(&weights, rng.u64(..priority.locality_total))?;
-            &priority.localities.get(at)?.1
-        } else {
-            &priority.usable
-        };
-        let picked = group.balancer.pick(&group.hosts, hash, rng)?;
-        group.hosts.get(picked).map(|candidate| &candidate.0)
     }
 }
 
@@ -534,7 +383,7 @@ pub struct Retrying(Rc<Upstream>);
 
 impl Drop for Retrying {
     fn drop(&mut self) {
-        self.0.retries.set(self.0.retries.get().saturating_sub(1));
+        self.0.state.retries.sub();
     }
 }
 
@@ -546,33 +395,25 @@ pub struct Active {
 }
 
 impl Active {
-    fn start(upstream: &Rc<Upstream>, host: &Rc<Host>) -> Self {
-        upstream.requests.set(upstream.requests.get() + 1);
+    /// Counts a request, if the circuit breaker has room for it.
+    fn start(upstream: &Rc<Upstream>, host: &Rc<Host>) -> Option<Self> {
+        if upstream.counts_requests && !upstream.state.requests.try_add(upstream.config.limits.max_requests) {
+            return None;
+        }
         upstream.stats.rq_total.inc();
         upstream.stats.rq_active.inc();
         host.load.active.set(host.load.active.get() + 1);
-        Self { upstream: Rc::clone(upstream), host: Rc::clone(host) }
+        Some(Self { upstream: Rc::clone(upstream), host: Rc::clone(host) })
     }
 }
 
 impl Drop for Active {
     fn drop(&mut self) {
-        self.upstream.requests.set(self.upstream.requests.get().saturating_sub(1));
+        if self.upstream.counts_requests {
+            self.upstream.state.requests.sub();
+        }
         self.upstream.stats.rq_active.sub(1);
         self.host.load.active.set(self.host.load.active.get().saturating_sub(1));
-    }
-}
-
-fn policy_of(lb: &LbPolicy) -> Policy {
-    let size = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
-    match lb {
-        LbPolicy::RoundRobin { .. } | LbPolicy::ClusterProvided => Policy::RoundRobin,
-        LbPolicy::LeastRequest { choices, .. } => Policy::LeastRequest { choices: *choices },
-        LbPolicy::Random => Policy::Random,
-        LbPolicy::RingHash { min_size, max_size } => {
-            Policy::RingHash { min_size: size(*min_size), max_size: size(*max_size) }
-        }
-        LbPolicy::Maglev { table_size } => Policy::Maglev { table_size: size(*table_size) },
     }
 }
 

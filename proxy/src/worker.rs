@@ -327,6 +327,12 @@ impl Worker {
     }
 
     fn refresh_upstreams(&self, tables: &Tables) {
+        // the first worker asks DNS for all of them, and before anybody needs the answer
+        if self.index == 0 {
+            for active in tables.clusters.values() {
+                crate::upstream::dns::start(&active.cluster, &active.state, &self.shared.tasks);
+            }
+        }
         self.upstreams.borrow_mut().retain(|name, upstream| match tables.clusters.get(name) {
             Some(active) if Arc::ptr_eq(&active.cluster, &upstream.config) => {
                 if crate::upstream::dns::comes_from_tables(&upstream.config.discovery) {
@@ -376,7 +382,8 @@ impl Worker {
         let tables = Arc::clone(&self.tables.borrow());
         let active = tables.clusters.get(name)?;
         let (config, endpoints) = (Arc::clone(&active.cluster), Arc::clone(&active.endpoints));
-        let upstream = Upstream::new(config, endpoints, Rc::clone(&self.shared));
+        let (state, shared) = (Arc::clone(&active.state), Rc::clone(&self.shared));
+        let upstream = Upstream::new(config, endpoints, state, shared);
         self.upstreams.borrow_mut().insert(Arc::clone(&active.cluster.name), Rc::clone(&upstream));
         Some(upstream)
     }

@@ -75,6 +75,11 @@ pub async fn run(
         call.parts.headers.insert(headers::EXPECTED_TIMEOUT, headers::number(ms));
     }
     let (hash, cookie) = hash_of(http, forward, call);
+    if upstream.is_cold()
+        && let Some(late) = warm(upstream, call).await
+    {
+        return Err(Box::new(too_late(call, late)));
+    }
     let mut tried: Vec<Rc<Host>> = Vec::new();
     loop {
         let attempt = call.exchange.attempts + 1;
@@ -131,6 +136,18 @@ async fn one(
         }
         let attempt = Attempt { timeout: per_try, ready: ready.get() };
         call.exchange.poll_late(Some(attempt), cx).map(|late| Err(Miss::Late(late)))
+    })
+    .await
+}
+
+/// Waits until the cluster knows its endpoints; tells which limit of the stream passed meanwhile, if one did.
+async fn warm(upstream: &Upstream, call: &mut Call) -> Option<Late> {
+    let mut warm = std::pin::pin!(upstream.warm());
+    std::future::poll_fn(|cx| {
+        if warm.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(None);
+        }
+        call.exchange.poll_late(Some(Attempt::default()), cx).map(Some)
     })
     .await
 }

@@ -1,5 +1,7 @@
 //! Passive health checks: endpoints that fail in a row are left out for a while. Pure: the clock is an argument.
 
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::xds::cluster::health::OutlierDetection;
@@ -13,69 +15,80 @@ pub enum Signal {
     LocalFailure,
 }
 
-/// What one endpoint did lately.
-#[derive(Clone, Debug, Default)]
+/// What one endpoint did lately; all workers tell it and ask it.
+#[derive(Debug, Default)]
 pub struct Outlier {
-    errors: u32,
-    gateway_errors: u32,
-    local_failures: u32,
-    ejections: u32,
+    errors: AtomicU32,
+    gateway_errors: AtomicU32,
+    local_failures: AtomicU32,
+    ejected: AtomicBool,
+    ejection: Mutex<Ejection>,
+}
+
+#[derive(Debug, Default)]
+struct Ejection {
+    times: u32,
     until: Option<Instant>,
 }
 
 impl Outlier {
     /// Notes a result; `true` asks for an ejection, which [`may_eject`] must allow. `draw` is a number below 100.
-    pub fn on_result(&mut self, signal: Signal, settings: &OutlierDetection, draw: u32) -> bool {
-        let local = signal == Signal::LocalFailure;
-        if local && settings.split_external_local {
-            self.local_failures += 1;
-            return reached(
-                &mut self.local_failures,
-                settings.consecutive_local,
-                settings.enforcing_local,
-                draw,
-            );
+    pub fn on_result(&self, signal: Signal, settings: &OutlierDetection, draw: u32) -> bool {
+        if signal == Signal::LocalFailure && settings.split_external_local {
+            let (limit, share) = (settings.consecutive_local, settings.enforcing_local);
+            return reached(&self.local_failures, limit, share, draw);
         }
         let status = match signal {
             Signal::Status(status) => status,
             Signal::LocalFailure => 503,
         };
         if settings.split_external_local {
-            self.local_failures = 0;
+            clear(&self.local_failures);
         }
         if status < 500 {
-            (self.errors, self.gateway_errors) = (0, 0);
+            clear(&self.errors);
+            clear(&self.gateway_errors);
             return false;
         }
         let mut eject = false;
         if matches!(status, 502..=504) {
-            self.gateway_errors += 1;
             let (limit, share) = (settings.consecutive_gateway, settings.enforcing_gateway);
-            eject |= reached(&mut self.gateway_errors, limit, share, draw);
+            eject |= reached(&self.gateway_errors, limit, share, draw);
         } else {
-            self.gateway_errors = 0;
+            clear(&self.gateway_errors);
         }
-        self.errors += 1;
-        eject | reached(&mut self.errors, settings.consecutive_5xx, settings.enforcing_5xx, draw)
+        eject | reached(&self.errors, settings.consecutive_5xx, settings.enforcing_5xx, draw)
+    }
+
+    fn ejection(&self) -> MutexGuard<'_, Ejection> {
+        // nothing is left half done under this lock
+        self.ejection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ejects the endpoint; each further time lasts longer.
-    pub fn eject(&mut self, settings: &OutlierDetection, now: Instant, jitter: Duration) {
-        self.ejections += 1;
-        let time = settings.base_ejection.saturating_mul(self.ejections).min(settings.max_ejection);
-        self.until = Some(now + time + jitter);
+    pub fn eject(&self, settings: &OutlierDetection, now: Instant, jitter: Duration) {
+        let mut ejection = self.ejection();
+        ejection.times += 1;
+        let time = settings.base_ejection.saturating_mul(ejection.times).min(settings.max_ejection);
+        ejection.until = Some(now + time + jitter);
+        self.ejected.store(true, Ordering::Release);
     }
 
     /// The look at each interval; `true` when an ejection is over.
-    pub fn tick(&mut self, now: Instant) -> bool {
-        match self.until {
+    pub fn tick(&self, now: Instant) -> bool {
+        let mut ejection = self.ejection();
+        match ejection.until {
             Some(until) if now >= until => {
-                *self = Self { ejections: self.ejections, ..Self::default() };
+                ejection.until = None;
+                for count in [&self.errors, &self.gateway_errors, &self.local_failures] {
+                    clear(count);
+                }
+                self.ejected.store(false, Ordering::Release);
                 true
             }
             Some(_) => false,
             None => {
-                self.ejections = self.ejections.saturating_sub(1);
+                ejection.times = ejection.times.saturating_sub(1);
                 false
             }
         }
@@ -84,15 +97,23 @@ impl Outlier {
     /// Whether the endpoint is out.
     #[must_use]
     pub fn is_ejected(&self) -> bool {
-        self.until.is_some()
+        self.ejected.load(Ordering::Acquire)
     }
 }
 
-fn reached(count: &mut u32, limit: u32, enforcing: u32, draw: u32) -> bool {
-    if limit == 0 || *count < limit {
+/// Written only where it changes something: most results are good ones, and the count is shared.
+fn clear(count: &AtomicU32) {
+    if count.load(Ordering::Relaxed) != 0 {
+        count.store(0, Ordering::Relaxed);
+    }
+}
+
+fn reached(count: &AtomicU32, limit: u32, enforcing: u32, draw: u32) -> bool {
+    let now = count.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+    if limit == 0 || now < limit {
         return false;
     }
-    *count = 0;
+    count.store(0, Ordering::Relaxed);
     draw < enforcing
 }
 
@@ -141,7 +162,7 @@ mod tests {
 
     #[track_caller]
     fn check(settings: &OutlierDetection, signals: &[Signal], expected: bool) {
-        let mut outlier = Outlier::default();
+        let outlier = Outlier::default();
         let last = signals.iter().fold(false, |_, s| outlier.on_result(*s, settings, 50));
         assert_eq!(last, expected, "{signals:?}");
     }
@@ -172,7 +193,7 @@ mod tests {
         #[expect(clippy::disallowed_methods, reason = "any point in time does")]
         let t0 = Instant::now();
         let at = |s| t0 + Duration::from_secs(s);
-        let mut outlier = Outlier::default();
+        let outlier = Outlier::default();
         outlier.eject(&settings(), t0, Duration::ZERO);
         assert!(!outlier.tick(at(29)) && outlier.is_ejected());
         assert!(outlier.tick(at(30)) && !outlier.is_ejected());

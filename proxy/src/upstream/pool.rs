@@ -5,19 +5,77 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use ahash::AHashMap;
 use bytes::Bytes;
+use http::HeaderValue;
 use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use super::Active;
 use super::h1::H1;
 use super::h2::{H2, Streams};
 use super::send::Link;
-use super::{Active, Host};
 use crate::http::body::BodyError;
 
-/// The connections of one endpoint on one worker.
+/// The most authorities for which an endpoint's connections are kept apart. Beyond it connections serve one request.
+const AUTHORITIES: usize = 1024;
+
+/// All connections of one endpoint on one worker. They outlive changes of the endpoint's weight and health.
+#[derive(Debug, Default)]
+pub struct Pools {
+    /// For every authority.
+    pub one: Rc<Pool>,
+    /// Each for one authority.
+    apart: RefCell<AHashMap<HeaderValue, Rc<Pool>>>,
+    /// Whether TLS agreed on HTTP/2, for clusters that leave it to ALPN.
+    pub(super) alpn_h2: Cell<Option<bool>>,
+}
+
+impl Pools {
+    /// The connections for an authority; `None` where they serve every one.
+    pub(super) fn of(&self, authority: Option<&HeaderValue>) -> Rc<Pool> {
+        let Some(authority) = authority else { return Rc::clone(&self.one) };
+        let mut apart = self.apart.borrow_mut();
+        if let Some(pool) = apart.get(authority) {
+            return Rc::clone(pool);
+        }
+        let pool = Rc::new(Pool::default());
+        if self.one.is_closed() || apart.len() >= AUTHORITIES {
+            pool.close();
+        } else {
+            apart.insert(authority.clone(), Rc::clone(&pool));
+        }
+        pool
+    }
+
+    /// Drops connections that were idle too long or that the server has closed.
+    pub fn sweep(&self, idle_timeout: Option<Duration>, now: Instant) {
+        self.one.sweep(idle_timeout, now);
+        let apart: Vec<_> = self.apart.borrow().values().map(Rc::clone).collect();
+        for pool in &apart {
+            pool.sweep(idle_timeout, now);
+        }
+        drop(apart);
+        self.apart.borrow_mut().retain(|_, p| !p.is_empty() || Rc::strong_count(p) > 1);
+    }
+
+    /// Drops idle connections and takes none back: the endpoint is gone. Requests under way finish.
+    pub fn close(&self) {
+        self.one.close();
+        let apart = std::mem::take(&mut *self.apart.borrow_mut());
+        apart.into_iter().for_each(|(_, pool)| pool.close());
+    }
+
+    /// Whether no connection is kept.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.one.is_empty() && self.apart.borrow().is_empty()
+    }
+}
+
+/// Connections of one endpoint on one worker that serve the same requests.
 #[derive(Debug, Default)]
 pub struct Pool {
     idle: RefCell<Vec<(Box<H1>, Instant)>>,
@@ -157,7 +215,8 @@ impl Pool {
 #[derive(Debug)]
 pub struct Reply {
     source: Source,
-    host: Rc<Host>,
+    pool: Rc<Pool>,
+    max_uses: Option<u32>,
     active: Option<Active>,
 }
 
@@ -168,12 +227,18 @@ enum Source {
 }
 
 impl Reply {
-    pub(super) fn h1(connection: Box<H1>, body: Incoming, host: Rc<Host>, active: Active) -> Self {
-        Self { source: Source::H1(Some(connection), body), host, active: Some(active) }
+    pub(super) fn h1(
+        connection: Box<H1>,
+        body: Incoming,
+        pool: Rc<Pool>,
+        max_uses: Option<u32>,
+        active: Active,
+    ) -> Self {
+        Self { source: Source::H1(Some(connection), body), pool, max_uses, active: Some(active) }
     }
 
-    pub(super) fn h2(streams: Streams, host: Rc<Host>, active: Active) -> Self {
-        Self { source: Source::H2(Box::new(streams)), host, active: Some(active) }
+    pub(super) fn h2(streams: Streams, pool: Rc<Pool>, active: Active) -> Self {
+        Self { source: Source::H2(Box::new(streams)), pool, max_uses: None, active: Some(active) }
     }
 
     /// Whether nothing more will come.
@@ -200,9 +265,9 @@ impl Reply {
         if let Source::H1(connection, _) = &mut self.source
             && let Some(mut connection) = connection.take()
             && connection.is_alive()
-            && self.host.max_uses.is_none_or(|most| connection.uses < most)
+            && self.max_uses.is_none_or(|most| connection.uses < most)
         {
-            self.host.pool.put_h1(connection, Instant::now());
+            self.pool.put_h1(connection, Instant::now());
         }
     }
 

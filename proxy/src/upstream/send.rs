@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::h1::H1;
 use super::h2::H2;
-use super::pool::Reply;
+use super::pool::{Pool, Reply};
 use super::{Active, Host, Upstream};
 use crate::http::body::RequestBody;
 use crate::metrics::standard::{Numbered, Principals};
@@ -105,6 +105,14 @@ impl Failure {
 /// The head of a response and what brings its body.
 pub type Answer = (http::response::Parts, Box<Reply>);
 
+/// Where a request goes: the endpoint, and which of its connections may carry it.
+struct To<'a> {
+    host: &'a Rc<Host>,
+    pool: Rc<Pool>,
+    /// The request's authority; a connection's server name may depend on it.
+    name: HeaderValue,
+}
+
 impl Upstream {
     /// Sends a request to an endpoint and waits for the head of the response. `ready` tells when there was a
     /// connection for it.
@@ -118,18 +126,18 @@ impl Upstream {
         outgoing: Outgoing,
         ready: &Cell<Option<Instant>>,
     ) -> Result<Answer, Failure> {
-        if self.requests.get() >= self.config.limits.max_requests {
+        let Some(active) = Active::start(self, host) else {
             self.stats.rq_pending_overflow.inc();
             return Err(Failure::new(FailureKind::Overflow, ""));
-        }
-        let active = Active::start(self, host);
-        if self.config.http.version == HttpVersion::Alpn && host.alpn_h2.get().is_none() {
-            self.learn_version(host, &outgoing.authority).await?;
+        };
+        let to = To { host, pool: host.pool(&outgoing.authority), name: outgoing.authority.clone() };
+        if self.config.http.version == HttpVersion::Alpn && host.pools.alpn_h2.get().is_none() {
+            self.learn_version(&to).await?;
         }
         if self.wants_h2(host, outgoing.client_h2) {
-            self.send_h2(host, outgoing, active, ready).await
+            self.send_h2(&to, outgoing, active, ready).await
         } else {
-            self.send_h1(host, outgoing, active, ready).await
+            self.send_h1(&to, outgoing, active, ready).await
         }
     }
 
@@ -139,23 +147,22 @@ impl Upstream {
             HttpVersion::Http2 => true,
             HttpVersion::Downstream => client_h2,
             // until a handshake has told: whoever does not agree on h2 speaks HTTP/1
-            HttpVersion::Alpn => host.alpn_h2.get().unwrap_or(false),
+            HttpVersion::Alpn => host.pools.alpn_h2.get().unwrap_or(false),
         }
     }
 
     async fn send_h1(
         self: &Rc<Self>,
-        host: &Rc<Host>,
+        to: &To<'_>,
         outgoing: Outgoing,
         active: Active,
         ready: &Cell<Option<Instant>>,
     ) -> Result<Answer, Failure> {
-        let name = outgoing.authority.clone();
         let mut request = h1_request(outgoing);
         loop {
-            let (mut connection, reused) = match host.pool.take_h1() {
+            let (mut connection, reused) = match to.pool.take_h1() {
                 Some(connection) => (connection, true),
-                None => match self.dial_h1(host, &name).await? {
+                None => match self.dial_h1(to).await? {
                     Some(connection) => (connection, false),
                     None => continue, // one came back to the pool while this request waited
                 },
@@ -164,7 +171,8 @@ impl Upstream {
             match connection.send(request).await {
                 Ok(response) => {
                     let (parts, body) = response.into_parts();
-                    return Ok((parts, Box::new(Reply::h1(connection, body, Rc::clone(host), active))));
+                    let reply = Reply::h1(connection, body, Rc::clone(&to.pool), to.host.max_uses, active);
+                    return Ok((parts, Box::new(reply)));
                 }
                 Err(error) => match error.unsent {
                     // the server closed the idle connection just now; nothing was sent, so another one takes it
@@ -176,34 +184,30 @@ impl Upstream {
     }
 
     /// Makes the first connection to an endpoint whose version of HTTP only the handshake tells.
-    async fn learn_version(self: &Rc<Self>, host: &Rc<Host>, name: &HeaderValue) -> Result<(), Failure> {
-        let open = self.admit(host).await?;
-        let (io, link) = self.connect(host, Some(name)).await?;
+    async fn learn_version(self: &Rc<Self>, to: &To<'_>) -> Result<(), Failure> {
+        let open = self.admit(&to.pool).await?;
+        let (io, link) = self.connect(to.host, Some(&to.name)).await?;
         let is_h2 = link.peer.as_ref().is_some_and(|p| p.alpn.as_deref() == Some(b"h2"));
         open.tell(link);
         let refused = |e: &dyn std::error::Error| Failure::new(FailureKind::Connect, e);
         if is_h2 {
             let connection = H2::start(io, open, &self.config.http.http2, &self.shared.tasks).await;
-            host.pool.put_h2(connection.map_err(|e| refused(&e))?, Instant::now());
+            to.pool.put_h2(connection.map_err(|e| refused(&e))?, Instant::now());
         } else {
             let connection = H1::start(io, open, self.config.http.http1.proper_case).await;
-            host.pool.put_h1(Box::new(connection.map_err(|e| refused(&e))?), Instant::now());
+            to.pool.put_h1(Box::new(connection.map_err(|e| refused(&e))?), Instant::now());
         }
-        host.alpn_h2.set(Some(is_h2));
+        to.host.pools.alpn_h2.set(Some(is_h2));
         Ok(())
     }
 
     /// A new connection; `None` when a pooled one became free before there was room for it.
-    async fn dial_h1(
-        self: &Rc<Self>,
-        host: &Rc<Host>,
-        name: &HeaderValue,
-    ) -> Result<Option<Box<H1>>, Failure> {
-        let Some(open) = self.try_admit(host) else {
-            self.wait_for_room(host).await?;
+    async fn dial_h1(self: &Rc<Self>, to: &To<'_>) -> Result<Option<Box<H1>>, Failure> {
+        let Some(open) = self.try_admit(&to.pool) else {
+            self.wait_for_room(&to.pool).await?;
             return Ok(None);
         };
-        let (io, link) = self.connect(host, Some(name)).await?;
+        let (io, link) = self.connect(to.host, Some(&to.name)).await?;
         open.tell(link);
         let connection = H1::start(io, open, self.config.http.http1.proper_case).await;
         connection.map(|c| Some(Box::new(c))).map_err(|e| Failure::new(FailureKind::Connect, e))
@@ -211,22 +215,21 @@ impl Upstream {
 
     async fn send_h2(
         self: &Rc<Self>,
-        host: &Rc<Host>,
+        to: &To<'_>,
         outgoing: Outgoing,
         active: Active,
         ready: &Cell<Option<Instant>>,
     ) -> Result<Answer, Failure> {
-        let name = outgoing.authority.clone();
         let request = h2_request(outgoing)?;
-        let mut connection = match host.pool.get_h2(host.max_uses, Instant::now()) {
+        let mut connection = match to.pool.get_h2(to.host.max_uses, Instant::now()) {
             Some(connection) => connection,
-            None => self.dial_h2(host, &name).await?,
+            None => self.dial_h2(to).await?,
         };
         ready.set(Some(Instant::now()));
         match connection.send(request).await {
             Ok((response, streams)) => {
                 let (parts, ()) = response.into_parts();
-                Ok((parts, Box::new(Reply::h2(streams, Rc::clone(host), active))))
+                Ok((parts, Box::new(Reply::h2(streams, Rc::clone(&to.pool), active))))
             }
             Err(e) if e.refused => Err(Failure::new(FailureKind::Refused, e)),
             Err(e) if e.reset => Err(Failure::new(FailureKind::Reset, e)),
@@ -236,15 +239,16 @@ impl Upstream {
     }
 
     /// One connection is made for all requests that wait for it; it is made to the end even if they give up.
-    async fn dial_h2(self: &Rc<Self>, host: &Rc<Host>, name: &HeaderValue) -> Result<H2, Failure> {
+    async fn dial_h2(self: &Rc<Self>, to: &To<'_>) -> Result<H2, Failure> {
+        let To { host, pool, name } = to;
         for _ in 0..SHARED_DIALS {
-            let (dial, mine) = host.pool.dial();
+            let (dial, mine) = pool.dial();
             if mine {
-                let (this, host, name, dial) =
-                    (Rc::clone(self), Rc::clone(host), name.clone(), Rc::clone(&dial));
+                let (this, host, pool, name, dial) =
+                    (Rc::clone(self), Rc::clone(host), Rc::clone(pool), name.clone(), Rc::clone(&dial));
                 self.shared.tasks.spawn_local(async move {
-                    match this.start_h2(&host, &name).await {
-                        Ok(connection) => host.pool.put_h2(connection, Instant::now()),
+                    match this.start_h2(&host, &pool, &name).await {
+                        Ok(connection) => pool.put_h2(connection, Instant::now()),
                         Err(failure) => *dial.failure.borrow_mut() = Some(Rc::new(failure)),
                     }
                     dial.done.set(true);
@@ -258,21 +262,21 @@ impl Upstream {
             if let Some(failure) = &*dial.failure.borrow() {
                 return Err(Failure::clone(failure));
             }
-            if let Some(connection) = host.pool.get_h2(host.max_uses, Instant::now()) {
+            if let Some(connection) = pool.get_h2(host.max_uses, Instant::now()) {
                 return Ok(connection);
             }
-            if host.pool.is_closed() {
+            if pool.is_closed() {
                 break; // the endpoint is gone for others; this request still goes to it
             }
         }
         // others were faster each time, or no connection is kept: one of this request's own
-        let connection = self.start_h2(host, name).await?;
-        host.pool.put_h2_used(connection.clone(), Instant::now());
+        let connection = self.start_h2(host, pool, name).await?;
+        pool.put_h2_used(connection.clone(), Instant::now());
         Ok(connection)
     }
 
-    async fn start_h2(self: &Rc<Self>, host: &Rc<Host>, name: &HeaderValue) -> Result<H2, Failure> {
-        let open = self.admit(host).await?;
+    async fn start_h2(self: &Rc<Self>, host: &Host, pool: &Pool, name: &HeaderValue) -> Result<H2, Failure> {
+        let open = self.admit(pool).await?;
         let (io, link) = self.connect(host, Some(name)).await?;
         open.tell(link);
         H2::start(io, open, &self.config.http.http2, &self.shared.tasks)
@@ -281,40 +285,42 @@ impl Upstream {
     }
 
     /// Room for one more connection: waits while the circuit breaker lets requests wait.
-    pub(crate) async fn admit(self: &Rc<Self>, host: &Host) -> Result<Opened, Failure> {
+    pub(crate) async fn admit(self: &Rc<Self>, pool: &Pool) -> Result<Opened, Failure> {
         loop {
-            if let Some(opened) = self.try_admit(host) {
+            if let Some(opened) = self.try_admit(pool) {
                 return Ok(opened);
             }
-            self.wait_for_room(host).await?;
+            self.wait_for_room(pool).await?;
         }
     }
 
-    /// Room for one more connection, if there is some now. An endpoint without any gets one in any case, as Envoy
-    /// has it: connections to other endpoints must not make it unreachable.
-    fn try_admit(self: &Rc<Self>, host: &Host) -> Option<Opened> {
-        let of_host = host.pool.connections();
-        if self.connections.get() >= self.config.limits.max_connections && of_host.get() > 0 {
+    /// Room for one more connection, if there is some now. A pool without any gets one in any case, as Envoy has
+    /// it: connections to other endpoints, or of other workers, must not make it unreachable.
+    fn try_admit(self: &Rc<Self>, pool: &Pool) -> Option<Opened> {
+        let of_host = pool.connections();
+        if of_host.get() == 0 {
+            self.state.connections.add();
+        } else if !self.state.connections.try_add(self.config.limits.max_connections) {
+            self.stats.cx_overflow.inc();
             return None;
         }
         of_host.set(of_host.get() + 1);
-        self.connections.set(self.connections.get() + 1);
         self.stats.cx_total.inc();
         self.stats.cx_active.inc();
         Some(Opened { upstream: Rc::clone(self), of_host: Rc::clone(of_host), link: OnceCell::new() })
     }
 
-    /// Waits until a connection has ended or came back to the endpoint's pool.
-    async fn wait_for_room(&self, host: &Host) -> Result<(), Failure> {
-        if self.pending.get() >= self.config.limits.max_pending {
+    /// Waits until a connection has ended or came back to the pool. A pool that has to wait has a connection, so
+    /// there is one on this worker whose end it will see.
+    async fn wait_for_room(&self, pool: &Pool) -> Result<(), Failure> {
+        if !self.state.pending.try_add(self.config.limits.max_pending) {
             self.stats.rq_pending_overflow.inc();
             return Err(Failure::new(FailureKind::Overflow, ""));
         }
-        self.pending.set(self.pending.get() + 1);
         let _waiting = Waiting(self);
         tokio::select! {
             () = self.freed.notified() => {}
-            () = host.pool.returned() => {}
+            () = pool.returned() => {}
         }
         Ok(())
     }
@@ -451,7 +457,7 @@ impl Opened {
 impl Drop for Opened {
     fn drop(&mut self) {
         self.of_host.set(self.of_host.get().saturating_sub(1));
-        self.upstream.connections.set(self.upstream.connections.get().saturating_sub(1));
+        self.upstream.state.connections.sub();
         self.upstream.stats.cx_active.sub(1);
         self.upstream.freed.notify_one();
     }
@@ -461,7 +467,7 @@ struct Waiting<'a>(&'a Upstream);
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.pending.set(self.0.pending.get().saturating_sub(1));
+        self.0.state.pending.sub();
     }
 }
 

@@ -78,6 +78,8 @@ pub enum Discovery {
 pub struct Dns {
     /// How often.
     pub refresh: Duration,
+    /// How soon after a failure: the first pause, which doubles with each further one, and the longest.
+    pub failure_refresh: Option<(Duration, Duration)>,
     /// Which addresses.
     pub family: DnsFamily,
 }
@@ -317,7 +319,23 @@ fn dns(pb: &pb::Cluster) -> Result<Dns, Invalid> {
     let default = Duration::from_secs(5);
     #[expect(deprecated, reason = "configuration files still use it")]
     let refresh = timeout(pb.dns_refresh_rate, Some(default), "dns_refresh_rate")?.unwrap_or(default);
-    Ok(Dns { refresh: refresh.max(Duration::from_millis(1)), family })
+    #[expect(deprecated, reason = "configuration files still use it")]
+    let failure_refresh = pb.dns_failure_refresh_rate.as_ref().map(failure_refresh).transpose();
+    Ok(Dns {
+        refresh: refresh.max(Duration::from_millis(1)),
+        failure_refresh: failure_refresh.under("dns_failure_refresh_rate")?,
+        family,
+    })
+}
+
+fn failure_refresh(pb: &pb::cluster::RefreshRate) -> Result<(Duration, Duration), Invalid> {
+    let base = timeout(pb.base_interval, None, "base_interval")?;
+    let base = base.ok_or_else(|| Invalid::missing("base_interval"))?;
+    let max = timeout(pb.max_interval, None, "max_interval")?.unwrap_or_else(|| base.saturating_mul(10));
+    if max < base {
+        return Err(Invalid::new("max_interval", "is below base_interval"));
+    }
+    Ok((base, max))
 }
 
 fn original_dst(pb: &pb::Cluster) -> Result<OriginalDst, Invalid> {

@@ -22,8 +22,13 @@ pub(crate) struct Running {
 impl Running {
     /// Starts a proxy with one worker from a bootstrap file's text.
     pub(crate) async fn start(bootstrap: &str) -> Self {
+        Self::start_with(bootstrap, 1).await
+    }
+
+    /// Starts a proxy with so many workers.
+    pub(crate) async fn start_with(bootstrap: &str, workers: usize) -> Self {
         let mut config = proxy::bootstrap::parse(bootstrap, jiff::Timestamp::UNIX_EPOCH).expect("bootstrap");
-        config.workers = 1;
+        config.workers = workers;
         config.stats = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
         let proxy = Proxy::start(config, None).await.expect("proxy starts");
         let tables = std::sync::Arc::clone(proxy.tables());

@@ -16,3 +16,4 @@ mod plain;
 mod timeouts;
 mod tokens;
 mod updates;
+mod workers;

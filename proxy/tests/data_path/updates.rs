@@ -4,8 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use proxy::drain::Drain;
-use proxy::tables::{TableStore, TableWriter};
+use proxy::tables::{Change, TableStore, TableWriter, Update};
 use proxy::worker::{self, Handle, Options};
+use proxy::xds::decode::Kind;
+use proxy::xds::parse::{Resource, parse};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
@@ -85,5 +87,62 @@ async fn a_connection_goes_on_under_the_chain_that_takes_the_place_of_its_own() 
     open.read_to_string(&mut answer).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 418"), "{answer}");
     drain.stop_accepting();
+    worker.ended().await;
+}
+
+/// A listener whose requests go to a cluster with endpoints from discovery.
+fn forwarding() -> String {
+    crate::harness::bootstrap(
+        "              - {match: {prefix: \"/\"}, route: {cluster: up}}",
+        "",
+        "  - {name: up, type: EDS, eds_cluster_config: {service_name: s, eds_config: {ads: {}}}}",
+    )
+}
+
+/// One endpoint with what is said of it.
+fn endpoint(at: SocketAddr, rest: &str) -> Change {
+    let yaml = format!(
+        "{{cluster_name: s, endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: {}, port_value: {}}}}}}}{rest}}}]}}]}}",
+        at.ip(),
+        at.port()
+    );
+    let message: envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment =
+        wire::json::message_from_yaml(&yaml).unwrap();
+    let resource = Resource { name: None, version: rest.into(), any: wire::canonical::any(&message) };
+    parse(Kind::Endpoints, resource, jiff::Timestamp::UNIX_EPOCH).unwrap().change
+}
+
+#[tokio::test]
+async fn an_endpoint_of_another_weight_keeps_its_connections() {
+    let (listener, to) = crate::backend::listen().await;
+    let (mut writer, _tables, drain, worker, address) = start(&forwarding());
+    let mut client = None;
+    let mut server = None;
+    for rest in ["", ", load_balancing_weight: 7", ", health_status: DEGRADED", ", load_balancing_weight: 2"]
+    {
+        assert_eq!(writer.apply(&Update { changes: vec![endpoint(to, rest)] }), []);
+        let client = match &mut client {
+            Some(client) => client,
+            None => client.insert(TcpStream::connect(address).await.unwrap()),
+        };
+        client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        let server = match &mut server {
+            Some(server) => server,
+            None => server.insert(listener.accept().await.unwrap().0),
+        };
+        for (stream, answer) in
+            [(&mut *server, Some("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")), (client, None)]
+        {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(stream.read_u8().await.unwrap_or_else(|e| panic!("{rest}: {e}")));
+            }
+            if let Some(answer) = answer {
+                stream.write_all(answer.as_bytes()).await.unwrap();
+            }
+        }
+    }
+    drain.stop_accepting();
+    drop(client);
     worker.ended().await;
 }

@@ -12,7 +12,7 @@ use crate::xds::decode::{Address, Invalid, Kind, Metadata, Rejected, Under as _,
 const TRANSPORT_MATCH: &str = "envoy.transport_socket_match";
 
 /// The endpoints of one cluster.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq)]
 pub struct ClusterLoadAssignment {
     /// Its name.
     pub name: Arc<str>,
@@ -23,7 +23,7 @@ pub struct ClusterLoadAssignment {
 }
 
 /// The endpoints of one locality at one priority.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub struct LocalityEndpoints {
     /// Where.
     pub locality: Locality,

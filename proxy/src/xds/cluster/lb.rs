@@ -43,8 +43,7 @@ pub enum LbPolicy {
     ClusterProvided,
 }
 
-/// New endpoints start with less than their share. Read and kept, but not carried out: here they get all of it at
-/// once, which spares nobody a cold start and misleads nobody either.
+/// New endpoints start with less than their share.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SlowStart {
     /// For how long.
