@@ -11,7 +11,7 @@ use ca::tls::{
 use http::{Method, Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
-use istiod::api::types::Problem;
+use istiod::api::types::{Page, Problem};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use rustls::pki_types::ServerName;
 use serde::Serialize;
@@ -70,6 +70,15 @@ impl Client {
     /// What the server said, or why it could not be asked.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
         self.call(Method::GET, path, None, Duration::ZERO).await
+    }
+
+    /// `GET` of all rows of a list.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::get`].
+    pub(crate) async fn rows<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<Vec<T>> {
+        Ok(self.get::<Page<T>>(path).await?.items)
     }
 
     /// `GET` of something the server answers only after up to `patience`.
@@ -209,7 +218,8 @@ fn tls(server: &Server, host: &str) -> anyhow::Result<Arc<rustls::ClientConfig>>
 fn refusal(status: StatusCode, body: &[u8]) -> anyhow::Error {
     match serde_json::from_slice::<Problem>(body) {
         Ok(problem) if !problem.errors.is_empty() => {
-            anyhow!("{}\n{}", problem.detail, problem.errors.join("\n"))
+            let errors: Vec<_> = problem.errors.iter().map(ToString::to_string).collect();
+            anyhow!("{}\n{}", problem.detail, errors.join("\n"))
         }
         Ok(problem) => anyhow!("{}", problem.detail),
         Err(_) => anyhow!("{status}: {}", String::from_utf8_lossy(body).trim()),
@@ -222,10 +232,10 @@ mod tests {
 
     #[test]
     fn a_refusal_lists_every_mistake() {
-        let body = br#"{"type":"about:blank","title":"x","status":422,"detail":"2 mistakes","errors":["a:1:2: no","b:3:4: no"]}"#;
+        let body = br#"{"type":"about:blank","title":"x","status":422,"detail":"2 mistakes","errors":[{"detail":"no","file":"a","line":1,"column":2},{"detail":"no","file":"b","field":"spec.c"}]}"#;
         assert_eq!(
             refusal(StatusCode::UNPROCESSABLE_ENTITY, body).to_string(),
-            "2 mistakes\na:1:2: no\nb:3:4: no"
+            "2 mistakes\na:1:2: no\nb: spec.c: no"
         );
         assert_eq!(refusal(StatusCode::BAD_GATEWAY, b"oops ").to_string(), "502 Bad Gateway: oops");
     }

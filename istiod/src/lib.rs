@@ -13,7 +13,7 @@ pub mod cluster;
 pub mod config;
 mod join;
 mod liveness;
-mod ports;
+pub mod ports;
 pub mod preview;
 pub mod publish;
 pub mod push;
@@ -37,6 +37,8 @@ use xds::server::{Ads, Authentication, JOINS, Joined};
 use xds::status::Status;
 
 use api::Api;
+use api::gate::Gate;
+use api::limits::Rates;
 use config::Config;
 use join::Joining;
 use liveness::Liveness;
@@ -112,14 +114,17 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         snapshots: started.snapshots,
         status,
         issuing,
-        clock,
+        clock: clock.clone(),
         xds: advertised,
         fleet: known,
+        access: started.access.clone(),
+        kept: Arc::default(),
     };
-    let access = ports::access(&config)?;
+    let gate = Gate::new(ports::access(&config)?, started.access, clock.clone(), Rates::default());
+    tasks.spawn(upkeep::note_use(gate.clone(), started.raft.clone(), clock.clone(), stopped.clone()));
     tracing::info!(xds = %xds.local_addr()?, admin = %admin.local_addr()?, metrics = %plain.local_addr()?, "ready");
     ports::serve_agents(xds, identity.clone(), ads, joining, &tasks, &stopped)?;
-    ports::serve_operators(admin, config.admin_tls.then_some(identity), api, access, &tasks, &stopped)?;
+    ports::serve_operators(admin, config.admin_tls.then_some(identity), api, &gate, &tasks, &stopped)?;
     ports::serve_metrics(plain, metrics, &tasks, &stopped);
 
     let fatal = tokio::select! {

@@ -4,9 +4,9 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use anyhow::Context;
-use axum::Router;
 use axum::http::header;
 use axum::routing::get;
+use axum::{Extension, Router};
 use ca::service::CertificateService;
 use ca::tls::{ClientAuth, IdentityWatch, ServerContext, accept};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -21,8 +21,8 @@ use tokio_util::task::TaskTracker;
 use wire::mesh::workload_service_server::WorkloadServiceServer;
 use xds::server::Ads;
 
-use crate::api::Api;
-use crate::api::rest::{self, Access};
+use crate::api::gate::{Access, Gate, Peer};
+use crate::api::{Api, rest};
 use crate::config::Config;
 use crate::join::Joining;
 
@@ -91,26 +91,30 @@ pub(crate) fn serve_agents(
 /// # Errors
 ///
 /// When TLS cannot be set up.
-pub(crate) fn serve_operators(
+pub fn serve_operators(
     listener: TcpListener,
     identity: Option<IdentityWatch>,
     api: Api,
-    access: Access,
+    gate: &Gate,
     tasks: &TaskTracker,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
-    let router = rest::router(api, access);
+    let router = rest::router(api, gate);
     match identity {
         None => serve(listener, router, tasks, stop),
         Some(identity) => {
-            let config = ca::tls::server_config(identity, ClientAuth::None, &[b"h2", b"http/1.1"])?;
+            let config = ca::tls::server_config(identity, ClientAuth::Optional, &[b"h2", b"http/1.1"])?;
             let mut connections =
                 accept::incoming(listener, ServerContext::from(config), tasks, stop.clone());
             let (tasks, stop) = (tasks.clone(), stop.clone());
             tasks.clone().spawn(async move {
                 let open = Open::default();
                 while let Some(Some(Ok(connection))) = stop.run_until_cancelled(connections.next()).await {
-                    spawn_connection(connection, router.clone(), &open, &tasks);
+                    let certificates = connection.peer().clone();
+                    let stream = connection.into_stream();
+                    let address = stream.get_ref().0.peer_addr().ok();
+                    let router = router.clone().layer(Extension(Peer { address, certificates }));
+                    spawn_connection(stream, router, &open, &tasks);
                 }
                 open.end().await;
             });
@@ -145,9 +149,10 @@ fn serve(listener: TcpListener, router: Router, tasks: &TaskTracker, stop: &Canc
         let open = Open::default();
         while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
             match accepted {
-                Ok((stream, _)) => {
+                Ok((stream, address)) => {
                     stream.set_nodelay(true).unwrap_or_default();
-                    spawn_connection(stream, router.clone(), &open, &tasks);
+                    let peer = Peer { address: Some(address), ..Peer::default() };
+                    spawn_connection(stream, router.clone().layer(Extension(peer)), &open, &tasks);
                 }
                 Err(error) => {
                     // Out of file descriptors: what is open may close meanwhile.

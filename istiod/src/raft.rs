@@ -43,6 +43,7 @@ use self::node::thread::{Ending, NoPeers, Node, RequestError, panic_text};
 use self::node::{Driver, Fatal, Refusal, Settings, Status};
 pub use self::state_machine::{Command, Mesh, Outcome, View};
 use self::store::sled::SledStore;
+use crate::access::AccessState;
 pub use crate::audit::Origin;
 use crate::publish::{Publisher, Updates};
 
@@ -65,6 +66,8 @@ pub struct Started {
     pub updates: Updates,
     /// The newest snapshot, for readers.
     pub snapshots: watch::Receiver<Arc<Snapshot>>,
+    /// Who may use the admin API.
+    pub access: watch::Receiver<Arc<AccessState>>,
     /// The thread, to be waited for at the end.
     pub thread: RaftThread,
 }
@@ -168,19 +171,21 @@ impl Raft {
         let empty = Snapshot::build_issued(place.trust_domain, &State::default());
         let (publisher, updates) = Publisher::starting_at(Arc::new(empty));
         let snapshots = publisher.subscribe();
+        let mesh = Mesh::new(publisher);
+        let access = mesh.watch_access();
         let voters = [settings.id];
         let beginning = (settings, Beginning::Found(&voters));
         let open_store = |path: &Path, incarnation| {
             Ok(Box::new(SledStore::open_or_move_aside(path, incarnation)?) as Box<_>)
         };
-        let mut parts = files::open(&disk, &open_store, &dir, beginning, Mesh::new(publisher), random)?;
+        let mut parts = files::open(&disk, &open_store, &dir, beginning, mesh, random)?;
         parts.guard = Some(Box::new(lock));
         // The raft crate asserts what the files of a sane member satisfy.
         let driver = catch_unwind(AssertUnwindSafe(|| Driver::start(parts, now)))
             .unwrap_or_else(|panic| Err(Fatal::Panicked(panic_text(panic.as_ref()))))?;
         let (node, handle) =
             Node::spawn(driver, Box::new(NoPeers), metrics, stop).map_err(|e| io(&dir, e))?;
-        Ok(Started { raft: Self { node }, updates, snapshots, thread: RaftThread { handle } })
+        Ok(Started { raft: Self { node }, updates, snapshots, access, thread: RaftThread { handle } })
     }
 
     /// Has a command committed and applied; gives its revision and what became of it. The queue is bounded: under

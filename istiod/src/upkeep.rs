@@ -13,10 +13,14 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::access::AccessCommand;
+use crate::api::gate::Gate;
 use crate::raft::{Command, ProposeError, Raft, Started};
 
 /// How often ended tokens are looked for.
 const PRUNE: Duration = Duration::from_secs(3600);
+/// How often the use of operators' tokens is noted.
+const NOTE: Duration = Duration::from_secs(60);
 /// How often a watched folder is looked at.
 const LOOK: Duration = Duration::from_secs(1);
 /// Pause between questions to a log that is not ready.
@@ -64,6 +68,22 @@ async fn prune(raft: Raft, clock: Clock, stop: CancellationToken) {
         drop(view);
         if ended && let Err(error) = raft.propose(&Command::Ca(CaCommand::Prune { before })).await {
             tracing::info!(%error, "ended join tokens are removed later");
+        }
+    }
+}
+
+/// Notes which tokens of operators were used, until `stop`: at most once an hour for each.
+pub(crate) async fn note_use(gate: Gate, raft: Raft, clock: Clock, stop: CancellationToken) {
+    let mut looks = tokio::time::interval(NOTE);
+    while stop.run_until_cancelled(looks.tick()).await.is_some() {
+        let ids = gate.take_used();
+        if ids.is_empty() {
+            continue;
+        }
+        let used = AccessCommand::Used { ids, at: unix_seconds(clock()) };
+        // What is not noted now is noted at the next use.
+        if let Err(error) = raft.propose(&Command::Access(used)).await {
+            tracing::info!(%error, "the use of tokens is noted later");
         }
     }
 }

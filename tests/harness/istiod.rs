@@ -161,6 +161,16 @@ impl Istiod {
         answer.json()
     }
 
+    /// All rows of a list below `/api/v1`.
+    ///
+    /// # Errors
+    ///
+    /// When the answer is not a list.
+    pub async fn rows(&self, path: &str) -> anyhow::Result<Vec<Value>> {
+        let list: Value = self.api(path).await?;
+        list.get("items").and_then(Value::as_array).cloned().with_context(|| format!("{path}: no items"))
+    }
+
     /// A join token for one workload.
     ///
     /// # Errors
@@ -181,7 +191,7 @@ impl Istiod {
     ///
     /// When it is not connected.
     pub async fn proxy(&self, name: &str) -> anyhow::Result<Value> {
-        let rows: Vec<Value> = self.api("/proxies").await?;
+        let rows = self.rows("/proxies").await?;
         rows.iter()
             .find(|r| text(r, "/name") == name)
             .cloned()
@@ -227,7 +237,7 @@ impl Istiod {
     ///
     /// When there is none.
     pub async fn service(&self, name: &str) -> anyhow::Result<Value> {
-        let services: Vec<Value> = self.api("/services").await?;
+        let services = self.rows("/services").await?;
         let named =
             |s: &&Value| text(s, "/hostname") == name || text(s, "/hostname").split('.').next() == Some(name);
         services.iter().find(named).cloned().with_context(|| format!("no service {name} among {services:?}"))

@@ -11,7 +11,7 @@ use crate::output::{Rows, data, note, print};
 
 /// Shows services.
 pub(super) async fn services(client: &Client, output: Output) -> anyhow::Result<ExitCode> {
-    let services: Vec<ServiceRow> = client.get("/services").await?;
+    let services: Vec<ServiceRow> = client.rows("/services").await?;
     print(output, &services, |wide| {
         let mut header = vec!["host", "namespace", "ports", "endpoints", "source"];
         header.extend(wide.then_some(["addresses", "conflicts"]).into_iter().flatten());
@@ -36,7 +36,7 @@ pub(super) async fn services(client: &Client, output: Output) -> anyhow::Result<
 
 /// Shows workloads.
 pub(super) async fn workloads(client: &Client, output: Output) -> anyhow::Result<ExitCode> {
-    let workloads: Vec<WorkloadRow> = client.get("/workloads").await?;
+    let workloads: Vec<WorkloadRow> = client.rows("/workloads").await?;
     print(output, &workloads, |wide| {
         let mut header = vec!["name", "namespace", "address", "service account", "health", "source"];
         header.extend(wide.then_some("labels"));
@@ -84,7 +84,7 @@ pub(super) async fn token(client: &Client, output: Output, command: &Token) -> a
             }
         }
         Token::List => {
-            let tokens: Vec<TokenRow> = client.get("/tokens").await?;
+            let tokens: Vec<TokenRow> = client.rows("/tokens").await?;
             print(output, &tokens, |_| {
                 let mut rows = Rows::new(["id", "namespace", "service account", "expires", "uses left"]);
                 for token in &tokens {

@@ -14,7 +14,7 @@ use crate::output::{Rows, data, note, print};
 
 /// Shows each proxy and what it has acknowledged.
 pub(super) async fn status(client: &Client, output: Output) -> anyhow::Result<ExitCode> {
-    let mut proxies: Vec<ProxyRow> = client.get("/proxies").await?;
+    let mut proxies: Vec<ProxyRow> = client.rows("/proxies").await?;
     proxies.sort_by(|a, b| a.name.cmp(&b.name));
     print(output, &proxies, |wide| {
         let mut header = vec!["name", "cds", "lds", "eds", "rds", "revision", "version"];
@@ -103,7 +103,7 @@ pub(super) async fn config(
 
 /// The node id of the one proxy whose id or name is, or has in it, `wanted`.
 async fn find(client: &Client, wanted: &str) -> anyhow::Result<String> {
-    let proxies: Vec<ProxyRow> = client.get("/proxies").await?;
+    let proxies: Vec<ProxyRow> = client.rows("/proxies").await?;
     if let Some(exact) = proxies.iter().find(|p| p.id == wanted || p.name == wanted) {
         return Ok(exact.id.clone());
     }

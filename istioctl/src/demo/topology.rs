@@ -94,7 +94,7 @@ impl Mesh {
         mesh.ready().await?;
         mesh.apply("1-services.yaml", include_str!("mesh/1-services.yaml")).await?;
         mesh.apply("2-strict.yaml", include_str!("mesh/2-strict.yaml")).await?;
-        let services: Vec<ServiceRow> = mesh.client.get("/services").await?;
+        let services: Vec<ServiceRow> = mesh.client.rows("/services").await?;
         mesh.indexes = services.into_iter().map(|s| (short(&s.hostname), s.vip_index)).collect();
         for (service, version, calls) in WORKLOADS {
             mesh.workload(folder, service, version, calls).await?;
@@ -147,7 +147,7 @@ impl Mesh {
     ///
     /// When the control plane does not answer.
     pub(crate) async fn proxies(&self) -> anyhow::Result<Vec<ProxyRow>> {
-        self.client.get("/proxies").await
+        self.client.rows("/proxies").await
     }
 
     /// Ends every process.
@@ -227,7 +227,7 @@ impl Mesh {
         let served = WORKLOADS.iter().filter(|(_, version, _)| !version.is_empty()).count();
         loop {
             self.processes.iter_mut().try_for_each(Process::check)?;
-            let workloads: Vec<WorkloadRow> = self.client.get("/workloads").await?;
+            let workloads: Vec<WorkloadRow> = self.client.rows("/workloads").await?;
             let healthy = workloads.iter().filter(|w| w.health == "Healthy").count();
             let connected = self.proxies().await?.len();
             if healthy == served && connected == WORKLOADS.len() {

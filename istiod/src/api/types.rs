@@ -1,12 +1,23 @@
 //! What the admin API says, as JSON. Shared with `istioctl`; field names are the API's.
 
+mod access;
+mod problem;
+mod query;
+
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub use self::access::{
+    ApiTokenCreated, ApiTokenRequest, ApiTokenRow, BindingRequest, BindingRow, MemberRow, WhoAmI,
+};
+pub use self::problem::{Mistake, Problem};
+pub use self::query::{Consistency, Expected, Listing, Patience, ProxyTypes, Read, Rows, Watching};
+
 /// A Kubernetes `List`: what `istioctl get -o json` prints.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct List {
     /// `v1`
@@ -19,16 +30,28 @@ pub struct List {
     pub items: Vec<Value>,
 }
 
-/// Metadata of a [`List`].
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// One page of rows, or all of them.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct Page<T> {
+    /// The rows.
+    pub items: Vec<T>,
+    /// Where they were read, and where to go on.
+    pub metadata: ListMeta,
+}
+
+/// Metadata of a [`List`] or a [`Page`].
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ListMeta {
     /// Revision, decimal.
     pub resource_version: String,
+    /// Where to go on, for the next call's `continue`; empty at the end.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub r#continue: String,
 }
 
 /// Body of `POST /api/v1/apply`: all files are one commit.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ApplyRequest {
     /// What to apply.
@@ -46,7 +69,7 @@ fn default_namespace() -> String {
 }
 
 /// One YAML or JSON file.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SourceFile {
     /// Its name, for error messages.
@@ -56,7 +79,7 @@ pub struct SourceFile {
 }
 
 /// What an apply did to one object.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Action {
     /// It did not exist.
@@ -70,7 +93,7 @@ pub enum Action {
 }
 
 /// One object of an [`ApplyReport`].
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct Applied {
     /// Kind, `VirtualService`.
     pub kind: String,
@@ -83,7 +106,7 @@ pub struct Applied {
 }
 
 /// Answer to an apply or a delete.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct ApplyReport {
     /// The revision that has the change; unchanged objects keep the revision they have.
     pub revision: u64,
@@ -94,7 +117,7 @@ pub struct ApplyReport {
 }
 
 /// Who has acknowledged a revision.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 pub struct WaitReport {
     /// The revision that was waited for.
     pub revision: u64,
@@ -105,7 +128,7 @@ pub struct WaitReport {
 }
 
 /// A proxy that does not run a revision yet.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct PendingProxy {
     /// Node id.
     pub proxy: String,
@@ -117,7 +140,7 @@ pub struct PendingProxy {
 }
 
 /// A refused resource type.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct Rejection {
     /// `CDS`, `EDS`, `LDS` or `RDS`.
     #[serde(rename = "type")]
@@ -129,7 +152,7 @@ pub struct Rejection {
 }
 
 /// One row of `istioctl proxy-status`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ProxyRow {
     /// Node id.
@@ -155,7 +178,7 @@ pub struct ProxyRow {
 }
 
 /// One change in the history.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct HistoryEntry {
     /// Revision.
     pub revision: u64,
@@ -168,7 +191,7 @@ pub struct HistoryEntry {
 }
 
 /// One row of `istioctl services`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ServiceRow {
     /// Host.
@@ -192,7 +215,7 @@ pub struct ServiceRow {
 }
 
 /// One row of `istioctl workloads`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct WorkloadRow {
     /// Name.
@@ -212,18 +235,20 @@ pub struct WorkloadRow {
 }
 
 /// Body of `POST /api/v1/tokens`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TokenRequest {
     /// Namespace of the workload that will join.
     pub namespace: String,
     /// Its service account.
     pub service_account: String,
-    /// Seconds until the token expires.
+    /// Seconds until the token expires, at most 30 days.
     #[serde(default = "default_ttl")]
+    #[schemars(range(min = 1, max = 2_592_000))]
     pub ttl_seconds: u64,
     /// How many workloads may join with it.
     #[serde(default = "default_uses")]
+    #[schemars(range(min = 1, max = 10_000))]
     pub uses: u32,
 }
 
@@ -236,7 +261,7 @@ fn default_uses() -> u32 {
 }
 
 /// A new token; the secret is shown this once.
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenCreated {
     /// Identifier, for `token revoke`.
@@ -255,7 +280,7 @@ impl std::fmt::Debug for TokenCreated {
 }
 
 /// A token as the log knows it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenRow {
     /// Identifier.
@@ -270,25 +295,8 @@ pub struct TokenRow {
     pub uses_left: u32,
 }
 
-/// Problem details (RFC 9457).
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Problem {
-    /// `about:blank`, or a name for problems a program may act on.
-    #[serde(rename = "type")]
-    pub kind: String,
-    /// Short, the same for each occurrence.
-    pub title: String,
-    /// HTTP status.
-    pub status: u16,
-    /// This occurrence.
-    pub detail: String,
-    /// One line for each mistake in the input: file, line, field, what would be right.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub errors: Vec<String>,
-}
-
 /// Answer of `/api/v1/version`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Version {
     /// Version of the program.
@@ -306,4 +314,50 @@ pub struct Version {
     /// The same of every member that serves, this one among them.
     #[serde(default)]
     pub xds_members: Vec<String>,
+}
+
+/// Where a member stands in the log, and what it remembers.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Revisions {
+    /// Revision of the mesh: the last entry that changed it.
+    pub configuration: u64,
+    /// The last entry that this member has applied.
+    pub applied: u64,
+    /// The last entry that this member knows to be committed.
+    pub committed: u64,
+    /// Raft's term.
+    pub term: u64,
+    /// The oldest change that is remembered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oldest: Option<u64>,
+    /// The newest change that is remembered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub newest: Option<u64>,
+}
+
+/// Whom certificates of the mesh are trusted for, and what a member signs with.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AuthorityReport {
+    /// Trust domain of every identity.
+    pub trust_domain: String,
+    /// RFC 3339 time from which this member's own authority is valid.
+    pub not_before: String,
+    /// RFC 3339 time until which it is.
+    pub not_after: String,
+    /// The trust bundle.
+    pub roots: Vec<RootRow>,
+}
+
+/// One root of the trust bundle.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RootRow {
+    /// SHA-256 of the certificate, hexadecimal.
+    pub fingerprint: String,
+    /// RFC 3339 time.
+    pub not_before: String,
+    /// RFC 3339 time.
+    pub not_after: String,
 }

@@ -15,6 +15,7 @@ use std::time::Instant;
 use ca::state::{CaCommand, CaOutcome, CaState};
 use prost::Message as _;
 use registry::state::{Batch, Changes, Outcome as RegistryOutcome, Revision, State};
+use tokio::sync::watch;
 
 pub use self::command::{Command, Outcome, VERSION};
 use self::slot::Slot;
@@ -102,6 +103,8 @@ pub struct Mesh {
     access: Slot<AccessState>,
     audit: Slot<AuditState>,
     publisher: Publisher,
+    /// Who may use the admin API, for whoever decides it.
+    shown_access: watch::Sender<Arc<AccessState>>,
     /// Since the last publication; the revision that was published.
     unshown: Changes,
     shown: Revision,
@@ -124,12 +127,19 @@ impl Mesh {
             access: Slot::new(ACCESS_KEYS, Arc::default()),
             audit: Slot::new(AUDIT_KEYS, Arc::default()),
             publisher,
+            shown_access: watch::Sender::new(Arc::default()),
             unshown: Changes::default(),
             shown: Revision(0),
             replaced: false,
             unwritten: Changes::default(),
             ca_writes: BTreeMap::new(),
         }
+    }
+
+    /// Who may use the admin API, always the latest that is published.
+    #[must_use]
+    pub fn watch_access(&self) -> watch::Receiver<Arc<AccessState>> {
+        self.shown_access.subscribe()
     }
 
     /// The state as it is now.
@@ -251,6 +261,12 @@ impl StateMachine for Mesh {
             self.publisher.publish(&self.registry, changes, now);
         }
         self.shown = self.registry.revision();
+        let access = self.access.get();
+        self.shown_access.send_if_modified(|shown| {
+            let changed = !Arc::ptr_eq(shown, &access);
+            *shown = access;
+            changed
+        });
     }
 
     fn freeze(&self) -> Frozen {

@@ -1,0 +1,188 @@
+//! The mesh as it is: services, workloads, proxies and members.
+
+use std::time::Duration;
+
+use ca::identity::TrustDomain;
+use registry::snapshot::Snapshot;
+use serde_json::Value;
+use tokio::time::Instant;
+
+use super::page::{After, Wanted, key_of};
+use super::types::{
+    HistoryEntry, MemberRow, Page, ProxyRow, Revisions, Rows, ServiceRow, Version, WaitReport, WorkloadRow,
+};
+use super::{Api, ApiError, Caller, LONGEST_WAIT, aside, view};
+
+impl Api {
+    /// The newest changes in the caller's namespaces, newest first.
+    #[must_use]
+    pub fn history(&self, caller: &Caller, limit: usize) -> Vec<HistoryEntry> {
+        let snapshot = self.snapshot();
+        let entries = snapshot.history().entries().rev().map(|entry| view::history_entry(entry));
+        let seen = entries.filter_map(|mut entry| {
+            entry.changes.retain(|change| caller.is_unlimited() || caller.covers(namespace_of(change)));
+            (!entry.changes.is_empty()).then_some(entry)
+        });
+        seen.take(limit).collect()
+    }
+
+    /// Connected proxies of the caller's namespaces.
+    ///
+    /// # Errors
+    ///
+    /// [`ApiError::Invalid`] for a page that is none.
+    pub fn proxies(&self, caller: &Caller, rows: &Rows) -> Result<Page<ProxyRow>, ApiError> {
+        let wanted = Wanted::parse(rows.limit, rows.r#continue.as_deref())?;
+        let mut statuses = self.status.proxies(Instant::now().into_std());
+        statuses.retain(|status| seen(caller, rows, &status.proxy.namespace));
+        statuses.sort_by(|a, b| a.proxy.id.cmp(&b.proxy.id));
+        let revision = self.snapshot().revision().0;
+        Ok(wanted.page(revision, statuses.iter(), |s| s.proxy.id.clone(), view::proxy_row))
+    }
+
+    /// What a proxy was given, of one type or of `all`.
+    ///
+    /// # Errors
+    ///
+    /// When it is not connected, or the type is unknown.
+    pub async fn proxy_config(&self, caller: &Caller, id: &str, kind: &str) -> Result<Value, ApiError> {
+        let types = view::types_named(kind).ok_or_else(|| {
+            let detail = format!("`{kind}` is not one of listener, route, cluster, endpoint, all");
+            ApiError::invalid_field("type", detail)
+        })?;
+        let statuses = self.status.proxies(Instant::now().into_std());
+        let known = statuses.iter().any(|s| s.proxy.id == id && caller.covers(&s.proxy.namespace));
+        let resources = if known { self.status.resources(id).await } else { None };
+        let resources = resources
+            .ok_or_else(|| ApiError::NotFound(format!("no proxy `{id}` is connected to this member")))?;
+        aside(move || view::resources(&resources, &types).map_err(|e| ApiError::Internal(e.to_string())))
+            .await
+    }
+
+    /// Waits until every connected proxy of the caller's namespaces runs `revision` or refused it, at most `timeout`.
+    pub async fn wait(&self, caller: &Caller, revision: u64, timeout: Duration) -> WaitReport {
+        let deadline = Instant::now() + timeout.min(LONGEST_WAIT);
+        let mut report = self.status.wait(revision, deadline).await;
+        if !caller.is_unlimited() {
+            report.pending.retain(|pending| caller.covers(&pending.proxy.namespace));
+            let statuses = self.status.proxies(Instant::now().into_std());
+            let theirs =
+                |id: &String| statuses.iter().any(|s| s.proxy.id == *id && caller.covers(&s.proxy.namespace));
+            report.acknowledged.retain(theirs);
+        }
+        view::wait_report(&report)
+    }
+
+    /// Services of the caller's namespaces.
+    ///
+    /// # Errors
+    ///
+    /// [`ApiError::Invalid`] for a page that is none, [`ApiError::Gone`] for one that is not kept any more.
+    pub async fn services(&self, caller: &Caller, rows: &Rows) -> Result<Page<ServiceRow>, ApiError> {
+        let (who, of) = (caller.clone(), rows.clone());
+        self.rows(rows, move |snapshot, wanted| {
+            let services = snapshot.services().filter(|s| seen(&who, &of, &s.namespace));
+            let key = |s: &&std::sync::Arc<_>| key_of_service(s);
+            wanted.page(snapshot.revision().0, services, key, |s| view::service_row(snapshot, s))
+        })
+        .await
+    }
+
+    /// Workloads of the caller's namespaces.
+    ///
+    /// # Errors
+    ///
+    /// As [`Api::services`].
+    pub async fn workloads(&self, caller: &Caller, rows: &Rows) -> Result<Page<WorkloadRow>, ApiError> {
+        let (who, of) = (caller.clone(), rows.clone());
+        self.rows(rows, move |snapshot, wanted| {
+            let workloads = snapshot.workloads().filter(|w| seen(&who, &of, &w.key.namespace));
+            let key =
+                |w: &&std::sync::Arc<registry::merge::Workload>| key_of(&[&w.key.namespace, &w.key.name]);
+            wanted.page(snapshot.revision().0, workloads, key, |w| view::workload_row(w))
+        })
+        .await
+    }
+
+    /// Rows of a snapshot, in pages.
+    async fn rows<T: Send + 'static>(
+        &self,
+        rows: &Rows,
+        list: impl FnOnce(&Snapshot, &Wanted) -> Page<T> + Send + 'static,
+    ) -> Result<Page<T>, ApiError> {
+        let wanted = Wanted::parse(rows.limit, rows.r#continue.as_deref())?;
+        let consistency = rows.consistency.unwrap_or_default();
+        let after: Option<&After> = wanted.after.as_ref();
+        let snapshot = self.read_page(after, consistency).await?;
+        let read = snapshot.clone();
+        let page = aside(move || Ok(list(&read, &wanted))).await?;
+        if !page.metadata.r#continue.is_empty() {
+            self.keep(&snapshot);
+        }
+        Ok(page)
+    }
+
+    /// The members of the control plane, as this one knows them.
+    #[must_use]
+    pub fn members(&self) -> Vec<MemberRow> {
+        let status = self.raft.status().borrow().clone();
+        let voters = status.voters.iter().map(|id| (*id, "voter"));
+        let members = voters.chain(status.learners.iter().map(|id| (*id, "learner")));
+        let row = |(id, role): (u64, &str)| MemberRow {
+            id,
+            name: String::new(),
+            role: if status.leader == Some(id) { "leader" } else { role }.to_owned(),
+            this: id == status.id,
+            addresses: std::collections::BTreeMap::new(),
+            version: if id == status.id { env!("CARGO_PKG_VERSION") } else { "" }.to_owned(),
+        };
+        members.map(row).collect()
+    }
+
+    /// Where this member stands in the log, and what it remembers.
+    #[must_use]
+    pub fn revisions(&self) -> Revisions {
+        let (snapshot, status) = (self.snapshot(), self.raft.status().borrow().clone());
+        let mut entries = snapshot.history().entries();
+        let oldest = entries.next().map(|entry| entry.revision.0);
+        Revisions {
+            configuration: snapshot.revision().0,
+            applied: status.applied,
+            committed: status.committed,
+            term: status.term,
+            oldest,
+            newest: entries.next_back().map(|entry| entry.revision.0).or(oldest),
+        }
+    }
+
+    /// Who answers.
+    #[must_use]
+    pub fn version(&self) -> Version {
+        let status = self.raft.status().borrow().clone();
+        let issuing = self.issuing.load();
+        let domain: &TrustDomain = issuing.trust_domain();
+        Version {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            trust_domain: domain.as_str().to_owned(),
+            revision: self.snapshot().revision().0,
+            member: status.id,
+            role: if status.leading { "leader" } else { "follower" }.to_owned(),
+            xds: self.xds.clone(),
+            xds_members: self.addresses(),
+        }
+    }
+}
+
+/// The row is of a namespace that the caller asked for and may see.
+fn seen(caller: &Caller, rows: &Rows, namespace: &str) -> bool {
+    caller.covers(namespace) && rows.namespace.as_deref().is_none_or(|wanted| wanted == namespace)
+}
+
+fn key_of_service(service: &registry::model::service::Service) -> String {
+    service.hostname.clone()
+}
+
+/// The namespace in `+VirtualService/shop/reviews`; none for what is of the whole mesh.
+fn namespace_of(change: &str) -> &str {
+    change.split('/').nth(1).unwrap_or_default()
+}

@@ -1,0 +1,96 @@
+//! What follows the question mark of each call.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// How new a read is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Consistency {
+    /// It shows everything that was committed anywhere when it was asked for; needs a leader.
+    #[default]
+    Linearizable,
+    /// It shows what this member has applied; its revision is in the answer.
+    Stale,
+}
+
+/// Which objects to list.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Listing {
+    /// Of this namespace only.
+    pub namespace: Option<String>,
+    /// With such labels: `app=web,tier!=db,env in (a,b),!old`.
+    pub label_selector: Option<String>,
+    /// With such fields: `metadata.name=web,spec.host!=x`.
+    pub field_selector: Option<String>,
+    /// The most objects of one page.
+    #[schemars(range(min = 1, max = 10_000))]
+    pub limit: Option<u32>,
+    /// Where an earlier page ended.
+    pub r#continue: Option<String>,
+    /// How new the list is.
+    pub consistency: Option<Consistency>,
+}
+
+/// Which rows to list.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Rows {
+    /// Of this namespace only.
+    pub namespace: Option<String>,
+    /// The most rows of one page.
+    #[schemars(range(min = 1, max = 10_000))]
+    pub limit: Option<u32>,
+    /// Where an earlier page ended.
+    pub r#continue: Option<String>,
+    /// How new the list is.
+    pub consistency: Option<Consistency>,
+}
+
+/// How to read one thing.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Read {
+    /// How new it is.
+    pub consistency: Option<Consistency>,
+}
+
+/// When to change something.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Expected {
+    /// Only if it is at this revision.
+    pub expected_revision: Option<u64>,
+}
+
+/// What to watch.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Watching {
+    /// Changes after this revision; without it, first all that there is.
+    pub revision: Option<u64>,
+    /// Of this namespace only.
+    pub namespace: Option<String>,
+    /// With such labels.
+    pub label_selector: Option<String>,
+    /// With such fields.
+    pub field_selector: Option<String>,
+}
+
+/// How long to wait.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Patience {
+    /// Milliseconds, 30000 unless said, at most 300000.
+    #[schemars(range(min = 0, max = 300_000))]
+    pub timeout_milliseconds: Option<u64>,
+}
+
+/// What of a proxy's configuration to show.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ProxyTypes {
+    /// `listener`, `route`, `cluster`, `endpoint`, or `all`, which is meant when nothing is said.
+    pub r#type: Option<String>,
+}

@@ -1,0 +1,5 @@
+//! The admin API as its callers meet it: over sockets, with every role and without one.
+
+mod limits;
+mod member;
+mod roles;
