@@ -17,7 +17,7 @@ mod waiting;
 use std::time::Instant;
 
 use prost::Message as _;
-use raft::eraftpb::{ConfState, Entry, EntryType, Message, Snapshot};
+use raft::eraftpb::{ConfState, Entry, EntryType, Message, MessageType, Snapshot};
 use raft::{RawNode, SnapshotStatus, StateRole};
 
 pub use self::event::{Answer, Event, Fatal, Forward, Output, Progress, Refusal, Status};
@@ -84,6 +84,8 @@ pub struct Driver<M: StateMachine> {
     /// The newest snapshot's index; whether one is being written; bytes applied since.
     snapshot: (u64, bool, u64),
     leading: bool,
+    /// Who is to lead next, because this member led and was removed.
+    heir: Option<u64>,
     /// Held while the member lives.
     _guard: Guard,
 }
@@ -189,6 +191,7 @@ impl<M: StateMachine> Driver<M> {
             send(transport, light.take_messages());
             self.apply(light.take_committed_entries(), out)?;
             self.raw.advance_apply();
+            send(transport, self.heir.take().map(|heir| self.hand_over(heir)).into_iter().collect());
         }
         self.tell_role();
         Ok(())
@@ -293,16 +296,43 @@ impl<M: StateMachine> Driver<M> {
         if raft.state != StateRole::Leader {
             return;
         }
+        let (id, next) = (raft.id, self.heir());
+        if let Some(next) = next {
+            tracing::info!(member = id, to = next, "leadership is handed over");
+            self.raw.transfer_leader(next);
+        }
+    }
+
+    /// A leader that does not vote any more stops leading at once: the raft crate would look in vain for its own
+    /// progress. Its heir is told when the messages before it have left.
+    fn stop_leading(&mut self) {
+        if self.raw.raft.state != StateRole::Leader {
+            return;
+        }
+        self.heir = self.heir();
+        let raft = &mut self.raw.raft;
+        raft.become_follower(raft.term, raft::INVALID_ID);
+        // What a leader would have sent is nothing that a follower may send, and Raft says it again.
+        raft.msgs.clear();
+    }
+
+    /// Asks a voter to stand for election at once (Raft thesis, section 3.10).
+    fn hand_over(&self, heir: u64) -> Message {
+        let mut message = Message { to: heir, from: self.settings.id, ..Message::default() };
+        message.set_msg_type(MessageType::MsgTimeoutNow);
+        message.term = self.raw.raft.term;
+        message
+    }
+
+    /// The voter that is the furthest among those that were heard of late, but not this member.
+    fn heir(&self) -> Option<u64> {
+        let raft = &self.raw.raft;
         let voters = &self.raw.store().conf_state.voters;
         let others = raft
             .prs()
             .iter()
             .filter(|(id, progress)| **id != raft.id && progress.recent_active && voters.contains(id));
-        let next = others.max_by_key(|(id, progress)| (progress.matched, **id)).map(|(id, _)| *id);
-        if let Some(next) = next {
-            tracing::info!(member = raft.id, to = next, "leadership is handed over");
-            self.raw.transfer_leader(next);
-        }
+        others.max_by_key(|(id, progress)| (progress.matched, **id)).map(|(id, _)| *id)
     }
 
     fn change_members(&mut self, sequence: u64, change: wire::ConfChangeV2) -> Result<(), Refusal> {
@@ -313,12 +343,28 @@ impl<M: StateMachine> Driver<M> {
         }
         let change = raft::eraftpb::ConfChangeV2::try_from(change);
         let change = change.map_err(|error| Refusal::Invalid(error.to_string()))?;
+        self.possible(&change).map_err(|error| Refusal::Invalid(error.to_string()))?;
         let name = wire::Proposal { client: self.client, sequence, command: bytes::Bytes::new() };
         match self.raw.propose_conf_change(name.encode_to_vec(), change) {
             Ok(()) => Ok(()),
             Err(raft::Error::ProposalDropped) => Err(Refusal::Busy),
             Err(error) => Err(Refusal::Invalid(error.to_string())),
         }
+    }
+
+    /// Whether the members can change like this as they are now. An entry that cannot be applied would halt every
+    /// member, and what the raft crate refuses itself it turns into an empty entry without a word.
+    fn possible(&self, change: &raft::eraftpb::ConfChangeV2) -> raft::Result<()> {
+        let mut changer = raft::Changer::new(self.raw.raft.prs());
+        let changed = match change.enter_joint() {
+            _ if change.leave_joint() => changer.leave_joint(),
+            Some(auto_leave) if !change.changes.is_empty() => {
+                changer.enter_joint(auto_leave, &change.changes)
+            }
+            Some(_) => Err(raft::Error::ConfChangeError("no change is asked for".to_owned())),
+            None => changer.simple(&change.changes),
+        };
+        changed.map(drop)
     }
 
     fn must_lead(&self) -> Result<(), Refusal> {
@@ -372,6 +418,9 @@ impl<M: StateMachine> Driver<M> {
         let state = in_order(self.raw.apply_conf_change(&change)?);
         tracing::info!(index = entry.index, voters = ?state.voters, learners = ?state.learners, "members changed");
         self.raw.mut_store().conf_state = state.clone();
+        if ![&state.voters, &state.voters_outgoing].iter().any(|voters| voters.contains(&self.settings.id)) {
+            self.stop_leading();
+        }
         if !entry.context.is_empty() {
             let proposal = decode_proposal(entry.index, &entry.context)?;
             if proposal.client == self.client {
@@ -427,7 +476,8 @@ impl<M: StateMachine> Driver<M> {
 
     fn snapshot_if_due(&mut self, out: &mut Output<M::Answer>) {
         let (last, running, bytes) = self.snapshot;
-        let behind = self.applied.0 - last;
+        // A store that lost what it had not synced starts behind the newest snapshot.
+        let behind = self.applied.0.saturating_sub(last);
         let wanted = self.raw.store().wanted.replace(false) && behind > 0;
         let due = behind >= self.settings.snapshot_entries || bytes >= self.settings.snapshot_bytes;
         if running || !(due || wanted) {

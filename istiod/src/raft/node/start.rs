@@ -117,6 +117,7 @@ impl<M: StateMachine> Driver<M> {
             reads: Reads::new(client),
             snapshot: (newest.map_or(0, |(index, _)| index), false, 0),
             leading: false,
+            heir: None,
             _guard: guard,
         };
         driver.show(now);
