@@ -88,6 +88,8 @@ impl Snapshots {
                 disk.remove(&path).map_err(io("remove", &path))?;
             }
         }
+        // A process that was killed may have named a file and not synced its name; from now on it counts.
+        disk.sync_dir(dir).map_err(io("sync folder", dir))?;
         Ok(Self { disk, dir: dir.to_owned() })
     }
 

@@ -110,8 +110,11 @@ impl Wal {
             tracing::warn!(file = %path.display(), offset = end, "cut off a write that a crash left unfinished");
             let zeros = vec![0; length.saturating_sub(end)];
             file.write_at(&zeros, end as u64).map_err(io("clear the end of", &path))?;
-            file.sync().map_err(io("sync", &path))?;
         }
+        // A process that was killed may have written what is only in the page cache: it counts from now on, so it
+        // must be durable. The older files were synced before this one was begun.
+        file.sync().map_err(io("sync", &path))?;
+        disk.sync_dir(dir).map_err(io("sync folder", dir))?;
         let bytes = replay.entries.iter().map(size).sum();
         Ok(Self {
             disk,

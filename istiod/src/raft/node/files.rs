@@ -79,7 +79,11 @@ fn identity(
     let io = |source| MemberError::Io { path: path.clone(), source };
     disk.create_dir(dir).map_err(io)?;
     let found = match member::read(disk, dir)? {
-        Some(found) => found,
+        Some(found) => {
+            // A process that was killed may have named the file and not synced its name.
+            disk.sync_dir(dir).map_err(io)?;
+            found
+        }
         None => {
             let log = dir.join(LOG);
             disk.create_dir(&log).map_err(io)?;
