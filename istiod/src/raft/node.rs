@@ -7,6 +7,7 @@
 mod drain;
 mod event;
 pub mod files;
+mod members;
 mod proposals;
 mod settings;
 mod start;
@@ -17,7 +18,7 @@ mod waiting;
 use std::time::Instant;
 
 use prost::Message as _;
-use raft::eraftpb::{ConfState, Entry, EntryType, Message, MessageType, Snapshot};
+use raft::eraftpb::{Entry, EntryType, Message, Snapshot};
 use raft::{RawNode, SnapshotStatus, StateRole};
 
 pub use self::event::{Answer, Event, Fatal, Forward, Output, Progress, Refusal, Status};
@@ -290,83 +291,6 @@ impl<M: StateMachine> Driver<M> {
         }
     }
 
-    /// Hands leadership to the voter that is the furthest among those that were heard of late.
-    fn step_down(&mut self) {
-        let raft = &self.raw.raft;
-        if raft.state != StateRole::Leader {
-            return;
-        }
-        let (id, next) = (raft.id, self.heir());
-        if let Some(next) = next {
-            tracing::info!(member = id, to = next, "leadership is handed over");
-            self.raw.transfer_leader(next);
-        }
-    }
-
-    /// A leader that does not vote any more stops leading at once: the raft crate would look in vain for its own
-    /// progress. Its heir is told when the messages before it have left.
-    fn stop_leading(&mut self) {
-        if self.raw.raft.state != StateRole::Leader {
-            return;
-        }
-        self.heir = self.heir();
-        let raft = &mut self.raw.raft;
-        raft.become_follower(raft.term, raft::INVALID_ID);
-        // What a leader would have sent is nothing that a follower may send, and Raft says it again.
-        raft.msgs.clear();
-    }
-
-    /// Asks a voter to stand for election at once (Raft thesis, section 3.10).
-    fn hand_over(&self, heir: u64) -> Message {
-        let mut message = Message { to: heir, from: self.settings.id, ..Message::default() };
-        message.set_msg_type(MessageType::MsgTimeoutNow);
-        message.term = self.raw.raft.term;
-        message
-    }
-
-    /// The voter that is the furthest among those that were heard of late, but not this member.
-    fn heir(&self) -> Option<u64> {
-        let raft = &self.raw.raft;
-        let voters = &self.raw.store().conf_state.voters;
-        let others = raft
-            .prs()
-            .iter()
-            .filter(|(id, progress)| **id != raft.id && progress.recent_active && voters.contains(id));
-        others.max_by_key(|(id, progress)| (progress.matched, **id)).map(|(id, _)| *id)
-    }
-
-    fn change_members(&mut self, sequence: u64, change: wire::ConfChangeV2) -> Result<(), Refusal> {
-        self.must_lead()?;
-        if self.raw.raft.has_pending_conf() {
-            // The raft crate would turn it into an empty entry without a word.
-            return Err(Refusal::Invalid("another change of members is under way".to_owned()));
-        }
-        let change = raft::eraftpb::ConfChangeV2::try_from(change);
-        let change = change.map_err(|error| Refusal::Invalid(error.to_string()))?;
-        self.possible(&change).map_err(|error| Refusal::Invalid(error.to_string()))?;
-        let name = wire::Proposal { client: self.client, sequence, command: bytes::Bytes::new() };
-        match self.raw.propose_conf_change(name.encode_to_vec(), change) {
-            Ok(()) => Ok(()),
-            Err(raft::Error::ProposalDropped) => Err(Refusal::Busy),
-            Err(error) => Err(Refusal::Invalid(error.to_string())),
-        }
-    }
-
-    /// Whether the members can change like this as they are now. An entry that cannot be applied would halt every
-    /// member, and what the raft crate refuses itself it turns into an empty entry without a word.
-    fn possible(&self, change: &raft::eraftpb::ConfChangeV2) -> raft::Result<()> {
-        let mut changer = raft::Changer::new(self.raw.raft.prs());
-        let changed = match change.enter_joint() {
-            _ if change.leave_joint() => changer.leave_joint(),
-            Some(auto_leave) if !change.changes.is_empty() => {
-                changer.enter_joint(auto_leave, &change.changes)
-            }
-            Some(_) => Err(raft::Error::ConfChangeError("no change is asked for".to_owned())),
-            None => changer.simple(&change.changes),
-        };
-        changed.map(drop)
-    }
-
     fn must_lead(&self) -> Result<(), Refusal> {
         if self.raw.raft.state == StateRole::Leader { Ok(()) } else { Err(Refusal::NotLeader(self.leader())) }
     }
@@ -404,28 +328,6 @@ impl<M: StateMachine> Driver<M> {
         };
         if proposal.client == self.client {
             self.proposals.ended(proposal.sequence, answer, out);
-        }
-        Ok(())
-    }
-
-    fn apply_members(&mut self, entry: &Entry, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
-        let malformed = |reason: String| Halt { index: entry.index, reason };
-        if entry.get_entry_type() == EntryType::EntryConfChange {
-            return Err(malformed("a change of members in the old form".to_owned()).into());
-        }
-        let change = wire::ConfChangeV2::decode(entry.data.clone()).map_err(|e| malformed(e.to_string()))?;
-        let change = raft::eraftpb::ConfChangeV2::try_from(change).map_err(|e| malformed(e.to_string()))?;
-        let state = in_order(self.raw.apply_conf_change(&change)?);
-        tracing::info!(index = entry.index, voters = ?state.voters, learners = ?state.learners, "members changed");
-        self.raw.mut_store().conf_state = state.clone();
-        if ![&state.voters, &state.voters_outgoing].iter().any(|voters| voters.contains(&self.settings.id)) {
-            self.stop_leading();
-        }
-        if !entry.context.is_empty() {
-            let proposal = decode_proposal(entry.index, &entry.context)?;
-            if proposal.client == self.client {
-                self.waiting.ended(proposal.sequence, Answer::Members(entry.index, state), out);
-            }
         }
         Ok(())
     }
@@ -596,15 +498,6 @@ fn stored_writes(mut writes: Vec<Write>, sessions: &mut Sessions) -> Vec<Write> 
     }
     writes.extend(sessions.take_writes(SESSION_KEYS));
     writes
-}
-
-/// The raft crate lists members in the order of a hash table; what is stored must be the same on all of them.
-fn in_order(mut state: ConfState) -> ConfState {
-    state.voters.sort_unstable();
-    state.learners.sort_unstable();
-    state.voters_outgoing.sort_unstable();
-    state.learners_next.sort_unstable();
-    state
 }
 
 fn decode_proposal(index: u64, bytes: &[u8]) -> Result<wire::Proposal, Halt> {
