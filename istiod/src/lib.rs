@@ -8,6 +8,7 @@ pub mod access;
 pub mod api;
 pub mod audit;
 mod authority;
+pub mod backup;
 pub mod cli;
 pub mod cluster;
 pub mod config;
