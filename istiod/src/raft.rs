@@ -18,6 +18,7 @@ pub mod metrics;
 pub mod node;
 pub mod part;
 pub mod peers;
+pub mod restore;
 pub mod sessions;
 pub mod snapshots;
 pub mod state_machine;

@@ -24,7 +24,7 @@ use raft::{RawNode, SnapshotStatus, StateRole};
 pub use self::event::{Answer, Event, Fatal, Forward, Output, Progress, Refusal, Status};
 use self::proposals::Proposals;
 pub use self::settings::Settings;
-pub use self::start::{Guard, Parts, found};
+pub use self::start::{FOUNDING_INDEX, Guard, Parts, found};
 use self::storage::LogStorage;
 use self::waiting::{Reads, Waiting};
 use super::machine::{Frozen, Halt, StateMachine};

@@ -2,6 +2,8 @@
 //! other.
 
 #[cfg(test)]
+mod backup;
+#[cfg(test)]
 mod cluster;
 #[cfg(test)]
 mod killed;

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::toy::now;
 
-const ROUTE: &str = "
+pub(crate) const ROUTE: &str = "
 apiVersion: networking.istio.io/v1
 kind: VirtualService
 metadata: {name: reviews, namespace: default}
@@ -25,7 +25,7 @@ spec:
   http: [{route: [{destination: {host: reviews, subset: v1}}]}]
 ";
 
-fn start(dir: &Path, stop: &CancellationToken) -> Result<Started, StartError> {
+pub(crate) fn start(dir: &Path, stop: &CancellationToken) -> Result<Started, StartError> {
     let settings = Settings { snapshot_entries: 20, keep_entries: 5, ..Settings::new(1, 1) };
     let mut metrics = Registry::default();
     let metrics = Metrics::registered(&mut metrics);
@@ -39,12 +39,12 @@ fn start(dir: &Path, stop: &CancellationToken) -> Result<Started, StartError> {
     )
 }
 
-fn batch(text: &str, time_ms: i64) -> Batch {
+pub(crate) fn batch(text: &str, time_ms: i64) -> Batch {
     let (objects, _) = registry::config::parse("test.yaml", text).expect("parses");
     Batch::put_objects(time_ms, "admin", objects)
 }
 
-fn registration(name: &str) -> Batch {
+pub(crate) fn registration(name: &str) -> Batch {
     let registration = Registration {
         namespace: "shop".to_owned(),
         name: name.to_owned(),
@@ -83,7 +83,7 @@ fn time() -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(1_800_000_000)
 }
 
-async fn end(started: Started, stop: CancellationToken) {
+pub(crate) async fn end(started: Started, stop: CancellationToken) {
     stop.cancel();
     started.thread.join().await.expect("stops");
 }
@@ -194,7 +194,7 @@ async fn a_join_redeems_and_registers_in_one_command_or_does_neither() {
     end(started, stop).await;
 }
 
-fn origin(at_ms: i64) -> Origin {
+pub(crate) fn origin(at_ms: i64) -> Origin {
     let text = |text: &str| text.to_owned();
     Origin { who: text("ann"), from: text("127.0.0.1:40000"), at_ms, action: text("apply") }
 }

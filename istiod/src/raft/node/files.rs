@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::start::Parts;
-use super::{Fatal, Settings, found};
+use super::{FOUNDING_INDEX, Fatal, Settings, found};
 use crate::raft::disk::Disk;
 use crate::raft::log::Log;
 use crate::raft::log::wal::Wal;
@@ -26,6 +26,8 @@ pub type OpenStore<'a> = &'a dyn Fn(&Path, u64) -> Result<Box<dyn KvStore>, Stor
 pub enum Beginning<'a> {
     /// With these voters, all of which begin like this.
     Found(&'a [u64]),
+    /// The same, but with a state that was restored into the machine, and of which this is the revision.
+    Restore(&'a [u64], u64),
     /// Empty, to be fed by a leader.
     Join,
 }
@@ -57,8 +59,14 @@ pub fn open<M: StateMachine>(
     let wal = Wal::open(disk.clone(), &log_dir, identity.incarnation, settings.segment_bytes)?;
     let mut log: Box<dyn Log> = Box::new(wal);
     if !identity.ready {
-        if let Beginning::Found(voters) = beginning {
-            found(&machine, voters, log.as_mut(), &snapshots)?;
+        match beginning {
+            Beginning::Found(voters) => {
+                found(&machine, (voters, FOUNDING_INDEX), log.as_mut(), &snapshots)?;
+            }
+            Beginning::Restore(voters, index) => {
+                found(&machine, (voters, index), log.as_mut(), &snapshots)?;
+            }
+            Beginning::Join => {}
         }
         identity.ready = true;
         member::write(disk.as_ref(), dir, &identity)?;

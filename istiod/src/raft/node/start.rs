@@ -18,9 +18,11 @@ use crate::raft::snapshots::Snapshots;
 use crate::raft::store::{KvStore, StoreError};
 use crate::raft::wire::{AppliedMark, ConfState, HardState, SnapshotBody, SnapshotMetadata};
 
-/// The index and term of the snapshot from which every founder starts. A member that joins later is always fed a
+/// The index of the snapshot from which every founder of a new mesh starts. A member that joins later is always fed a
 /// snapshot, because the log begins after it.
-const FOUNDING: (u64, u64) = (1, 1);
+pub const FOUNDING_INDEX: u64 = 1;
+/// The term of that snapshot.
+const FOUNDING_TERM: u64 = 1;
 
 /// What a member is made of.
 pub struct Parts<M> {
@@ -47,19 +49,19 @@ pub type Guard = Option<Box<dyn std::any::Any + Send>>;
 
 /// Makes the first files of a founder: the snapshot from which all founders start, and the log after it.
 ///
-/// Every founder must call this with the same members and an empty machine. Doing it again after a crash is safe,
-/// as long as the member has not run.
+/// Every founder must call this with the same members and the same machine, which is empty, or has the state of a
+/// backup of which `index` is the revision. Doing it again after a crash is safe, as long as the member has not run.
 ///
 /// # Errors
 ///
 /// The disk's.
 pub fn found<M: StateMachine>(
     machine: &M,
-    voters: &[u64],
+    (voters, index): (&[u64], u64),
     log: &mut dyn Log,
     snapshots: &Snapshots,
 ) -> Result<(), Fatal> {
-    let (index, term) = FOUNDING;
+    let term = FOUNDING_TERM;
     let conf_state = ConfState { voters: voters.to_vec(), ..ConfState::default() };
     let metadata = SnapshotMetadata { index, term, conf_state: Some(conf_state) };
     let body = SnapshotBody { sessions: None, machine: machine.freeze()()?.into() };
