@@ -4,6 +4,7 @@
 //! unchanged values are never proposed, and a new leader that starts from the state repeats nothing. [`diff`] and
 //! [`diff_objects`] are that comparison; [`mod@file`] watches a folder, [`vm`] makes workloads of joining machines.
 
+pub mod consul;
 pub mod file;
 pub mod vm;
 
