@@ -3,7 +3,8 @@
 //! [`identity`] is the name of a workload, [`x509`] reads and prints what carries it, [`svid`] is an issued one with
 //! its key. [`authority`] decides what is signed, for the callers that [`authn`] knows; [`renewal`] says when to ask
 //! again. [`service`] serves certificates, [`client`] obtains and renews them, [`tls`] makes connections with them.
-//! [`bundle`] holds the roots that are believed, [`state`] what all members of the control plane share, [`keystore`] the
+//! [`bundle`] holds the roots that are believed, [`state`] what all members of the control plane share, [`seal`] what
+//! only they may read of it, [`keystore`] the
 //! private keys.
 
 pub mod authn;
@@ -13,6 +14,7 @@ pub mod client;
 pub mod identity;
 pub mod keystore;
 pub mod renewal;
+pub mod seal;
 pub mod service;
 pub mod state;
 pub mod svid;

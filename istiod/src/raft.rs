@@ -41,11 +41,13 @@ use self::disk::{Disk, RealDisk};
 use self::metrics::Metrics;
 use self::node::files::{self, Beginning};
 use self::node::thread::{Ending, NoPeers, Node, RequestError, panic_text};
-use self::node::{Driver, Fatal, Refusal, Settings, Status};
+use self::node::{Driver, Event, Fatal, Refusal, Settings, Status, Transport};
+use self::snapshots::Snapshots;
 pub use self::state_machine::{Command, Mesh, Outcome, View};
 use self::store::sled::SledStore;
 use crate::access::AccessState;
 pub use crate::audit::Origin;
+use crate::cluster::ClusterState;
 use crate::publish::{Publisher, Updates};
 
 /// The log, the snapshots and the applied state lie in this folder of the data folder.
@@ -57,6 +59,21 @@ const LOCK: &str = "lock";
 #[derive(Clone)]
 pub struct Raft {
     node: Node<Mesh>,
+    cluster: watch::Receiver<Arc<ClusterState>>,
+}
+
+/// What a member is started with.
+pub struct Starting<'a> {
+    /// Where it keeps its data.
+    pub place: Place<'a>,
+    /// How it behaves.
+    pub settings: Settings,
+    /// How it begins its life, if it is new.
+    pub beginning: Beginning<'a>,
+    /// What carries its messages.
+    pub transport: Box<dyn Transport>,
+    /// What it tells Prometheus.
+    pub metrics: Metrics,
 }
 
 /// Everything that starting gives.
@@ -69,6 +86,8 @@ pub struct Started {
     pub snapshots: watch::Receiver<Arc<Snapshot>>,
     /// Who may use the admin API.
     pub access: watch::Receiver<Arc<AccessState>>,
+    /// The files of the whole state, for members that lack it.
+    pub files: Snapshots,
     /// The thread, to be waited for at the end.
     pub thread: RaftThread,
 }
@@ -134,6 +153,17 @@ pub enum ProposeError {
     /// This member has stopped; whether the command was applied is not known.
     #[error("this member has stopped")]
     Stopped(#[source] Option<Arc<Fatal>>),
+    /// Some member would not understand it.
+    #[error(
+        "not every member reads this yet: it needs version {needs} of commands, some member knows up to {level}; \
+         upgrade all members first"
+    )]
+    Level {
+        /// What the command needs.
+        needs: u32,
+        /// What all members read.
+        level: u32,
+    },
     /// The command has no stored form.
     #[error("the command cannot be stored: {0}")]
     Unstorable(String),
@@ -164,6 +194,24 @@ impl Raft {
         now: Instant,
         stop: CancellationToken,
     ) -> Result<Started, StartError> {
+        let voters = [settings.id];
+        let beginning = Beginning::Found(&voters);
+        let starting = Starting { place, settings, beginning, transport: Box::new(NoPeers), metrics };
+        Self::start_among(starting, random, now, stop)
+    }
+
+    /// Starts a member that may have peers. As [`Raft::start`] otherwise.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`].
+    pub fn start_among(
+        starting: Starting<'_>,
+        random: &mut fastrand::Rng,
+        now: Instant,
+        stop: CancellationToken,
+    ) -> Result<Started, StartError> {
+        let Starting { place, settings, beginning, transport, metrics } = starting;
         let dir = place.data_dir.join(FOLDER);
         let disk: Arc<dyn Disk> = Arc::new(RealDisk::measured(metrics.sync_seconds()));
         let io = |path: &Path, source| StartError::Io { path: path.to_owned(), source };
@@ -172,21 +220,47 @@ impl Raft {
         let empty = Snapshot::build_issued(place.trust_domain, &State::default());
         let (publisher, updates) = Publisher::starting_at(Arc::new(empty));
         let snapshots = publisher.subscribe();
-        let mesh = Mesh::new(publisher);
-        let access = mesh.watch_access();
-        let voters = [settings.id];
-        let beginning = (settings, Beginning::Found(&voters));
         let open_store = |path: &Path, incarnation| {
             Ok(Box::new(SledStore::open_or_move_aside(path, incarnation)?) as Box<_>)
         };
-        let mut parts = files::open(&disk, &open_store, &dir, beginning, mesh, random)?;
+        let mesh = Mesh::new(publisher);
+        let (cluster, access) = (mesh.members(), mesh.watch_access());
+        let mut parts = files::open(&disk, &open_store, &dir, (settings, beginning), mesh, random)?;
         parts.guard = Some(Box::new(lock));
+        let files = parts.snapshots.clone();
         // The raft crate asserts what the files of a sane member satisfy.
         let driver = catch_unwind(AssertUnwindSafe(|| Driver::start(parts, now)))
             .unwrap_or_else(|panic| Err(Fatal::Panicked(panic_text(panic.as_ref()))))?;
-        let (node, handle) =
-            Node::spawn(driver, Box::new(NoPeers), metrics, stop).map_err(|e| io(&dir, e))?;
-        Ok(Started { raft: Self { node }, updates, snapshots, access, thread: RaftThread { handle } })
+        let (node, handle) = Node::spawn(driver, transport, metrics, stop).map_err(|e| io(&dir, e))?;
+        let raft = Self { node, cluster };
+        Ok(Started { raft, updates, snapshots, access, files, thread: RaftThread { handle } })
+    }
+
+    /// The raft thread, for the links to peers.
+    #[must_use]
+    pub fn node(&self) -> &Node<Mesh> {
+        &self.node
+    }
+
+    /// The members of the control plane as applied here, always the latest.
+    #[must_use]
+    pub fn cluster(&self) -> watch::Receiver<Arc<ClusterState>> {
+        self.cluster.clone()
+    }
+
+    /// Changes Raft's own members; only the leader can. What operators want goes through
+    /// [`Members`](crate::cluster::members::Members).
+    ///
+    /// # Errors
+    ///
+    /// [`ProposeError`].
+    pub async fn change_members(&self, change: wire::ConfChangeV2) -> Result<Revision, ProposeError> {
+        Ok(Revision(self.node.change_members(change).await?.0))
+    }
+
+    /// Asks for another leader; [`Raft::status`] tells when it leads.
+    pub fn transfer(&self, to: u64) {
+        self.node.tell(Event::Transfer(to));
     }
 
     /// Has a command committed and applied; gives its revision and what became of it. The queue is bounded: under
@@ -196,6 +270,7 @@ impl Raft {
     ///
     /// [`ProposeError`]; after [`Refusal::Unknown`] and [`ProposeError::Stopped`] the command may have been applied.
     pub async fn propose(&self, command: &Command) -> Result<(Revision, Outcome), ProposeError> {
+        self.check_level(command.version())?;
         self.propose_bytes(command.encode()).await
     }
 
@@ -209,7 +284,17 @@ impl Raft {
         command: &Command,
         origin: &Origin,
     ) -> Result<(Revision, Outcome), ProposeError> {
+        // With an origin, a command is of the second version at least.
+        self.check_level(command.version().max(2))?;
         self.propose_bytes(command.encode_as(origin)).await
+    }
+
+    /// A command that some member does not read would halt it.
+    fn check_level(&self, needs: u32) -> Result<(), ProposeError> {
+        match self.cluster.borrow().level() {
+            Some(level) if needs > level => Err(ProposeError::Level { needs, level }),
+            Some(_) | None => Ok(()),
+        }
     }
 
     async fn propose_bytes(

@@ -105,6 +105,8 @@ pub struct Mesh {
     publisher: Publisher,
     /// Who may use the admin API, for whoever decides it.
     shown_access: watch::Sender<Arc<AccessState>>,
+    /// The members, for those who follow them.
+    members: watch::Sender<Arc<ClusterState>>,
     /// Since the last publication; the revision that was published.
     unshown: Changes,
     shown: Revision,
@@ -128,6 +130,7 @@ impl Mesh {
             audit: Slot::new(AUDIT_KEYS, Arc::default()),
             publisher,
             shown_access: watch::Sender::new(Arc::default()),
+            members: watch::Sender::new(Arc::default()),
             unshown: Changes::default(),
             shown: Revision(0),
             replaced: false,
@@ -140,6 +143,12 @@ impl Mesh {
     #[must_use]
     pub fn watch_access(&self) -> watch::Receiver<Arc<AccessState>> {
         self.shown_access.subscribe()
+    }
+
+    /// The members, always the latest.
+    #[must_use]
+    pub fn members(&self) -> watch::Receiver<Arc<ClusterState>> {
+        self.members.subscribe()
     }
 
     /// The state as it is now.
@@ -265,6 +274,12 @@ impl StateMachine for Mesh {
         self.shown_access.send_if_modified(|shown| {
             let changed = !Arc::ptr_eq(shown, &access);
             *shown = access;
+            changed
+        });
+        let cluster = self.cluster.get();
+        self.members.send_if_modified(|shown| {
+            let changed = !Arc::ptr_eq(shown, &cluster) && **shown != *cluster;
+            *shown = cluster;
             changed
         });
     }

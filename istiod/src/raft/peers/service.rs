@@ -100,7 +100,9 @@ impl<M: StateMachine> PeerService<M> {
 
     /// Hands a message to the raft thread, if it is from who sent it and for this member.
     fn deliver(&self, from: u64, message: Message) -> Result<(), Status> {
-        if message.from != from || message.to != self.id {
+        // A follower passes on the wish that another member lead, in that member's name.
+        let speaks = message.from == from || message.msg_type() == MessageType::TransferLeader;
+        if !speaks || message.to != self.id {
             return Err(Status::permission_denied("a peer speaks only for itself, and to this member"));
         }
         let message = raft::eraftpb::Message::try_from(message)
