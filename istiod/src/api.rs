@@ -7,13 +7,20 @@
 
 mod access;
 
+pub mod audit;
+mod backup;
 pub mod caller;
+mod change;
+pub mod diff;
 pub mod gate;
+pub mod history;
 pub mod limits;
 mod mesh;
 mod objects;
 pub mod page;
+pub mod preview;
 mod problem;
+mod prune;
 pub mod rest;
 pub mod routes;
 pub mod select;
@@ -40,6 +47,7 @@ use crate::access::AccessState;
 use crate::raft::{Command, Origin, Outcome, Raft, View};
 
 pub use self::caller::{Caller, Source};
+pub use self::change::{Mode, Plan};
 pub use self::problem::ApiError;
 
 /// Longest time that a caller may wait for a revision.

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use ca::authn::Hash;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use self::chain::{Broken, verify};
@@ -32,7 +33,7 @@ const META_KEY: &[u8] = b"meta";
 const ENTRY_KEY: &str = "entry/";
 
 /// The operator behind a command.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Origin {
     /// The authenticated name.
     pub who: String,
@@ -45,20 +46,22 @@ pub struct Origin {
 }
 
 /// One thing that a command changed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AuditObject {
     /// `Kind/namespace/name` of an object, or `Part/key` of anything else.
     pub what: String,
     /// SHA-256 of the stored value before; none when it did not exist.
+    #[schemars(with = "Option<String>")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub before: Option<Hash>,
     /// SHA-256 of the stored value after; none when it does not exist any more.
+    #[schemars(with = "Option<String>")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<Hash>,
 }
 
 /// One command of an operator, as it was applied.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AuditEntry {
     /// The revision of the command.
     pub revision: u64,
@@ -68,19 +71,22 @@ pub struct AuditEntry {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub objects: Vec<AuditObject>,
     /// The hash of the entry before.
+    #[schemars(with = "String")]
     pub previous: Hash,
     /// The hash of this entry: over the one before and all of the above.
+    #[schemars(with = "String")]
     pub hash: Hash,
 }
 
 /// Where a chain begins: what was before its first entry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Anchor {
     /// How many entries were dropped before it.
     pub dropped: u64,
     /// The revision of the newest dropped one; 0 when nothing was dropped.
     pub revision: u64,
     /// The hash of the newest dropped one; [`Anchor::default`]'s when nothing was dropped.
+    #[schemars(with = "String")]
     pub hash: Hash,
 }
 
@@ -91,7 +97,7 @@ impl Default for Anchor {
 }
 
 /// How much of the trail is kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Retention {
     /// Number of entries.
     pub entries: u32,

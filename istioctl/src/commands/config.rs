@@ -59,6 +59,8 @@ pub(crate) async fn apply(client: &Client, output: Output, args: &Apply) -> anyh
         files: read_all(&args.files.files)?,
         namespace: args.files.namespace.clone(),
         dry_run: args.dry_run,
+        force: false,
+        prune: None,
     };
     let report: ApplyReport = client.post("/apply", &request).await?;
     show(output, &report, args.dry_run)?;

@@ -111,7 +111,8 @@ impl Mesh {
     /// What was refused, or which proxies do not run it.
     pub(crate) async fn apply(&mut self, name: &str, text: &str) -> anyhow::Result<(u64, Duration)> {
         let files = vec![SourceFile { name: name.to_owned(), text: text.to_owned() }];
-        let request = ApplyRequest { files, namespace: "default".to_owned(), dry_run: false };
+        let namespace = "default".to_owned();
+        let request = ApplyRequest { files, namespace, dry_run: false, force: false, prune: None };
         let started = Instant::now();
         let report: ApplyReport = self.client.post("/apply", &request).await?;
         self.run_everywhere(name, report.revision).await?;

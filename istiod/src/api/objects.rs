@@ -1,18 +1,16 @@
 //! Configuration objects: apply, create, replace, delete, get and list.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use registry::config::{Kind, Object, Severity};
-use registry::model::mesh::MeshConfig;
-use registry::state::{Batch, Command as Change, Delete, ObjectKey, ObjectResult, Put, Revision};
+use registry::config::{Kind, Object};
+use registry::state::{Delete, ObjectKey, Put, Revision};
 use serde_json::Value;
 
+use super::change::{Mode, Plan, may_change, mistakes};
 use super::page::{Wanted, key_of};
 use super::select::Selection;
-use super::types::{Action, Applied, ApplyReport, ApplyRequest, Consistency, List, Listing, Mistake};
-use super::{Api, ApiError, Caller, aside};
-use crate::raft::{Command, Outcome};
+use super::types::{ApplyReport, ApplyRequest, Consistency, List, Listing, Mistake};
+use super::{Api, ApiError, Caller, aside, prune};
 
 /// The name that mistakes in a body have as that of a file; it is not shown.
 const BODY: &str = "body";
@@ -23,20 +21,34 @@ impl Api {
     /// # Errors
     ///
     /// Every mistake of every file; [`ApiError::Forbidden`] for an object outside the caller's namespaces.
-    pub async fn apply(&self, caller: &Caller, request: ApplyRequest) -> Result<ApplyReport, ApiError> {
-        let (api, dry_run, who) = (self.clone(), request.dry_run, caller.clone());
-        let (objects, warnings) = aside(move || {
-            let (objects, mut warnings) = read(&request)?;
-            objects.iter().try_for_each(|object| may_change(&who, object.kind, &object.namespace))?;
-            warnings.extend(api.check_together(&objects)?);
-            Ok((objects, warnings))
+    pub async fn apply(
+        &self,
+        caller: &Caller,
+        request: ApplyRequest,
+        asked: Mode,
+    ) -> Result<ApplyReport, ApiError> {
+        let mode = Mode {
+            dry_run: request.dry_run || asked.dry_run,
+            force: request.force || asked.force,
+            preview: asked.preview,
+        };
+        let prune = request.prune.clone();
+        if prune.is_some() {
+            // What is removed follows from what is there now, not from what was there a while ago.
+            self.raft.read_index().await?;
+        }
+        let (snapshot, who) = (self.snapshot(), caller.clone());
+        let plan = aside(move || {
+            let (mut objects, warnings) = read(&request)?;
+            let deletes = match &prune {
+                Some(prune) => prune::deletes(prune, &mut objects, &snapshot, &who)?,
+                None => Vec::new(),
+            };
+            let puts = objects.into_iter().map(|o| Put { object: Arc::new(o), expected: None }).collect();
+            Ok(Plan { puts, deletes, warnings })
         })
         .await?;
-        if dry_run {
-            return Ok(self.foresee(&objects, warnings));
-        }
-        let batch = Batch::put_objects(self.time_ms(), &caller.name, objects);
-        self.commit(caller, "apply", batch, warnings).await
+        self.carry_out(caller, "apply", plan, mode).await
     }
 
     /// Makes one object, which must not exist.
@@ -50,9 +62,10 @@ impl Api {
         kind: &str,
         namespace: &str,
         object: Value,
+        mode: Mode,
     ) -> Result<ApplyReport, ApiError> {
         let kind = parse_kind(kind)?;
-        self.put(caller, "create", (kind, namespace, None), object, Some(Revision(0))).await
+        self.put(caller, (kind, namespace, None), object, (Some(Revision(0)), mode)).await
     }
 
     /// Makes or replaces one object; only if it is at `expected` now, when that is said here or in its
@@ -66,7 +79,7 @@ impl Api {
         caller: &Caller,
         (kind, namespace, name): (&str, &str, &str),
         object: Value,
-        expected: Option<u64>,
+        (expected, mode): (Option<u64>, Mode),
     ) -> Result<ApplyReport, ApiError> {
         let said = object.pointer("/metadata/resourceVersion").and_then(Value::as_str);
         let said = said.filter(|text| !text.is_empty()).map(str::parse::<u64>).transpose();
@@ -75,30 +88,27 @@ impl Api {
         })?;
         let kind = parse_kind(kind)?;
         let expected = expected.or(said).map(Revision);
-        self.put(caller, "replace", (kind, namespace, Some(name)), object, expected).await
+        self.put(caller, (kind, namespace, Some(name)), object, (expected, mode)).await
     }
 
     async fn put(
         &self,
         caller: &Caller,
-        action: &str,
         (kind, namespace, name): (Kind, &str, Option<&str>),
         object: Value,
-        expected: Option<Revision>,
+        (expected, mode): (Option<Revision>, Mode),
     ) -> Result<ApplyReport, ApiError> {
         may_change(caller, kind, namespace)?;
-        let (api, of, named) = (self.clone(), namespace.to_owned(), name.map(str::to_owned));
-        let (object, warnings) = aside(move || {
-            let (object, mut warnings) = read_one(&of, &object)?;
+        let action = if name.is_some() { "replace" } else { "create" };
+        let (of, named) = (namespace.to_owned(), name.map(str::to_owned));
+        let plan = aside(move || {
+            let (object, warnings) = read_one(&of, &object)?;
             is_the_one(&object, kind, &of, named.as_deref())?;
-            warnings.extend(api.check_together(std::slice::from_ref(&object))?);
-            Ok((object, warnings))
+            let puts = vec![Put { object: Arc::new(object), expected }];
+            Ok(Plan { puts, deletes: Vec::new(), warnings })
         })
         .await?;
-        let put = Put { object: Arc::new(object), expected };
-        let change = Change::Change { puts: vec![put], deletes: Vec::new() };
-        let batch = Batch { time_ms: self.time_ms(), author: caller.name.clone(), commands: vec![change] };
-        self.commit(caller, action, batch, warnings).await
+        self.carry_out(caller, action, plan, mode).await
     }
 
     /// Deletes one object; only if it is at `expected` now, when that is said.
@@ -110,76 +120,15 @@ impl Api {
         &self,
         caller: &Caller,
         (kind, namespace, name): (&str, &str, &str),
-        expected: Option<u64>,
+        (expected, mode): (Option<u64>, Mode),
     ) -> Result<ApplyReport, ApiError> {
         let key = key(kind, namespace, name)?;
         may_change(caller, key.kind, namespace)?;
         if self.snapshot().object(&key).is_none() {
             return Err(ApiError::NotFound(format!("there is no {key}")));
         }
-        let delete = Delete { key, expected: expected.map(Revision) };
-        let change = Change::Change { puts: Vec::new(), deletes: vec![delete] };
-        let batch = Batch { time_ms: self.time_ms(), author: caller.name.clone(), commands: vec![change] };
-        self.commit(caller, "delete", batch, Vec::new()).await
-    }
-
-    async fn commit(
-        &self,
-        caller: &Caller,
-        action: &str,
-        batch: Batch,
-        warnings: Vec<String>,
-    ) -> Result<ApplyReport, ApiError> {
-        let (revision, outcome) = self.propose(caller, action, &Command::Registry(batch)).await?;
-        let Outcome::Registry(outcome) = outcome else {
-            return Err(ApiError::Internal("not an outcome of the registry".to_owned()));
-        };
-        if let Some(conflict) = outcome.conflict() {
-            return Err(conflicting(&conflict.key, conflict.result));
-        }
-        let objects = outcome.objects().filter_map(|o| Some(applied(&o.key, done(o.result)?))).collect();
-        Ok(ApplyReport { revision: revision.0, objects, warnings })
-    }
-
-    /// What only shows when all objects are seen together: errors refuse the change, warnings are told.
-    fn check_together(&self, objects: &[Object]) -> Result<Vec<String>, ApiError> {
-        let snapshot = self.snapshot();
-        let replaced: BTreeSet<ObjectKey> = objects.iter().map(ObjectKey::of).collect();
-        let kept = snapshot.objects().filter(|o| !replaced.contains(&ObjectKey::of(o))).map(AsRef::as_ref);
-        let all: Vec<&Object> = kept.chain(objects).collect();
-        let changed: BTreeSet<String> = objects.iter().map(Object::id).collect();
-        let issuing = self.issuing.load();
-        let mut errors = foreign_domains(objects, issuing.trust_domain().as_str());
-        let mut warnings = Vec::new();
-        for problem in registry::config::validate_set(&all) {
-            let ours = changed.contains(&problem.object);
-            match problem.severity {
-                Severity::Error if ours => errors.push(Mistake::from(&problem)),
-                Severity::Warning if ours => warnings.push(problem.to_string()),
-                Severity::Error | Severity::Warning => {}
-            }
-        }
-        if errors.is_empty() { Ok(warnings) } else { Err(mistakes(errors)) }
-    }
-
-    fn foresee(&self, objects: &[Object], warnings: Vec<String>) -> ApplyReport {
-        let snapshot = self.snapshot();
-        let foreseen = objects.iter().map(|object| {
-            let key = ObjectKey::of(object);
-            let action = match snapshot.object(&key) {
-                None => Action::Created,
-                Some(old)
-                    if old.raw == object.raw
-                        && old.labels == object.labels
-                        && old.annotations == object.annotations =>
-                {
-                    Action::Unchanged
-                }
-                Some(_) => Action::Configured,
-            };
-            applied(&key, action)
-        });
-        ApplyReport { revision: snapshot.revision().0, objects: foreseen.collect(), warnings }
+        let deletes = vec![Delete { key, expected: expected.map(Revision) }];
+        self.carry_out(caller, "delete", Plan { deletes, ..Plan::default() }, mode).await
     }
 
     /// One object in Kubernetes' shape.
@@ -232,50 +181,6 @@ impl Api {
             items: page.items,
         })
     }
-}
-
-/// Whoever is limited to namespaces changes nothing that holds for the whole mesh.
-pub(super) fn may_change(caller: &Caller, kind: Kind, namespace: &str) -> Result<(), ApiError> {
-    caller.must_cover(namespace)?;
-    if kind == Kind::MeshConfig { caller.must_be_unlimited("settings of the whole mesh") } else { Ok(()) }
-}
-
-fn conflicting(key: &ObjectKey, result: ObjectResult) -> ApiError {
-    ApiError::Conflict(match result {
-        ObjectResult::Conflict { expected: Revision(0), found } => {
-            format!("{key} exists, at revision {found}")
-        }
-        ObjectResult::Conflict { expected, found: Revision(0) } => {
-            format!("{key} does not exist, expected was revision {expected}")
-        }
-        ObjectResult::Conflict { expected, found } => {
-            format!("{key} is at revision {found}, expected was {expected}")
-        }
-        ObjectResult::Created
-        | ObjectResult::Configured
-        | ObjectResult::Unchanged(_)
-        | ObjectResult::Deleted
-        | ObjectResult::NotFound
-        | ObjectResult::NotApplied => format!("{key} was changed by somebody else"),
-    })
-}
-
-/// Identities are of the domain that the authority issues; settings cannot say otherwise.
-fn foreign_domains(objects: &[Object], ours: &str) -> Vec<Mistake> {
-    let said = objects.iter().filter_map(|object| Some((object, object.get::<MeshConfig>()?)));
-    let foreign = said.filter(|(_, mesh)| !mesh.trust_domain.is_empty() && mesh.trust_domain != ours);
-    let told = foreign.map(|(object, mesh)| {
-        let detail = format!(
-            "is {}, the certificates of this mesh are of {ours}; that is set by trustDomain in the settings of istiod",
-            mesh.trust_domain
-        );
-        Mistake { object: object.id(), ..Mistake::of_field("spec.trustDomain", detail) }
-    });
-    told.collect()
-}
-
-fn mistakes(errors: Vec<Mistake>) -> ApiError {
-    ApiError::Invalid { detail: format!("{} mistake(s)", errors.len()), errors }
 }
 
 /// Every object of every file with warnings, or every mistake.
@@ -353,55 +258,14 @@ pub(super) fn key(kind: &str, namespace: &str, name: &str) -> Result<ObjectKey, 
     Ok(ObjectKey { kind: parse_kind(kind)?, namespace: namespace.to_owned(), name: name.to_owned() })
 }
 
-fn applied(key: &ObjectKey, action: Action) -> Applied {
-    Applied { kind: key.kind.to_string(), namespace: key.namespace.clone(), name: key.name.clone(), action }
-}
-
-fn done(result: ObjectResult) -> Option<Action> {
-    match result {
-        ObjectResult::Created => Some(Action::Created),
-        ObjectResult::Configured => Some(Action::Configured),
-        ObjectResult::Unchanged(_) => Some(Action::Unchanged),
-        ObjectResult::Deleted => Some(Action::Deleted),
-        ObjectResult::NotFound | ObjectResult::Conflict { .. } | ObjectResult::NotApplied => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn mesh_settings_of_another_trust_domain_are_refused_with_the_place_that_sets_it() {
-        let said = |domain: &str| {
-            let spec = serde_json::json!({ "trustDomain": domain });
-            foreign_domains(&[Object::new(Kind::MeshConfig, "istio-system", "mesh", spec)], "mesh.example")
-        };
-        assert!(said("mesh.example").is_empty() && said("").is_empty());
-        let told: Vec<_> = said("other.example").iter().map(ToString::to_string).collect();
-        assert_eq!(told.len(), 1);
-        assert!(told[0].contains("is other.example") && told[0].contains("settings of istiod"), "{told:?}");
-    }
 
     #[test]
     fn fields_of_a_body_become_pointers() {
         assert_eq!(pointer("spec.http[0].timeout"), "/spec/http/0/timeout");
         assert_eq!(pointer("metadata.labels[\"a/b\"]"), "/metadata/labels/a~1b");
         assert_eq!(pointer(""), "");
-    }
-
-    #[test]
-    fn the_settings_of_the_mesh_are_for_callers_of_the_whole_mesh() {
-        use crate::access::{Grant, Role};
-        let of = |namespaces: &[&str]| {
-            let set = namespaces.iter().map(|n| (*n).to_owned()).collect();
-            let grant = Grant { role: Role::Editor, namespaces: Some(set) };
-            Caller::new("a", grant, super::super::Source::Local)
-        };
-        let system = of(&["istio-system"]);
-        assert!(may_change(&system, Kind::VirtualService, "istio-system").is_ok());
-        assert!(may_change(&system, Kind::MeshConfig, "istio-system").is_err());
-        assert!(may_change(&system, Kind::VirtualService, "shop").is_err());
-        assert!(may_change(&Caller::local(), Kind::MeshConfig, "istio-system").is_ok());
     }
 }

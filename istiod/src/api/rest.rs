@@ -4,6 +4,9 @@
 //! and a row.
 
 pub mod access;
+pub mod audit;
+pub mod backup;
+pub mod history;
 pub mod mesh;
 pub mod objects;
 pub mod plain;

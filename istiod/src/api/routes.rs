@@ -18,6 +18,9 @@ pub const AREAS: &[&[Route]] = &[
     rest::mesh::ROUTES,
     rest::trust::ROUTES,
     rest::access::ROUTES,
+    rest::history::ROUTES,
+    rest::audit::ROUTES,
+    rest::backup::ROUTES,
 ];
 
 /// Every route.

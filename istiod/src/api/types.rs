@@ -10,11 +10,15 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::preview::PreviewReport;
+
 pub use self::access::{
     ApiTokenCreated, ApiTokenRequest, ApiTokenRow, BindingRequest, BindingRow, MemberRow, WhoAmI,
 };
 pub use self::problem::{Mistake, Problem};
-pub use self::query::{Consistency, Expected, Listing, Patience, ProxyTypes, Read, Rows, Watching};
+pub use self::query::{
+    Changing, Consistency, DryRun, Expected, Listing, Patience, ProxyTypes, Read, Rows, Watching,
+};
 
 /// A Kubernetes `List`: what `istioctl get -o json` prints.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -62,6 +66,23 @@ pub struct ApplyRequest {
     /// Check everything and commit nothing.
     #[serde(default)]
     pub dry_run: bool,
+    /// Commit even if it touches more proxies than the mesh allows in one change.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub force: bool,
+    /// In the same commit, delete what is no longer among the files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prune: Option<Prune>,
+}
+
+/// Which objects are deleted when they are not among the files of an apply.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum Prune {
+    /// Those of this set. Every object of the files becomes one of it, by the label
+    /// `applyset.kubernetes.io/part-of`.
+    Set(String),
+    /// Those with such labels, as in `labelSelector`; every object of the files must have them.
+    Selector(String),
 }
 
 fn default_namespace() -> String {
@@ -114,6 +135,9 @@ pub struct ApplyReport {
     pub objects: Vec<Applied>,
     /// What is legal and probably not meant.
     pub warnings: Vec<String>,
+    /// What proxies would be sent, if that was asked for; then nothing was committed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preview: Option<PreviewReport>,
 }
 
 /// Who has acknowledged a revision.

@@ -16,7 +16,7 @@ use super::types::{
 };
 
 /// `CDS`, `EDS`, `LDS`, `RDS`
-fn short(kind: Type) -> &'static str {
+pub(super) fn short(kind: Type) -> &'static str {
     match kind {
         Type::Cluster => "CDS",
         Type::Endpoint => "EDS",

@@ -7,7 +7,7 @@ use axum::routing::{delete, get, post, put};
 use serde_json::Value;
 
 use super::super::routes::{Form, Route, Scope, schema};
-use super::super::types::{ApplyReport, ApplyRequest, Expected, List, Listing, Read};
+use super::super::types::{ApplyReport, ApplyRequest, Changing, Expected, List, Listing, Read};
 use super::super::{Api, ApiError, Caller};
 use super::{Answer, Body, Path, Query};
 use crate::access::Permission;
@@ -20,6 +20,7 @@ const OBJECT: &str = "/api/v1/config/{kind}/{namespace}/{name}";
 pub(in crate::api) const ROUTES: &[Route] = &[
     Route::post("/api/v1/apply", Permission::Write, Scope::Each, || post(apply))
         .named("apply", "Commits every object of every file, or none.")
+        .query(schema::<Changing>)
         .takes(Form::Json(schema::<ApplyRequest>), LARGEST)
         .json(schema::<ApplyReport>)
         .rpc("Config/Apply"),
@@ -30,6 +31,7 @@ pub(in crate::api) const ROUTES: &[Route] = &[
         .rpc("Config/List"),
     Route::post("/api/v1/config/{kind}/{namespace}", Permission::Write, Scope::Path, || post(create))
         .named("createObject", "Makes an object, which must not exist.")
+        .query(schema::<Changing>)
         .takes_json(schema::<Value>)
         .answers(201, Form::Json(schema::<ApplyReport>))
         .rpc("Config/Create"),
@@ -56,9 +58,10 @@ type ObjectPath = (String, String, String);
 async fn apply(
     State(api): State<Api>,
     caller: Caller,
+    Query(changing): Query<Changing>,
     Body(request): Body<ApplyRequest>,
 ) -> Answer<ApplyReport> {
-    Ok(Json(api.apply(&caller, request).await?))
+    Ok(Json(api.apply(&caller, request, changing.mode()).await?))
 }
 
 async fn list(
@@ -74,9 +77,11 @@ async fn create(
     State(api): State<Api>,
     caller: Caller,
     Path((kind, namespace)): Path<(String, String)>,
+    Query(changing): Query<Changing>,
     Body(object): Body<Value>,
 ) -> Result<(StatusCode, Json<ApplyReport>), ApiError> {
-    Ok((StatusCode::CREATED, Json(api.create(&caller, &kind, &namespace, object).await?)))
+    let made = api.create(&caller, &kind, &namespace, object, changing.mode()).await?;
+    Ok((StatusCode::CREATED, Json(made)))
 }
 
 async fn object(
@@ -96,7 +101,7 @@ async fn replace(
     Query(expected): Query<Expected>,
     Body(object): Body<Value>,
 ) -> Answer<ApplyReport> {
-    let expected = expected.expected_revision;
+    let expected = (expected.expected_revision, expected.mode());
     Ok(Json(api.replace(&caller, (&kind, &namespace, &name), object, expected).await?))
 }
 
@@ -106,5 +111,6 @@ async fn remove(
     Path((kind, namespace, name)): Path<ObjectPath>,
     Query(expected): Query<Expected>,
 ) -> Answer<ApplyReport> {
-    Ok(Json(api.delete(&caller, (&kind, &namespace, &name), expected.expected_revision).await?))
+    let expected = (expected.expected_revision, expected.mode());
+    Ok(Json(api.delete(&caller, (&kind, &namespace, &name), expected).await?))
 }

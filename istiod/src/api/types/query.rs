@@ -3,6 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::api::Mode;
+
 /// How new a read is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -56,12 +58,56 @@ pub struct Read {
     pub consistency: Option<Consistency>,
 }
 
-/// When to change something.
+/// Whether a change is only looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DryRun {
+    /// Everything is checked and nothing is committed.
+    All,
+    /// The same, and the answer tells which proxies and resources would change.
+    Preview,
+}
+
+/// How to change something.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Changing {
+    /// Only look at it.
+    pub dry_run: Option<DryRun>,
+    /// Commit even if it touches more proxies than the mesh allows in one change.
+    pub force: Option<bool>,
+}
+
+/// When and how to change something.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Expected {
     /// Only if it is at this revision.
     pub expected_revision: Option<u64>,
+    /// Only look at it.
+    pub dry_run: Option<DryRun>,
+    /// Commit even if it touches more proxies than the mesh allows in one change.
+    pub force: Option<bool>,
+}
+
+impl Changing {
+    /// How the change is carried out.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        Mode {
+            dry_run: self.dry_run == Some(DryRun::All),
+            preview: self.dry_run == Some(DryRun::Preview),
+            force: self.force.unwrap_or_default(),
+        }
+    }
+}
+
+impl Expected {
+    /// How the change is carried out.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        Changing { dry_run: self.dry_run, force: self.force }.mode()
+    }
 }
 
 /// What to watch.
