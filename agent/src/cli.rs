@@ -1,7 +1,7 @@
 //! What can be asked of the agent.
 
 use std::collections::BTreeMap;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -14,6 +14,7 @@ use proxy::telemetry::LogLevel;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use crate::capture::{Block, CaptureError, INBOUND_PORT, Plan};
 use crate::config::{Config, ProxySeat, Seat};
 use crate::join;
 use crate::register::Workload;
@@ -36,6 +37,45 @@ enum Command {
     Run(Run),
     /// Join the mesh and hand the certificate of one workload to a stock Envoy
     Secrets(Secrets),
+    /// Redirect this machine's traffic to the proxy, or stop it; needs root
+    #[command(subcommand)]
+    Capture(Capture),
+}
+
+#[derive(Debug, Clone, Subcommand)]
+enum Capture {
+    /// Put the rules into place, all at once, in place of earlier ones
+    On(Rules),
+    /// Remove the rules, all at once
+    Off,
+    /// Show the rules that `on` would put into place
+    Show(Rules),
+}
+
+/// What is captured.
+#[derive(Debug, Clone, Args)]
+struct Rules {
+    /// Numeric user of the proxy, whose own traffic is left alone
+    #[arg(long)]
+    user: u32,
+    /// Port of the proxy for what the machine's applications send
+    #[arg(long, default_value_t = 15001)]
+    outbound_port: u16,
+    /// Port of the proxy for what comes to the machine
+    #[arg(long, default_value_t = 15006)]
+    inbound_port: u16,
+    /// Port of the machine that is not captured; may be repeated. ssh and the agent's own never are
+    #[arg(long)]
+    exclude_inbound: Vec<u16>,
+    /// Port elsewhere that is not captured; may be repeated
+    #[arg(long)]
+    exclude_outbound: Vec<u16>,
+    /// Addresses that are captured, `10.0.0.0/8`; all when not given; may be repeated
+    #[arg(long)]
+    include: Vec<Block>,
+    /// Addresses that are not captured, `10.0.5.0/24`; may be repeated
+    #[arg(long)]
+    exclude: Vec<Block>,
 }
 
 /// What both need to join and to register.
@@ -56,9 +96,9 @@ struct Member {
     /// Address of the control plane, HOST:PORT, in place of the token's; may be repeated
     #[arg(long = "xds")]
     endpoints: Vec<String>,
-    /// Address other proxies reach the workload at
-    #[arg(long, default_value = "127.0.0.1")]
-    address: IpAddr,
+    /// Address of the workload, the one first at which other proxies reach it; may be repeated
+    #[arg(long = "address", default_value = "127.0.0.1")]
+    addresses: Vec<IpAddr>,
     /// Labels of the workload, `app=reviews,version=v1`
     #[arg(long, value_delimiter = ',', value_parser = key_value)]
     labels: Vec<(String, String)>,
@@ -123,6 +163,7 @@ pub fn main(cli: Cli) -> ExitCode {
     let config = match cli.command {
         Command::Run(run) => run.config(),
         Command::Secrets(secrets) => secrets.config(),
+        Command::Capture(command) => return capture(command),
     };
     let config = match config {
         Ok(config) => config,
@@ -136,6 +177,38 @@ pub fn main(cli: Cli) -> ExitCode {
         Err(error) => {
             tracing::error!(error = format!("{error:#}"), "the agent ends");
             ExitCode::FAILURE
+        }
+    }
+}
+
+fn capture(command: Capture) -> ExitCode {
+    let done = match command {
+        Capture::On(rules) => rules.plan().apply(),
+        Capture::Off => Plan::remove(),
+        Capture::Show(rules) => {
+            let text = rules.plan().text();
+            std::io::stdout().write_all(text.as_bytes()).map_err(CaptureError::from)
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(%error, "traffic is captured as before");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Rules {
+    fn plan(self) -> Plan {
+        Plan {
+            user: self.user,
+            outbound_port: self.outbound_port,
+            inbound_port: self.inbound_port,
+            exclude_inbound: self.exclude_inbound.into_iter().collect(),
+            exclude_outbound: self.exclude_outbound.into_iter().collect(),
+            include: self.include,
+            exclude: self.exclude,
         }
     }
 }
@@ -174,9 +247,9 @@ impl Member {
             data_dir: self.data_dir.clone(),
             token,
             endpoints: self.endpoints.clone(),
-            node: format!("{}@{}", self.name, self.address),
+            node: format!("{}@{}", self.name, self.address()?),
             certificate_lifetime: self.certificate_lifetime.map(Duration::from_secs),
-            workload: if self.no_register { None } else { Some(self.workload()?) },
+            workload: if self.no_register { None } else { Some(self.workload(seat.is_captured())?) },
             seat,
         })
     }
@@ -185,20 +258,28 @@ impl Member {
         clippy::disallowed_methods,
         reason = "the one place where a start of the agent gets its identifier"
     )]
-    fn workload(&self) -> anyhow::Result<Workload> {
+    fn workload(&self, captured: bool) -> anyhow::Result<Workload> {
         let ports = self.ports.iter().map(|(name, port)| {
             Ok((name.clone(), port.parse().with_context(|| format!("`{port}` is not a port"))?))
         });
         Ok(Workload {
             name: self.name.clone(),
-            address: self.address,
+            address: self.address()?,
             labels: self.labels.iter().cloned().collect(),
             ports: ports.collect::<anyhow::Result<_>>()?,
             locality: self.locality.clone(),
             network: self.network.clone(),
-            awaited_ports: self.forward()?.into_keys().collect(),
+            awaited_ports: match captured {
+                true => vec![INBOUND_PORT],
+                false => self.forward()?.into_keys().collect(),
+            },
             session: uuid::Uuid::new_v4().to_string(),
         })
+    }
+
+    /// Where other proxies reach the workload.
+    fn address(&self) -> anyhow::Result<IpAddr> {
+        self.addresses.first().copied().context("--address: at least one")
     }
 
     fn forward(&self) -> anyhow::Result<BTreeMap<u16, SocketAddr>> {
@@ -218,7 +299,7 @@ impl Run {
         ensure!(workers > 0, "--workers: at least 1");
         self.member.config(Seat::Proxy(ProxySeat {
             name: self.member.name.clone(),
-            address: self.member.address,
+            addresses: self.member.addresses.clone(),
             labels: self.member.labels.iter().cloned().collect(),
             loopback_block: self.loopback_block,
             forward: self.member.forward()?,

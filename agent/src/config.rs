@@ -52,13 +52,21 @@ pub enum Seat {
     },
 }
 
+impl Seat {
+    /// Whether the proxy in it takes captured traffic, on one port for all.
+    #[must_use]
+    pub fn is_captured(&self) -> bool {
+        matches!(self, Self::Proxy(proxy) if proxy.loopback_block.is_none())
+    }
+}
+
 /// Our proxy beside one workload.
 #[derive(Debug, Clone)]
 pub struct ProxySeat {
     /// Workload name.
     pub name: String,
-    /// Address other proxies reach the workload at.
-    pub address: IpAddr,
+    /// Addresses of the workload; other proxies reach it at the first.
+    pub addresses: Vec<IpAddr>,
     /// Labels of the workload.
     pub labels: BTreeMap<String, String>,
     /// Network address and prefix length of the loopback block; `None` when traffic is captured.
@@ -112,6 +120,8 @@ impl ProxySeat {
     }
 
     fn node(&self, namespace: &str, service_account: &str) -> Node {
+        let addresses: Vec<String> = self.addresses.iter().map(ToString::to_string).collect();
+        let first = addresses.first().map_or("127.0.0.1", String::as_str);
         let mut metadata = vec![
             ("NAME", text(&self.name)),
             ("NAMESPACE", text(namespace)),
@@ -121,19 +131,19 @@ impl ProxySeat {
             ("ISTIO_VERSION", text(env!("CARGO_PKG_VERSION"))),
             ("PROXY_KIND", text("istio-proxy")),
             ("LABELS", fields(self.labels.iter().map(|(k, v)| (k.clone(), text(v))))),
-            ("INSTANCE_IPS", text(&self.address.to_string())),
+            ("INSTANCE_IPS", text(&addresses.join(","))),
         ];
         match self.loopback_block {
             None => metadata.push(("INTERCEPTION_MODE", text("REDIRECT"))),
             Some((base, prefix)) => {
-                let forward = self.forward.iter().map(|(port, to)| (port.to_string(), text(&to.to_string())));
                 metadata.push(("INTERCEPTION_MODE", text("NONE")));
                 metadata.push(("LOOPBACK_BLOCK", text(&format!("{base}/{prefix}"))));
-                metadata.push(("INBOUND_FORWARD", fields(forward)));
             }
         }
+        let forward = self.forward.iter().map(|(port, to)| (port.to_string(), text(&to.to_string())));
+        metadata.push(("INBOUND_FORWARD", fields(forward)));
         Node {
-            id: format!("sidecar~{}~{}.{namespace}~{namespace}.svc.cluster.local", self.address, self.name),
+            id: format!("sidecar~{first}~{}.{namespace}~{namespace}.svc.cluster.local", self.name),
             cluster: format!("{}.{namespace}", self.labels.get("app").unwrap_or(&self.name)),
             metadata: Some(Struct { fields: metadata.into_iter().map(|(k, v)| (k.to_owned(), v)).collect() }),
             ..Node::default()

@@ -2,9 +2,10 @@
 //!
 //! [`cli`] says what can be asked of it; [`join`] gets the identity, with a token the first time; [`members`] follows
 //! who the members of the control plane are; [`register`] makes the workload an endpoint and says when it may be sent
-//! traffic; [`secrets`] hands the certificate to a stock Envoy.
+//! traffic; [`secrets`] hands the certificate to a stock Envoy; [`capture`] redirects a machine's traffic to the proxy.
 //! The proxy itself is the crate `proxy`, run in this process.
 
+pub mod capture;
 pub mod cli;
 pub mod config;
 pub mod join;

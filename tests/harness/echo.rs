@@ -77,13 +77,21 @@ impl Echo {
     ///
     /// When no port can be had.
     pub async fn start(name: &str) -> anyhow::Result<Self> {
-        Self::serve(name, |app, stream| async move {
+        Self::on(name, std::net::TcpListener::bind("127.0.0.1:0")?)
+    }
+
+    /// As [`Echo::start`], on a socket that is bound already.
+    ///
+    /// # Errors
+    ///
+    /// When the socket cannot be used.
+    pub fn on(name: &str, listener: std::net::TcpListener) -> anyhow::Result<Self> {
+        Self::serve(name, listener, |app, stream| async move {
             let service = hyper::service::service_fn(move |request| app.clone().answer(request));
             let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
             // A client that goes away ends its own connection and nothing else.
             builder.serve_connection_with_upgrades(TokioIo::new(stream), service).await.unwrap_or_default();
         })
-        .await
     }
 
     /// Listens on a free loopback port and sends every byte back.
@@ -92,22 +100,32 @@ impl Echo {
     ///
     /// When no port can be had.
     pub async fn tcp(name: &str) -> anyhow::Result<Self> {
-        Self::serve(name, |app, mut stream| async move {
+        Self::tcp_on(name, std::net::TcpListener::bind("127.0.0.1:0")?)
+    }
+
+    /// As [`Echo::tcp`], on a socket that is bound already.
+    ///
+    /// # Errors
+    ///
+    /// When the socket cannot be used.
+    pub fn tcp_on(name: &str, listener: std::net::TcpListener) -> anyhow::Result<Self> {
+        Self::serve(name, listener, |app, mut stream| async move {
             app.requests.fetch_add(1, Ordering::Relaxed);
             let (mut read, mut write) = stream.split();
             copy(&mut read, &mut write).await.unwrap_or_default();
         })
-        .await
     }
 
-    async fn serve<F>(
+    fn serve<F>(
         name: &str,
+        listener: std::net::TcpListener,
         each: impl Fn(Arc<App>, TcpStream) -> F + Send + 'static,
     ) -> anyhow::Result<Self>
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        listener.set_nonblocking(true)?;
+        let listener = TcpListener::from_std(listener)?;
         let address = listener.local_addr()?;
         let stop = CancellationToken::new();
         let app = Arc::new(App {

@@ -4,7 +4,7 @@
 //! kinds of them, and [`mesh`] puts them together on loopback addresses; [`echo`] is the application behind a proxy;
 //! [`envoy`] puts a stock Envoy into a proxy's seat;
 //! [`http`] and [`tls`] ask, rightly and wrongly; [`load`] sends requests at a rate and keeps every failure;
-//! [`peers`] finds what `tests/run` installed.
+//! [`peers`] finds what `tests/run` installed; [`netns`] makes several machines of one.
 
 pub mod echo;
 pub mod envoy;
@@ -12,6 +12,7 @@ pub mod http;
 pub mod istiod;
 pub mod load;
 pub mod mesh;
+pub mod netns;
 pub mod peers;
 pub mod program;
 pub mod tls;

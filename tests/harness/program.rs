@@ -1,6 +1,7 @@
 //! Programs as processes: started with a log, ended by their own pid.
 
 use std::fs::File;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
@@ -42,10 +43,29 @@ impl Program {
     ///
     /// When it cannot be started.
     pub fn start(program: &Path, folder: &Path, name: &str, args: &[String]) -> anyhow::Result<Self> {
+        Self::spawn(Command::new(program).args(args), folder, name)
+    }
+
+    /// As [`Program::start`], as another user. Needs root.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be started.
+    pub fn start_as(
+        user: u32,
+        program: &Path,
+        folder: &Path,
+        name: &str,
+        args: &[String],
+    ) -> anyhow::Result<Self> {
+        Self::spawn(Command::new(program).args(args).uid(user).gid(user), folder, name)
+    }
+
+    fn spawn(command: &mut Command, folder: &Path, name: &str) -> anyhow::Result<Self> {
         let log = folder.join(format!("{name}.log"));
         let file = File::options().create(true).append(true).open(&log)?;
-        let child = Command::new(program)
-            .args(args)
+        let program = PathBuf::from(command.get_program());
+        let child = command
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
             .stderr(file)

@@ -300,6 +300,7 @@ fn virtual_inbound(view: &View<'_>, ports: &[InboundPort], guard: &Guard) -> pb_
     pb_listener::Listener {
         name: names::VIRTUAL_INBOUND.to_owned(),
         address: Some(listener::wildcard(view, own_port)),
+        additional_addresses: listener::wildcard_besides(view, own_port),
         filter_chains,
         listener_filters: vec![
             inspectors::original_destination(),

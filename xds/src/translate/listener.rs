@@ -54,6 +54,17 @@ fn wildcard_host(view: &View<'_>) -> &'static str {
     if v4 { "0.0.0.0" } else { "::" }
 }
 
+/// All addresses of the proxy's other family, when it has both.
+pub(super) fn wildcard_besides(view: &View<'_>, port: u16) -> Vec<pb_listener::AdditionalAddress> {
+    let both = [true, false].map(|v4| view.proxy.addresses.iter().any(|address| address.is_ipv4() == v4));
+    let address = Some(pb::socket_address("::", port));
+    both.iter()
+        .all(|has| *has)
+        .then(|| pb_listener::AdditionalAddress { address, ..Default::default() })
+        .into_iter()
+        .collect()
+}
+
 /// A chain that ends connections to `port` itself, which would otherwise go round in a circle.
 pub(super) fn to_nowhere(name: &str, port: u16) -> pb_listener::FilterChain {
     pb_listener::FilterChain {
@@ -230,6 +241,7 @@ fn captured_listener(view: &View<'_>, (host, port): Key, parts: Shared) -> pb_li
     filter_chains.extend(bytes);
     pb_listener::Listener {
         address: Some(pb::socket_address(&host, port)),
+        additional_addresses: if on_wildcard { wildcard_besides(view, port) } else { Vec::new() },
         filter_chains,
         default_filter_chain: (open && on_wildcard).then(|| fallback(view, "PassthroughFilterChain")),
         listener_filters,
@@ -254,6 +266,7 @@ fn virtual_outbound(view: &View<'_>) -> pb_listener::Listener {
     pb_listener::Listener {
         name: names::VIRTUAL_OUTBOUND.to_owned(),
         address: Some(wildcard(view, port)),
+        additional_addresses: wildcard_besides(view, port),
         use_original_dst: pb::boolv(true),
         filter_chains: vec![
             to_nowhere("virtualOutbound-trap", port),
