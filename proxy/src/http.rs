@@ -14,6 +14,7 @@ pub mod flood;
 pub mod head;
 pub mod headers;
 pub mod path;
+pub mod raw;
 pub mod reply;
 pub mod server;
 pub mod timing;
@@ -452,7 +453,11 @@ fn respond(
         parts.headers.append(header::SET_COOKIE, cookie);
     }
     response_ops(decision, &call, &mut parts.headers);
+    let upgrade = parts.headers.get(header::CONNECTION).filter(|_| upgraded).cloned();
     http.finish_headers(&call.exchange.connection, call.exchange.version, &mut parts.headers);
+    if let Some(upgrade) = upgrade {
+        parts.headers.insert(header::CONNECTION, upgrade);
+    }
     let mut exchange = call.exchange;
     if exchange.version == Version::HTTP_2 {
         parts.headers.remove(header::CONNECTION);

@@ -9,7 +9,7 @@ use tests::workload::WorkloadSpec;
 use crate::oracle::{Ask, Asked, Case, compare, get, raw, with};
 
 /// Cases in which the two may differ, and why.
-const DIFFERENCES: [(&str, &str); 15] = [
+const DIFFERENCES: [(&str, &str); 14] = [
     (
         "direct response to a body",
         "Envoy closes a connection whose request body it has not read; ours reads it and goes on",
@@ -31,10 +31,6 @@ const DIFFERENCES: [(&str, &str); 15] = [
     ("an empty host", "400; Envoy takes it for a host that no route knows"),
     ("a host with user information", "400: no host has it; Envoy takes it for a host that no route knows"),
     ("a folded header", "refused, as RFC 9112, section 5.2 wants it; Envoy unfolds it"),
-    (
-        "length and chunks",
-        "the chunks count and the length is dropped (RFC 9112, section 6.3); Envoy refuses",
-    ),
     ("an unknown encoding", "400 in place of 501"),
     ("chunked is not last", "400 (RFC 9112, section 6.3) in place of 501"),
 ];

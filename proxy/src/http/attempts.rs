@@ -253,6 +253,9 @@ fn conclude(
         }
         Err(Miss::Late(late)) => Err(too_late(call, late)),
         Err(Miss::Failed(failure)) => {
+            if failure.kind == FailureKind::Client {
+                call.exchange.client_left();
+            }
             call.exchange.failure.clone_from(&failure.reason);
             Err(failed(&failure, call.exchange.attempts))
         }

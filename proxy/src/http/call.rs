@@ -19,6 +19,7 @@ use super::flags::Flags;
 use super::head::Head;
 use super::headers::{self, CertFacts};
 use super::path::{Normalized, normalize};
+use super::raw::Ambiguous;
 use super::reply::Local;
 use super::{Http, HttpResponse};
 use crate::access_log;
@@ -76,7 +77,9 @@ impl Call {
         exchange.is_head = parts.method == Method::HEAD;
         exchange.is_grpc =
             parts.headers.get(header::CONTENT_TYPE).is_some_and(|v| router::is_grpc_type(v.as_bytes()));
-        let taken = authority(&mut parts, http).and_then(|a| framing(&parts, http).map(|()| a));
+        let taken = authority(&mut parts, http)
+            .and_then(|a| framing(&parts, http).map(|()| a))
+            .and_then(|a| one_length(&parts, connection).map(|()| a));
         let authority = match taken {
             Ok(authority) => authority,
             Err(refusal) => return Err(refuse(exchange, refusal)),
@@ -180,11 +183,16 @@ impl Call {
         if self.parts.version == Version::HTTP_2 {
             headers::join_cookies(map);
         }
+        if self.parts.version < Version::HTTP_2 && self.parts.method == Method::CONNECT {
+            self.exchange.connection.drain();
+        }
         let found = headers::look_over(map);
         if self.parts.version < Version::HTTP_2 && wants_upgrade(map) {
             let name = map.get(header::UPGRADE).and_then(|v| v.to_str().ok()).unwrap_or_default();
             if !name.eq_ignore_ascii_case("h2c") {
                 let allowed = http.config.upgrades.iter().any(|(n, on)| *on && name.eq_ignore_ascii_case(n));
+                // what a client sent ahead was meant for another protocol: only a 101 leads on from here
+                self.exchange.connection.drain();
                 if !allowed {
                     return Err((StatusCode::FORBIDDEN, "upgrade_failed", Flags::NONE));
                 }
@@ -288,9 +296,13 @@ impl Call {
 }
 
 fn refuse(exchange: Box<Exchange>, (status, details, flags): Refusal) -> Box<HttpResponse> {
-    let text = if status == StatusCode::UPGRADE_REQUIRED { "Upgrade Required" } else { "" };
+    let text = match status {
+        StatusCode::UPGRADE_REQUIRED => "Upgrade Required",
+        StatusCode::BAD_REQUEST if flags.contains(Flags::DOWNSTREAM_PROTOCOL) => "Bad Request",
+        _ => "",
+    };
     let mut local = Local::text(status, text).flag(flags).details(details);
-    if exchange.version < Version::HTTP_2 && status != StatusCode::FORBIDDEN {
+    if exchange.version < Version::HTTP_2 {
         local.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     Box::new(local.into_response(exchange))
@@ -345,9 +357,6 @@ fn clean_authority<'a>(text: &'a str, http: &Http) -> Option<std::borrow::Cow<'a
 /// One interpretation of where the body ends, or none.
 fn framing(parts: &request::Parts, http: &Http) -> Result<(), Refusal> {
     if parts.headers.contains_key(header::TRANSFER_ENCODING) {
-        if parts.headers.contains_key(header::CONTENT_LENGTH) {
-            return Err((BAD, "http1.content_length_and_chunked_not_allowed", Flags::DOWNSTREAM_PROTOCOL));
-        }
         if parts.version == Version::HTTP_10 {
             return Err((BAD, "http1.invalid_transfer_encoding", Flags::DOWNSTREAM_PROTOCOL));
         }
@@ -365,6 +374,21 @@ fn framing(parts: &request::Parts, http: &Http) -> Result<(), Refusal> {
         return Err((StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "http1.too_many_headers", Flags::NONE));
     }
     Ok(())
+}
+
+/// What the codec has hidden: a head that tells the length of its body in two ways.
+fn one_length(parts: &request::Parts, connection: &Connection) -> Result<(), Refusal> {
+    if parts.version >= Version::HTTP_2 {
+        return Ok(());
+    }
+    let has = |name| parts.headers.contains_key(name);
+    let has_body = has(header::CONTENT_LENGTH) || has(header::TRANSFER_ENCODING);
+    let details = match connection.head.take(&parts.method, has_body) {
+        Ok(()) => return Ok(()),
+        Err(Ambiguous::LengthAndChunks) => "http1.content_length_and_chunked_not_allowed",
+        Err(Ambiguous::TwoLengths) => "http1.codec_error",
+    };
+    Err((BAD, details, Flags::DOWNSTREAM_PROTOCOL))
 }
 
 /// The normalised path; `Ok(None)` is a malformed one, `Err` where to redirect to.

@@ -146,6 +146,9 @@ impl Exchange {
 
     /// Notes the head of the response that the client gets.
     pub fn respond(&mut self, status: StatusCode, headers: &HeaderMap) {
+        if self.left {
+            return; // nobody gets it
+        }
         self.status = Some(status);
         self.responded = Some(Instant::now());
         self.response_head_bytes = head_bytes(headers);

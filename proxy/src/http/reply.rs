@@ -3,8 +3,8 @@
 use std::borrow::Cow;
 
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
-use http::{Response, StatusCode};
+use http::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
+use http::{Response, StatusCode, Version};
 
 use super::body::ResponseBody;
 use super::exchange::Exchange;
@@ -116,6 +116,9 @@ impl Local {
         }
         let body = if bodiless { Bytes::new() } else { body };
         exchange.http.finish_headers(&exchange.connection, exchange.version, &mut headers);
+        if exchange.version < Version::HTTP_2 && exchange.upload().whole.is_none() {
+            headers.insert(CONNECTION, HeaderValue::from_static("close")); // nobody reads the rest
+        }
         exchange.respond(status, &headers);
         let mut response = Response::new(ResponseBody::local(body, Some(exchange)));
         *response.status_mut() = status;

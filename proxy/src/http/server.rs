@@ -6,7 +6,8 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::Request;
+use bytes::Bytes;
+use http::{HeaderValue, Request};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
@@ -15,7 +16,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::time::{Instant, Sleep};
 
 use super::exchange::Exchange;
+use super::flags::Flags;
 use super::flood::Metered;
+use super::raw::Noted;
+use super::reply::Local as Reply;
 use super::{Http, forward};
 use crate::listener::connection::Connection;
 use crate::listener::detect::H2_PREFACE;
@@ -40,8 +44,18 @@ pub async fn serve(http: Rc<Http>, place: Place, connection: Rc<Connection>, mut
             Some(b"h2") => true,
             Some(b"http/1.1" | b"http/1.0" | b"istio-http/1.1") => false,
             _ => {
-                let idle = http.config.timeouts.idle;
-                match sniff(io, idle).await {
+                let ends = async {
+                    tokio::select! {
+                        () = http.worker.drain.draining() => {}
+                        () = place.outlived() => {}
+                    }
+                    tokio::time::sleep(IDLE_LINGER).await;
+                };
+                let found = tokio::select! {
+                    found = sniff(io, &http) => found,
+                    () = ends => None,
+                };
+                match found {
                     Some((found, is_h2)) => {
                         io = found;
                         is_h2
@@ -59,15 +73,22 @@ pub async fn serve(http: Rc<Http>, place: Place, connection: Rc<Connection>, mut
 }
 
 /// Looks whether the connection begins with the HTTP/2 preface.
-async fn sniff(mut io: Io, idle: Option<Duration>) -> Option<(Io, bool)> {
+async fn sniff(mut io: Io, http: &Http) -> Option<(Io, bool)> {
     use tokio::io::AsyncReadExt as _;
     let mut ahead = Vec::with_capacity(H2_PREFACE.len());
     while H2_PREFACE.starts_with(&ahead) && ahead.len() < H2_PREFACE.len() {
         let mut piece = [0; 24];
         let room = piece.get_mut(..H2_PREFACE.len() - ahead.len())?;
         let read = io.read(room);
-        let n = match idle {
-            Some(idle) => tokio::time::timeout(idle, read).await.ok()?.ok()?,
+        let timeouts = &http.config.timeouts;
+        let begun = [timeouts.stream_idle, timeouts.request, timeouts.request_headers];
+        let limit = if ahead.is_empty() {
+            timeouts.idle
+        } else {
+            begun.into_iter().flatten().min().or(timeouts.idle)
+        };
+        let n = match limit {
+            Some(limit) => tokio::time::timeout(limit, read).await.ok()?.ok()?,
             None => read.await.ok()?,
         };
         if n == 0 {
@@ -86,6 +107,24 @@ enum End {
     Gently,
     /// At once.
     Now,
+    /// With an answer to a request whose head does not end.
+    Head(HeadLate),
+}
+
+/// A limit on the head of a request that has passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum HeadLate {
+    Idle,
+    Request,
+    Headers,
+}
+
+/// A head that has begun.
+#[derive(Clone, Copy, Debug)]
+struct Head {
+    began: Instant,
+    moved: Instant,
+    length: usize,
 }
 
 /// The timers of a connection: idle, longest life, a client that takes nothing.
@@ -95,6 +134,10 @@ struct Limits {
     until: Option<Instant>,
     /// The connection was told to end gently.
     told: bool,
+    /// Until the whole request is here, and until its headers are.
+    request: Option<Duration>,
+    headers: Option<Duration>,
+    head: Option<Head>,
     sleep: Option<Pin<Box<Sleep>>>,
 }
 
@@ -105,7 +148,8 @@ impl Limits {
         let (idle, stall) = (timeouts.idle, timeouts.stream_idle);
         let first = [idle.map(|d| now + d), stall.map(|d| now + d), until].into_iter().flatten().min();
         let sleep = first.map(|at| Box::pin(tokio::time::sleep_until(at)));
-        Self { idle, stall, until, told: false, sleep }
+        let (request, headers) = (timeouts.request, timeouts.request_headers);
+        Self { idle, stall, until, told: false, request, headers, head: None, sleep }
     }
 
     /// When the connection ends if nothing more happens, and how.
@@ -116,12 +160,45 @@ impl Limits {
         let gently = [idle, self.until].into_iter().flatten().filter(|_| !self.told).min();
         let stall = self.stall.filter(|_| busy || !self.told);
         let stall = stall.map(|d| connection.held_since().filter(|_| busy).unwrap_or(now) + d);
-        let ends = [gently.map(|at| (at, End::Gently)), stall.map(|at| (at, End::Now))];
+        let ends = [gently.map(|at| (at, End::Gently)), stall.map(|at| (at, End::Now)), self.head_ends()];
         ends.into_iter().flatten().min_by_key(|(at, _)| *at)
+    }
+
+    fn head_ends(&self) -> Option<(Instant, End)> {
+        let head = self.head?;
+        let ends = [
+            self.headers.map(|d| (head.began + d, HeadLate::Headers)),
+            self.request.map(|d| (head.began + d, HeadLate::Request)),
+            self.stall.map(|d| (head.moved + d, HeadLate::Idle)),
+        ];
+        ends.into_iter().flatten().min_by_key(|(at, _)| *at).map(|(at, late)| (at, End::Head(late)))
+    }
+
+    /// Looks whether a head has begun, and sets the timer to its end if that comes first.
+    fn look_at_head(&mut self, connection: &Connection) {
+        let length = connection.head.waiting();
+        if length == 0 {
+            self.head = None;
+            return;
+        }
+        if self.head.is_some_and(|head| head.length == length) {
+            return;
+        }
+        let now = Instant::now();
+        let began = self.head.map_or(now, |head| head.began);
+        self.head = Some(Head { began, moved: now, length });
+        if let Some((at, _)) = self.head_ends() {
+            match &mut self.sleep {
+                Some(sleep) if at < sleep.deadline() => sleep.as_mut().reset(at),
+                Some(_) => {}
+                None => self.sleep = Some(Box::pin(tokio::time::sleep_until(at))),
+            }
+        }
     }
 
     /// Ready when the connection should end. The timer is moved when it fires, not with every request.
     fn poll(&mut self, connection: &Connection, cx: &mut Context<'_>) -> Poll<End> {
+        self.look_at_head(connection);
         loop {
             let Some(sleep) = &mut self.sleep else { return Poll::Pending };
             if sleep.as_mut().poll(cx).is_pending() {
@@ -136,7 +213,7 @@ impl Limits {
                     cx.waker().wake_by_ref(); // what else is limited is looked at next
                     return Poll::Ready(End::Gently);
                 }
-                (Some((_, end @ End::Now)), _) => {
+                (Some((_, end @ (End::Now | End::Head(_)))), _) => {
                     self.sleep = None;
                     return Poll::Ready(end);
                 }
@@ -161,7 +238,7 @@ async fn request(
         Ok(http) => forward(http, connection, request).await,
         Err(http) => {
             let exchange = Exchange::new(http, connection, Instant::now(), request.version());
-            let gone = super::reply::Local::text(http::StatusCode::SERVICE_UNAVAILABLE, "");
+            let gone = Reply::text(http::StatusCode::SERVICE_UNAVAILABLE, "");
             gone.details("filter_chain_removed").into_response(Box::new(exchange))
         }
     };
@@ -183,9 +260,7 @@ async fn serve_h1(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
         .max_headers(usize::try_from(http.config.max_headers_count).unwrap_or(100))
         .max_buf_size(http.config.max_request_headers.max(8192))
         .title_case_headers(http.config.http1.proper_case);
-    if let Some(timeout) = http.config.timeouts.request_headers {
-        builder.timer(TokioTimer::new()).header_read_timeout(timeout);
-    }
+    let io = Noted::new(io, std::sync::Arc::clone(&connection.head));
     let server = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
     let mut server = pin!(server);
     let mut draining = pin!(worker.drain.draining());
@@ -210,9 +285,16 @@ async fn serve_h1(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
                 connection.quiet_since().is_none() || linger.as_mut().poll(cx).is_ready()
             });
         let end = limits.poll(&connection, cx);
-        if end == Poll::Ready(End::Now) {
-            stalled(&http, &connection);
-            return Poll::Ready(None);
+        match end {
+            Poll::Ready(End::Now) => {
+                stalled(&http, &connection);
+                return Poll::Ready(None);
+            }
+            Poll::Ready(End::Head(late)) => {
+                connection.head.end_with(head_answer(&http, &connection, late));
+                return server.as_mut().poll(cx).map(Some);
+            }
+            Poll::Ready(End::Gently) | Poll::Pending => {}
         }
         if drains || end.is_ready() {
             drained = true;
@@ -225,6 +307,31 @@ async fn serve_h1(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
     if let Some(Err(error)) = outcome {
         tracing::debug!(%error, connection = connection.id, "http/1 connection ended");
     }
+}
+
+/// The answer to a request whose head does not end, as bytes: the codec has no request yet that it could answer.
+fn head_answer(http: &Rc<Http>, connection: &Rc<Connection>, late: HeadLate) -> Bytes {
+    let (text, details, flags) = match late {
+        HeadLate::Idle => ("stream timeout", "stream_idle_timeout", Flags::STREAM_IDLE),
+        HeadLate::Request => ("request timeout", "request_overall_timeout", Flags::NONE),
+        HeadLate::Headers => ("request header timeout", "request_header_timeout", Flags::NONE),
+    };
+    let counter = if late == HeadLate::Idle { &http.stats.rq_idle_timeout } else { &http.stats.rq_timeout };
+    counter.inc();
+    let now = Instant::now();
+    let exchange = Exchange::new(Rc::clone(http), Rc::clone(connection), now, http::Version::HTTP_11);
+    let local = Reply::text(http::StatusCode::REQUEST_TIMEOUT, text).flag(flags).details(details);
+    let (mut parts, body) = local.into_response(Box::new(exchange)).into_parts();
+    let text = body.into_local();
+    parts.headers.insert(http::header::CONNECTION, HeaderValue::from_static("close"));
+    parts.headers.insert(http::header::CONTENT_LENGTH, HeaderValue::from(text.len()));
+    let mut bytes = format!("HTTP/1.1 {}\r\n", parts.status).into_bytes();
+    for (name, value) in &parts.headers {
+        bytes.extend_from_slice(&[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
+    }
+    bytes.extend_from_slice(b"\r\n");
+    bytes.extend_from_slice(&text);
+    bytes.into()
 }
 
 /// A client takes nothing of what waits for it: its connection is closed, and its requests end as idle ones.

@@ -10,6 +10,7 @@ use http::HeaderValue;
 use tokio_util::sync::CancellationToken;
 
 use crate::http::flood::Resets;
+use crate::http::raw::RawHead;
 use crate::metrics::standard::{Numbered, Principals, Standard, Workload};
 use crate::ratelimit::Bucket;
 use crate::tls::Peer;
@@ -34,6 +35,8 @@ pub struct Connection {
     pub own_uris: Arc<[String]>,
     /// Requests so far.
     pub requests: Cell<u32>,
+    /// The head of the next request, over HTTP/1.
+    pub head: Arc<RawHead>,
     /// Requests that the client gave up, beside those that ended.
     pub resets: Cell<Resets>,
     /// Requests under way.
@@ -65,6 +68,7 @@ impl Connection {
             server_name: None,
             own_uris: Arc::default(),
             requests: Cell::new(0),
+            head: Arc::default(),
             resets: Cell::default(),
             open: Cell::new(0),
             ended: Cell::new(tokio::time::Instant::now()),
@@ -87,11 +91,13 @@ impl Connection {
     /// Notes that a request has come.
     pub fn begin(&self) {
         self.open.set(self.open.get() + 1);
+        self.head.set_busy(true);
     }
 
     /// Notes that a request and its response are over.
     pub fn end(&self, now: tokio::time::Instant) {
         self.open.set(self.open.get().saturating_sub(1));
+        self.head.set_busy(self.open.get() > 0);
         self.ended.set(now);
     }
 

@@ -6,9 +6,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::HOST;
+use http::header::{HOST, TRANSFER_ENCODING};
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version};
+use http_body::Body as _;
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio::time::Instant;
 
@@ -504,6 +505,13 @@ fn h1_request(outgoing: Outgoing) -> Request<RequestBody> {
     *request.version_mut() = Version::HTTP_11;
     *request.headers_mut() = outgoing.headers;
     request.headers_mut().insert(HOST, outgoing.authority);
+    // the codec takes it for granted that some methods have no body, and would drop one that has no length
+    if !request.body().is_end_stream()
+        && request.body().size_hint().exact().is_none()
+        && matches!(*request.method(), Method::GET | Method::HEAD)
+    {
+        request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
     request
 }
 

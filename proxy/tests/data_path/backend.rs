@@ -80,7 +80,7 @@ async fn answer(
     if wants("x-want-silence").is_some() {
         std::future::pending::<()>().await;
     }
-    if request.headers().contains_key("upgrade") {
+    if request.headers().contains_key("upgrade") && wants("x-want-refusal").is_none() {
         return Ok(upgrade(request));
     }
     for (k, v) in request.headers() {

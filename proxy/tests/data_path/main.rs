@@ -13,6 +13,7 @@ mod harness;
 mod limits;
 mod mtls;
 mod plain;
+mod smuggling;
 mod timeouts;
 mod tokens;
 mod updates;

@@ -151,3 +151,24 @@ async fn a_client_that_takes_nothing_is_cut_off() {
     drop(client);
     proxy.end().await;
 }
+
+#[tokio::test]
+async fn a_head_that_does_not_end_is_answered() {
+    let backend = Backend::start("a").await;
+    for (hcm, text) in [
+        ("          request_headers_timeout: 0.2s", "request header timeout"),
+        ("          request_timeout: 0.2s", "request timeout"),
+        ("          stream_idle_timeout: 0.2s", "stream timeout"),
+    ] {
+        let proxy = Running::start(&bootstrap(&route(""), hcm, &cluster("up", &[backend.address], ""))).await;
+        let answer = rest(sent(&proxy, "GET / HTTP/1.1\r\nhost: h\r\n").await).await;
+        check(&answer, "408", text);
+        assert!(answer.contains("connection: close\r\n"), "{answer}");
+        // nor does a connection without a request end
+        let mut quiet = sent(&proxy, "").await;
+        let mut byte = [0];
+        assert!(tokio::time::timeout(Duration::from_millis(500), quiet.read(&mut byte)).await.is_err());
+        assert_eq!(get(proxy.address(), "/", &[]).await.status, 200);
+        proxy.end().await;
+    }
+}
