@@ -247,12 +247,12 @@ impl World {
                 state.doing = None;
                 state.leader = None;
             }
-            Reply::Refused(refusal) => self.client_refused(client, &doing, &refusal),
+            Reply::Refused(refusal) => return self.client_refused(client, &doing, &refusal),
         }
         Ok(())
     }
 
-    fn client_refused(&mut self, client: usize, doing: &Doing, refusal: &Refusal) {
+    fn client_refused(&mut self, client: usize, doing: &Doing, refusal: &Refusal) -> Check {
         if let Some(state) = self.clients.get_mut(client) {
             state.doing = None;
             state.leader = None;
@@ -267,9 +267,17 @@ impl World {
                 let act = self.history.act(doing.ticket).unwrap_or(Act::Get(None));
                 self.history.returned(doing.ticket, act);
             }
+            Refusal::Unknown if self.plants(Mistake::RetryUnderNewNumber) && doing.command.is_some() => {
+                let Some(member) = self.whom(client, false) else { return Ok(()) };
+                self.note(|| {
+                    format!("client {client} asks member {member} for the same under another number")
+                });
+                return self.ask(client, member, doing.clone());
+            }
             // It stays open: it may happen yet.
             Refusal::Unknown => {}
         }
+        Ok(())
     }
 }
 

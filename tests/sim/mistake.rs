@@ -21,7 +21,9 @@ pub(crate) enum Mistake {
     /// A read is answered from the member's state as it is, without asking the leader for its read index.
     ReadWithoutIndex,
     /// The table of applied proposals is not restored at start, so one that was sent twice takes effect twice.
-    ApplyDuplicates,
+    ForgetSessions,
+    /// A request without an answer is tried again under another number, so that it may take effect twice.
+    RetryUnderNewNumber,
     /// The log is compacted past the newest snapshot.
     SnapshotOlderThanLog,
     /// A restart cuts the last entry off the log, as if it had been torn.
@@ -36,14 +38,15 @@ pub(crate) enum Mistake {
 
 impl Mistake {
     /// All of them.
-    pub(crate) const ALL: [Self; 12] = [
+    pub(crate) const ALL: [Self; 13] = [
         Self::SendBeforePersist,
         Self::LoseFsync,
         Self::VoteTwice,
         Self::ApplyBeforeCommit,
         Self::AcknowledgeBeforeQuorum,
         Self::ReadWithoutIndex,
-        Self::ApplyDuplicates,
+        Self::ForgetSessions,
+        Self::RetryUnderNewNumber,
         Self::SnapshotOlderThanLog,
         Self::TruncateCommitted,
         Self::IgnoreJointQuorum,

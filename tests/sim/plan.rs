@@ -120,7 +120,12 @@ impl Plan {
                 self.founders = 3;
                 self.fault_each_us = self.fault_each_us.min(250_000);
             }
-            Mistake::ApplyDuplicates
+            Mistake::ForgetSessions => {
+                self.operation_each_us = 60_000;
+                self.fault_each_us = 100_000;
+                self.keys = 2;
+            }
+            Mistake::RetryUnderNewNumber
             | Mistake::ApplyBeforeCommit
             | Mistake::AcknowledgeBeforeQuorum
             | Mistake::ReadWithoutIndex
@@ -144,7 +149,11 @@ fn lean(weights: &mut Weights, mistake: Mistake) {
         Mistake::ApplyBeforeCommit | Mistake::AcknowledgeBeforeQuorum | Mistake::ReadWithoutIndex => {
             weights.partition = 15;
         }
-        Mistake::ApplyDuplicates | Mistake::LocalClockInApply | Mistake::MixSnapshotWithStore => {
+        Mistake::ForgetSessions => {
+            (weights.restart, weights.weather, weights.transfer) = (30, 20, 10);
+        }
+        Mistake::RetryUnderNewNumber => weights.partition = 20,
+        Mistake::LocalClockInApply | Mistake::MixSnapshotWithStore => {
             weights.crash = 10;
         }
         Mistake::IgnoreJointQuorum => {

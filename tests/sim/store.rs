@@ -33,7 +33,7 @@ impl KvStore for SimStore {
     }
 
     fn range(&self, prefix: &[u8]) -> Result<Pairs, StoreError> {
-        if prefix == b"s/" && self.mistake == Some(Mistake::ApplyDuplicates) {
+        if prefix == b"s/" && self.mistake == Some(Mistake::ForgetSessions) {
             return Ok(Pairs::new());
         }
         self.inner.range(prefix)

@@ -417,3 +417,58 @@ fn every_member_takes_writes_once_also_while_leaders_change_and_messages_are_los
         assert!(applied > 30, "seed {seed}: only {applied} of 40 were applied");
     }
 }
+
+#[test]
+fn a_leader_that_is_removed_is_followed_by_its_heir_and_does_not_lead_on() {
+    let mut cluster = Cluster::new(7, &[1, 2, 3]);
+    cluster.write("a=1");
+    let old = cluster.elect();
+    let kind = wire::ConfChangeType::RemoveNode;
+    let changes = vec![wire::ConfChangeSingle { change_type: kind.into(), node_id: old }];
+    let change = wire::ConfChangeV2 { changes, ..wire::ConfChangeV2::default() };
+    cluster.step(old, Event::ChangeMembers { sequence: 700, change });
+    // What was proposed in the same breath is in the old leader's log, too, and must not confuse it.
+    cluster.propose(old, "b=2");
+    assert!(matches!(cluster.answers.get(&(old, 700)), Some(Answer::Members(..))));
+    let status = |cluster: &Cluster, id: u64| cluster.members[&id].driver.as_ref().expect("runs").status();
+    assert!(!status(&cluster, old).leading);
+    let heir = cluster.leader().expect("its heir leads without an election timeout");
+    assert_ne!(heir, old);
+    cluster.members.remove(&old);
+    cluster.write("c=3");
+    cluster.settle();
+    assert_eq!(status(&cluster, heir).voters.len(), 2);
+    assert!(!status(&cluster, heir).voters.contains(&old));
+}
+
+#[test]
+fn a_change_of_members_that_cannot_be_applied_is_refused_before_it_is_in_the_log() {
+    use wire::{ConfChangeTransition as Transition, ConfChangeType as Type};
+    let mut cluster = Cluster::new(8, &[1, 2, 3]);
+    cluster.write("a=1");
+    let leader = cluster.elect();
+    let change = |transition: Transition, changes: &[(Type, u64)]| wire::ConfChangeV2 {
+        transition: transition.into(),
+        changes: changes
+            .iter()
+            .map(|(kind, node_id)| wire::ConfChangeSingle { change_type: (*kind).into(), node_id: *node_id })
+            .collect(),
+        ..wire::ConfChangeV2::default()
+    };
+    let everybody = [(Type::RemoveNode, 1), (Type::RemoveNode, 2), (Type::RemoveNode, 3)];
+    let impossible = [
+        change(Transition::Auto, &[]),
+        change(Transition::Implicit, &[]),
+        change(Transition::Explicit, &[]),
+        change(Transition::Implicit, &everybody),
+    ];
+    for (sequence, change) in (800..).zip(impossible) {
+        let last = cluster.members[&leader].driver.as_ref().expect("runs").status().last_index;
+        cluster.step(leader, Event::ChangeMembers { sequence, change: change.clone() });
+        let answer = cluster.answers.get(&(leader, sequence));
+        assert!(matches!(answer, Some(Answer::Refused(Refusal::Invalid(_)))), "{change:?}: {answer:?}");
+        assert_eq!(cluster.members[&leader].driver.as_ref().expect("runs").status().last_index, last);
+    }
+    cluster.write("b=2");
+    cluster.settle();
+}

@@ -272,3 +272,26 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn what_a_killed_process_had_written_and_not_synced_is_durable_once_it_was_read() {
+    let disk = MemoryDisk::new();
+    let mut log = open(&disk).expect("opens");
+    log.append(vec![entry(1, 1, 100)]).expect("appends");
+    log.sync().expect("syncs");
+    log.append(vec![entry(2, 1, 5_000)]).expect("appends");
+    disk.fail_sync(0);
+    log.sync().expect_err("the process ends between the write and its sync");
+    drop(log);
+    disk.heal();
+    let mut log = open(&disk).expect("opens again: the page cache is still there");
+    assert_eq!(log.last_index(), 2);
+    // It counts for this member from now on, and what follows lies in another segment.
+    for index in 3..6 {
+        let copy = disk.copy();
+        copy.power_cut(&mut || false);
+        assert_eq!(open(&copy).expect("opens after a power cut").last_index(), index - 1);
+        log.append(vec![entry(index, 1, 100)]).expect("appends");
+        log.sync().expect("syncs");
+    }
+}
