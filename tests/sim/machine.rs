@@ -59,6 +59,11 @@ impl SimMachine {
         self.inner().mesh.view()
     }
 
+    /// What readers are shown now.
+    pub(crate) fn snapshot(&self) -> Arc<Snapshot> {
+        self.inner().snapshots.borrow().clone()
+    }
+
     /// The last applied index.
     pub(crate) fn applied(&self) -> u64 {
         self.inner().applied

@@ -3,7 +3,8 @@
 //!
 //! What runs is istiod's own: its driver, its log, its snapshots, its state machine and its messages as bytes. Around
 //! them, from the outside in: [`plan`] is what a seed decides beforehand, [`world`] is the queue of what happens when,
-//! [`faults`] is what goes wrong, [`clients`] ask and [`history`] judges what they were told, [`member`] is one member,
+//! [`faults`] is what goes wrong, [`clients`] ask and [`history`] judges what they were told, [`proxies`]
+//! hold streams, [`member`] is one member,
 //! and [`power`], [`disk`], [`store`], [`log`], [`machine`] and [`network`] are what its driver stands on. [`ledger`]
 //! holds the invariants, and [`mistake`] the known mistakes that prove that the rig finds some.
 //!
@@ -36,6 +37,8 @@ mod network;
 mod plan;
 #[cfg(test)]
 mod power;
+#[cfg(test)]
+mod proxies;
 #[cfg(test)]
 mod run;
 #[cfg(test)]

@@ -59,6 +59,8 @@ pub(crate) struct Plan {
     pub(crate) founders: u64,
     pub(crate) clients: usize,
     pub(crate) keys: usize,
+    /// Proxies with a stream; translation for them costs time, so not every run has some.
+    pub(crate) proxies: usize,
     /// How long things go wrong, in simulated microseconds.
     pub(crate) chaos_us: u64,
     /// The mean time between two of them.
@@ -93,6 +95,7 @@ impl Plan {
             founders: if rng.u32(0..3) == 0 { 5 } else { 3 },
             clients: rng.usize(2..=4),
             keys: rng.usize(2..=6),
+            proxies: if mistake.is_none() && rng.u32(0..4) == 0 { 2 } else { 0 },
             chaos_us: rng.u64(4_000_000..12_000_000),
             fault_each_us: rng.u64(80_000..900_000),
             operation_each_us: rng.u64(60_000..300_000),

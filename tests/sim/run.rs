@@ -12,6 +12,9 @@ use crate::world::World;
 /// How long the members may take to come together when nothing goes wrong any more, in simulated microseconds.
 const CALM_US: u64 = 60_000_000;
 
+/// How long proxies may then take to hold what the mesh says.
+const PROXIES_US: u64 = 5_000_000;
+
 /// What a run came to.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
@@ -76,6 +79,8 @@ fn whole(world: &mut World) -> Check {
     world.run_until(world.plan.chaos_us)?;
     world.calm_down()?;
     world.come_together()?;
+    world.run_until(world.now + PROXIES_US)?;
+    world.proxies_agree()?;
     world.history.check()
 }
 

@@ -16,6 +16,7 @@ use crate::member::{Member, Start, Waiter};
 use crate::mistake::Mistake;
 use crate::network::{self, Network, Outbox, Packet};
 use crate::plan::Plan;
+use crate::proxies::Proxy;
 
 /// Something that happens at its time.
 pub(crate) enum Happening {
@@ -33,6 +34,8 @@ pub(crate) enum Happening {
     Write(u64, u64, SnapshotJob),
     /// A client does the next thing.
     Client(usize),
+    /// A proxy looks at its stream.
+    Proxy(usize),
     /// A client hears the end of an operation.
     Answer(usize, Ticket, Reply),
     /// A member starts again.
@@ -69,6 +72,7 @@ pub(crate) struct World {
     pub(crate) network: Network,
     pub(crate) ledger: Ledger,
     pub(crate) clients: Vec<Client>,
+    pub(crate) proxies: Vec<Proxy>,
     pub(crate) history: History,
     /// Nothing goes wrong any more.
     pub(crate) calm: bool,
@@ -96,6 +100,7 @@ impl World {
             network: Network::new(),
             ledger: Ledger::default(),
             clients: (0..plan.clients).map(|_| Client::default()).collect(),
+            proxies: (0..plan.proxies).map(Proxy::new).collect(),
             history: History::default(),
             calm: false,
             last_id: plan.founders,
@@ -113,12 +118,20 @@ impl World {
         for client in 0..world.plan.clients {
             world.after(1_000, Happening::Client(client));
         }
+        for proxy in 0..world.plan.proxies {
+            world.after(500_000, Happening::Proxy(proxy));
+        }
         world.after(1_000_000, Happening::Fault);
         Ok(world)
     }
 
     fn founders(&self) -> Vec<u64> {
         (1..=self.plan.founders).collect()
+    }
+
+    /// The true time, as an instant.
+    pub(crate) fn clock(&self) -> Instant {
+        self.epoch + Duration::from_micros(self.now)
     }
 
     /// Puts something into the queue, `after_us` from now.
@@ -161,6 +174,7 @@ impl World {
             Happening::Tell(id, life, event) => self.tell(id, life, event),
             Happening::Write(id, life, job) => self.write(id, life, job),
             Happening::Client(client) => self.client_acts(client),
+            Happening::Proxy(proxy) => self.proxy_looks(proxy),
             Happening::Answer(client, ticket, reply) => self.client_hears(client, ticket, reply),
             Happening::Start(id) => self.start(id),
             Happening::Retire(id) => self.retire(id),
