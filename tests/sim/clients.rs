@@ -152,9 +152,7 @@ impl World {
         self.values += 1;
         let commands = match self.rng.u32(0..3) {
             0 => vec![Change::SetHistoryLimit { entries: self.rng.u32(1..20) }],
-            1 => vec![Change::PutMesh {
-                config: json!({"rootNamespace": format!("r{}", self.values % 3)}).into(),
-            }],
+            1 => vec![Change::PutMesh { config: json!({"rootNamespace": format!("r{}", self.values % 3)}) }],
             _ => Vec::new(),
         };
         let batch = Batch { time_ms: 0, author: "noise".to_owned(), commands };

@@ -122,7 +122,7 @@ impl StateMachine for SimMachine {
         };
         let told = xxh3_64(format!("{outcome:?}").as_bytes());
         self.journal.note(Fact::Applied { index, hash: xxh3_64(command), outcome: told });
-        if index % ENCODE_EACH == 0 {
+        if index.is_multiple_of(ENCODE_EACH) {
             self.encode()?;
         }
         Ok(outcome)

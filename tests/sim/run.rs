@@ -53,6 +53,19 @@ pub(crate) fn run(seed: u64, mistake: Option<Mistake>) -> Result<Tally, Broken> 
     })
 }
 
+/// Runs a seed as for a mistake, but without making it.
+///
+/// # Errors
+///
+/// As [`run`]: then it is not the mistake that is found.
+pub(crate) fn control(seed: u64, mistake: Mistake) -> Result<Tally, Broken> {
+    guarded(|| {
+        let mut world = World::new(Plan { mistake: None, ..Plan::new(seed, Some(mistake)) }, false)?;
+        whole(&mut world)?;
+        Ok(world.tally())
+    })
+}
+
 /// Runs a seed that fails once more, and gives the last lines of what happened before it did.
 pub(crate) fn trace(seed: u64, mistake: Option<Mistake>, lines: usize) -> Vec<String> {
     let mut world = match World::new(Plan::new(seed, mistake), true) {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::ledger::Broken;
 use crate::mistake::Mistake;
-use crate::run::{Tally, run, trace};
+use crate::run::{Tally, control, run, trace};
 
 /// How many seeds a plain run of the tests tries.
 const SEEDS: u64 = 300;
@@ -85,6 +85,9 @@ fn every_planted_mistake_is_found() {
         match found {
             Some((seed, broken)) => {
                 println!("{mistake}: found by seed {seed}, because {}", broken.invariant);
+                if let Err(broken) = control(seed, mistake) {
+                    panic!("seed {seed} of {mistake} fails without the mistake, too: {broken}");
+                }
                 if only != u64::MAX {
                     println!("{}\n{broken}", trace(seed, Some(mistake), LINES).join("\n"));
                 }
