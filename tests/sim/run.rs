@@ -60,7 +60,9 @@ pub(crate) fn run(seed: u64, mistake: Option<Mistake>) -> Result<Tally, Broken> 
 /// As [`run`]: then it is not the mistake that is found.
 pub(crate) fn control(seed: u64, mistake: Mistake) -> Result<Tally, Broken> {
     guarded(|| {
-        let mut world = World::new(Plan { mistake: None, ..Plan::new(seed, Some(mistake)) }, false)?;
+        let mut plan = Plan::new(seed, Some(mistake));
+        plan.mistake = None;
+        let mut world = World::new(plan, false)?;
         whole(&mut world)?;
         Ok(world.tally())
     })
