@@ -1,9 +1,15 @@
 //! Every command and flag, with its help text.
 
+mod operate;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub(crate) use self::operate::{
+    Audit, Backup, Diff, DryRun, History, HistoryCommand, Restore, Rollback, Sealing,
+};
 
 /// The command line of the mesh.
 #[derive(Debug, Parser)]
@@ -64,8 +70,19 @@ pub(crate) enum Command {
     Delete(Delete),
     /// Check files with the rules of the control plane, without one
     Validate(Files),
-    /// Show who changed what
+    /// Show which changes were made, and say how many are kept
     History(History),
+    /// Show what differs between two revisions
+    Diff(Diff),
+    /// Make the configuration what it was at a revision, in one commit
+    Rollback(Rollback),
+    /// Who changed what, from where: a trail that cannot be rewritten unnoticed
+    #[command(subcommand)]
+    Audit(Audit),
+    /// Write the whole state of the control plane to a sealed file
+    Backup(Backup),
+    /// Make the first member of a new cluster from a backup, on this machine
+    Restore(Restore),
     /// Show each proxy and what it has acknowledged
     #[command(visible_alias = "ps")]
     ProxyStatus,
@@ -119,9 +136,21 @@ pub(crate) struct Apply {
     /// What to apply
     #[command(flatten)]
     pub(crate) files: Files,
-    /// Check everything and commit nothing
+    /// Check everything, commit nothing, and show which proxies and resources would change; `all` only checks
+    #[arg(long, value_enum, num_args = 0..=1, require_equals = true, default_missing_value = "preview")]
+    pub(crate) dry_run: Option<DryRun>,
+    /// Commit even if it touches more proxies than maxAffectedProxiesPercent of the mesh allows
     #[arg(long)]
-    pub(crate) dry_run: bool,
+    pub(crate) force: bool,
+    /// In the same commit, delete what is no longer among the files: of a set, or with certain labels
+    #[arg(long, requires = "pruned")]
+    pub(crate) prune: bool,
+    /// The set that the files are, whose other objects are deleted
+    #[arg(long, group = "pruned", requires = "prune")]
+    pub(crate) applied_set: Option<String>,
+    /// Labels that all files have; other objects with them are deleted
+    #[arg(long, short = 'l', group = "pruned", requires = "prune")]
+    pub(crate) selector: Option<String>,
     /// Return when every connected proxy runs the change, or tell which do not and why
     #[arg(long)]
     pub(crate) wait: bool,
@@ -143,6 +172,9 @@ pub(crate) struct Get {
     /// All namespaces
     #[arg(long, short = 'A')]
     pub(crate) all_namespaces: bool,
+    /// As it was at this revision
+    #[arg(long)]
+    pub(crate) at: Option<u64>,
 }
 
 /// Flags of `delete`.
@@ -155,20 +187,18 @@ pub(crate) struct Delete {
     /// Namespace
     #[arg(long, short, default_value = "default")]
     pub(crate) namespace: String,
+    /// Check everything, commit nothing, and show which proxies and resources would change; `all` only checks
+    #[arg(long, value_enum, num_args = 0..=1, require_equals = true, default_missing_value = "preview")]
+    pub(crate) dry_run: Option<DryRun>,
+    /// Delete even if it touches more proxies than maxAffectedProxiesPercent of the mesh allows
+    #[arg(long)]
+    pub(crate) force: bool,
     /// Return when every connected proxy runs the change
     #[arg(long)]
     pub(crate) wait: bool,
     /// How long to wait
     #[arg(long, default_value = "30s", value_parser = duration)]
     pub(crate) timeout: Duration,
-}
-
-/// Flags of `history`.
-#[derive(Debug, Args)]
-pub(crate) struct History {
-    /// How many changes, the newest first
-    #[arg(long, default_value_t = 20)]
-    pub(crate) limit: u32,
 }
 
 /// What of a proxy's configuration to show.
@@ -274,18 +304,21 @@ pub(crate) enum Internal {
     Service(crate::demo::app::Service),
 }
 
-/// `500ms`, `30s`, `2m`, `1h`
+/// `500ms`, `30s`, `2m`, `1h`, `7d`
 fn duration(text: &str) -> Result<Duration, String> {
     let (number, unit) = text.split_at(text.find(|c: char| c.is_alphabetic()).unwrap_or(text.len()));
     let value: f64 = number
         .parse()
-        .map_err(|_| format!("`{text}` is not a duration; write `500ms`, `30s`, `2m` or `1h`"))?;
+        .map_err(|_| format!("`{text}` is not a duration; write `500ms`, `30s`, `2m`, `1h` or `7d`"))?;
     let seconds = match unit {
         "ms" => value / 1000.0,
         "s" => value,
         "m" => value * 60.0,
         "h" => value * 3600.0,
-        other => return Err(format!("`{other}` is not a unit of time; write `500ms`, `30s`, `2m` or `1h`")),
+        "d" => value * 86_400.0,
+        other => {
+            return Err(format!("`{other}` is not a unit of time; write `500ms`, `30s`, `2m`, `1h` or `7d`"));
+        }
     };
     Duration::try_from_secs_f64(seconds).map_err(|_| format!("`{text}` is out of range"))
 }

@@ -107,6 +107,56 @@ impl Client {
         self.call(Method::POST, path, Some(serde_json::to_vec(body)?), Duration::ZERO).await
     }
 
+    /// `PUT` of a JSON body, answered with nothing.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::get`].
+    pub(crate) async fn put(&self, path: &str, body: &impl Serialize) -> anyhow::Result<()> {
+        self.call(Method::PUT, path, Some(serde_json::to_vec(body)?), Duration::ZERO).await
+    }
+
+    /// `GET` of something large: gives its headers, then each piece as it comes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::get`]; when nothing comes for a while; what `head` and `take` say.
+    pub(crate) async fn download(
+        &self,
+        path: &str,
+        head: impl FnOnce(&http::HeaderMap) -> anyhow::Result<()>,
+        mut take: impl FnMut(&Bytes) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let patient = TIMEOUT * 5;
+        let late = |_| anyhow!("no answer from {} within {patient:?}", self.base);
+        let request = self.request(Method::GET, path, Vec::new())?;
+        let stream = tokio::time::timeout(TIMEOUT, self.connect()).await.map_err(late)??;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        let exchange = async {
+            let response =
+                tokio::time::timeout(patient, sender.send_request(request)).await.map_err(late)??;
+            let (parts, mut body) = response.into_parts();
+            if !parts.status.is_success() {
+                return Err(refusal(parts.status, &body.collect().await?.to_bytes()));
+            }
+            head(&parts.headers)?;
+            while let Some(frame) = tokio::time::timeout(patient, body.frame()).await.map_err(late)? {
+                if let Ok(piece) = frame?.into_data() {
+                    take(&piece)?;
+                }
+            }
+            Ok(())
+        };
+        let drive = async {
+            connection.await.unwrap_or_default();
+            std::future::pending().await
+        };
+        tokio::select! {
+            done = exchange => done,
+            never = drive => never,
+        }
+    }
+
     /// `DELETE`.
     ///
     /// # Errors
@@ -141,7 +191,28 @@ impl Client {
         path: &str,
         body: Vec<u8>,
     ) -> anyhow::Result<(StatusCode, Bytes)> {
-        let host = self.base.host().context("the URL has no host")?;
+        let request = self.request(method, path, body)?;
+        send(TokioIo::new(self.connect().await?), request).await
+    }
+
+    fn host(&self) -> anyhow::Result<&str> {
+        self.base.host().context("the URL has no host")
+    }
+
+    fn request(&self, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<Request<Full<Bytes>>> {
+        let mut request = Request::builder()
+            .method(method)
+            .uri(format!("/api/v1{path}"))
+            .header("host", self.base.authority().map_or(self.host()?, |a| a.as_str()))
+            .header("content-type", "application/json");
+        if let Some(token) = &self.token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        Ok(request.body(Full::new(Bytes::from(body)))?)
+    }
+
+    async fn connect(&self) -> anyhow::Result<Box<dyn Io>> {
+        let host = self.host()?;
         let port = self.base.port_u16().unwrap_or(if self.tls.is_some() { 443 } else { 80 });
         let tcp = TcpStream::connect((host.trim_matches(['[', ']']), port)).await.with_context(|| {
             format!(
@@ -150,25 +221,16 @@ impl Client {
             )
         })?;
         tcp.set_nodelay(true)?;
-        let mut request = Request::builder()
-            .method(method)
-            .uri(format!("/api/v1{path}"))
-            .header("host", self.base.authority().map_or(host, |a| a.as_str()))
-            .header("content-type", "application/json");
-        if let Some(token) = &self.token {
-            request = request.header("authorization", format!("Bearer {token}"));
-        }
-        let request = request.body(Full::new(Bytes::from(body)))?;
-        match &self.tls {
-            None => send(TokioIo::new(tcp), request).await,
-            Some(config) => {
-                let name = ServerName::try_from(host.to_owned())?;
-                let stream = tokio_rustls::TlsConnector::from(config.clone()).connect(name, tcp).await?;
-                send(TokioIo::new(stream), request).await
-            }
-        }
+        let Some(config) = &self.tls else { return Ok(Box::new(tcp)) };
+        let name = ServerName::try_from(host.to_owned())?;
+        Ok(Box::new(tokio_rustls::TlsConnector::from(config.clone()).connect(name, tcp).await?))
     }
 }
+
+/// A connection, with TLS or without.
+trait Io: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin {}
+
+impl<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin> Io for T {}
 
 /// A string as one segment of a path.
 pub(crate) fn segment(text: &str) -> String {

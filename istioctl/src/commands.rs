@@ -1,6 +1,9 @@
 //! The commands that ask the control plane.
 
+mod audit;
+pub(crate) mod backup;
 pub(crate) mod config;
+mod history;
 mod mesh;
 mod proxy;
 
@@ -19,14 +22,22 @@ pub(crate) async fn run(client: &Client, output: Output, command: Command) -> an
         Command::Apply(args) => config::apply(client, output, &args).await,
         Command::Get(args) => config::get(client, output, &args).await,
         Command::Delete(args) => config::delete(client, output, &args).await,
-        Command::History(args) => config::history(client, output, &args).await,
+        Command::History(args) => history::history(client, output, &args).await,
+        Command::Diff(args) => history::diff(client, output, &args).await,
+        Command::Rollback(args) => history::rollback(client, output, &args).await,
+        Command::Audit(args) => audit::run(client, output, &args).await,
+        Command::Backup(args) => backup::backup(client, &args).await,
         Command::ProxyStatus => proxy::status(client, output).await,
         Command::ProxyConfig(args) => proxy::config(client, output, &args).await,
         Command::Services => mesh::services(client, output).await,
         Command::Workloads => mesh::workloads(client, output).await,
         Command::Token(args) => mesh::token(client, output, &args).await,
         Command::Version => mesh::version(client, output).await,
-        Command::Demo(_) | Command::Validate(_) | Command::Completion { .. } | Command::Internal(_) => {
+        Command::Demo(_)
+        | Command::Restore(_)
+        | Command::Validate(_)
+        | Command::Completion { .. }
+        | Command::Internal(_) => {
             anyhow::bail!("this command does not ask the control plane")
         }
     }

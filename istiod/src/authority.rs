@@ -21,6 +21,9 @@ use crate::config::Config;
 /// Names of the files of a plugged-in authority, as Istio's; a self-signed root is kept under the same names.
 const FILES: [&str; 4] = ["ca-cert.pem", "ca-key.pem", "cert-chain.pem", "root-cert.pem"];
 
+/// The files of a member's own authority, in the folder `ca` of its data folder.
+pub const AUTHORITY_FILES: [&str; 4] = FILES;
+
 /// Names in the control plane's own certificate, by which agents of Istio and programs on this machine call it.
 const NAMES: [&str; 4] =
     ["istiod.istio-system.svc", "istiod.istio-system.svc.cluster.local", "localhost", "127.0.0.1"];

@@ -7,7 +7,7 @@
 pub mod access;
 pub mod api;
 pub mod audit;
-mod authority;
+pub mod authority;
 pub mod backup;
 pub mod cli;
 pub mod cluster;

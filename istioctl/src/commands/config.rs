@@ -1,4 +1,4 @@
-//! `apply`, `get`, `delete`, `validate`, `history`.
+//! `apply`, `get`, `delete`, `validate`.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -6,11 +6,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
-use istiod::api::types::{ApplyReport, ApplyRequest, HistoryEntry, List, SourceFile, WaitReport};
+use istiod::api::preview::PreviewReport;
+use istiod::api::types::{ApplyReport, ApplyRequest, List, Prune, SourceFile, WaitReport};
 use registry::config::{Severity, validate_set};
 use serde_json::Value;
 
-use crate::cli::{Apply, Delete, Files, Get, History, Output};
+use crate::cli::{Apply, Delete, DryRun, Files, Get, Output};
 use crate::client::{Client, segment};
 use crate::output::{Rows, data, note, print};
 
@@ -55,19 +56,44 @@ pub(crate) fn validate(args: &Files) -> anyhow::Result<ExitCode> {
 ///
 /// What was refused, every mistake of every file.
 pub(crate) async fn apply(client: &Client, output: Output, args: &Apply) -> anyhow::Result<ExitCode> {
+    let prune = match (&args.applied_set, &args.selector) {
+        (Some(set), _) => Some(Prune::Set(set.clone())),
+        (None, Some(selector)) => Some(Prune::Selector(selector.clone())),
+        (None, None) => None,
+    };
     let request = ApplyRequest {
         files: read_all(&args.files.files)?,
         namespace: args.files.namespace.clone(),
-        dry_run: args.dry_run,
+        dry_run: false,
         force: false,
-        prune: None,
+        prune,
     };
-    let report: ApplyReport = client.post("/apply", &request).await?;
-    show(output, &report, args.dry_run)?;
-    if args.wait && !args.dry_run {
-        wait(client, report.revision, args.timeout).await
-    } else {
-        Ok(ExitCode::SUCCESS)
+    let path = format!("/apply?{}", changing(args.dry_run, args.force));
+    let report: ApplyReport = client.post(&path, &request).await?;
+    finish(client, output, &report, args.dry_run, args.wait.then_some(args.timeout)).await
+}
+
+/// What follows the question mark of a change.
+pub(super) fn changing(dry_run: Option<DryRun>, force: bool) -> String {
+    let dry_run = dry_run.map(|dry_run| match dry_run {
+        DryRun::All => "&dryRun=all",
+        DryRun::Preview => "&dryRun=preview",
+    });
+    format!("force={force}{}", dry_run.unwrap_or_default())
+}
+
+/// Shows what a change did or would do, and waits for proxies if that is asked for.
+pub(super) async fn finish(
+    client: &Client,
+    output: Output,
+    report: &ApplyReport,
+    dry_run: Option<DryRun>,
+    wait_for: Option<Duration>,
+) -> anyhow::Result<ExitCode> {
+    show(output, report, dry_run.is_some())?;
+    match wait_for.filter(|_| dry_run.is_none()) {
+        Some(timeout) => wait(client, report.revision, timeout).await,
+        None => Ok(ExitCode::SUCCESS),
     }
 }
 
@@ -77,11 +103,10 @@ pub(crate) async fn apply(client: &Client, output: Output, args: &Apply) -> anyh
 ///
 /// An object that is not there, or what was refused.
 pub(crate) async fn delete(client: &Client, output: Output, args: &Delete) -> anyhow::Result<ExitCode> {
-    let path =
-        format!("/config/{}/{}/{}", segment(&args.kind), segment(&args.namespace), segment(&args.name));
+    let object = [&args.kind, &args.namespace, &args.name].map(|part| segment(part)).join("/");
+    let path = format!("/config/{object}?{}", changing(args.dry_run, args.force));
     let report: ApplyReport = client.delete(&path).await?;
-    show(output, &report, false)?;
-    if args.wait { wait(client, report.revision, args.timeout).await } else { Ok(ExitCode::SUCCESS) }
+    finish(client, output, &report, args.dry_run, args.wait.then_some(args.timeout)).await
 }
 
 /// Shows objects.
@@ -90,42 +115,22 @@ pub(crate) async fn delete(client: &Client, output: Output, args: &Delete) -> an
 ///
 /// An unknown kind, or an object that is not there.
 pub(crate) async fn get(client: &Client, output: Output, args: &Get) -> anyhow::Result<ExitCode> {
+    let then = args.at.map(|revision| format!("/history/{revision}")).unwrap_or_default();
     if let Some(name) = &args.name {
-        let path = format!("/config/{}/{}/{}", segment(&args.kind), segment(&args.namespace), segment(name));
+        let path =
+            format!("{then}/config/{}/{}/{}", segment(&args.kind), segment(&args.namespace), segment(name));
         let object: Value = client.get(&path).await?;
         print(output, &object, |_| table(std::slice::from_ref(&object)))?;
         return Ok(ExitCode::SUCCESS);
     }
     let scope =
         if args.all_namespaces { String::new() } else { format!("?namespace={}", segment(&args.namespace)) };
-    let list: List = client.get(&format!("/config/{}{scope}", segment(&args.kind))).await?;
+    let list: List = client.get(&format!("{then}/config/{}{scope}", segment(&args.kind))).await?;
     if list.items.is_empty() && matches!(output, Output::Table | Output::Wide) {
         note("no objects found");
         return Ok(ExitCode::SUCCESS);
     }
     print(output, &list, |_| table(&list.items))?;
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Shows who changed what.
-///
-/// # Errors
-///
-/// As every call of the API.
-pub(crate) async fn history(client: &Client, output: Output, args: &History) -> anyhow::Result<ExitCode> {
-    let entries: Vec<HistoryEntry> = client.get(&format!("/history?limit={}", args.limit)).await?;
-    print(output, &entries, |_| {
-        let mut rows = Rows::new(["revision", "time", "author", "changes"]);
-        for entry in &entries {
-            rows.push([
-                entry.revision.to_string(),
-                entry.time.clone(),
-                entry.author.clone(),
-                entry.changes.join(", "),
-            ]);
-        }
-        rows
-    })?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -181,6 +186,35 @@ fn show(output: Output, report: &ApplyReport, dry_run: bool) -> anyhow::Result<(
     for object in &report.objects {
         let action = format!("{:?}", object.action).to_lowercase();
         data(&format!("{} {}/{} {action}{suffix}\n", object.kind, object.namespace, object.name))?;
+    }
+    report.preview.as_ref().map_or(Ok(()), show_preview)
+}
+
+/// Which proxies and resources would change, and how.
+fn show_preview(preview: &PreviewReport) -> anyhow::Result<()> {
+    let (touched, of) = (preview.proxies.len() + preview.hidden, preview.connected);
+    data(&format!("\n{touched} of {of} proxies would be sent {} bytes\n", preview.bytes))?;
+    if preview.partial {
+        note(&format!("only the proxies that are connected to member {} were looked at", preview.member));
+    }
+    if preview.hidden > 0 {
+        note(&format!("{} of them are in namespaces that you may not see", preview.hidden));
+    }
+    if !preview.proxies.is_empty() {
+        let mut rows = Rows::new(["proxy", "added", "changed", "removed", "sent again", "bytes"]);
+        for proxy in &preview.proxies {
+            let numbers = [proxy.added, proxy.changed, proxy.removed, proxy.resent].map(|n| n.to_string());
+            let [added, changed, removed, resent] = numbers;
+            let name = format!("{}.{}", proxy.name, proxy.namespace);
+            rows.push([name, added, changed, removed, resent, proxy.bytes.to_string()]);
+        }
+        data(&rows.render())?;
+    }
+    for resource in &preview.resources {
+        let change = format!("{:?}", resource.change).to_lowercase();
+        let (kind, name, proxies) = (&resource.kind, &resource.name, resource.proxies.len());
+        data(&format!("\n{change} {kind} {name} on {proxies} proxies\n"))?;
+        data(resource.diff.as_deref().unwrap_or_default())?;
     }
     Ok(())
 }
