@@ -3,6 +3,7 @@
 mod commands;
 mod demo;
 mod member;
+mod operate;
 mod refusal;
 mod security;
 mod survival;
