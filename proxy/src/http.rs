@@ -190,6 +190,15 @@ impl Decision {
         }
     }
 
+    /// Whether headers of the response are made from the request.
+    fn response_reads_request(&self) -> bool {
+        let weighted = self.weighted().is_some_and(|w| w.response_headers.from_request);
+        weighted
+            || self.route.response_headers.from_request
+            || self.host.response_headers.from_request
+            || self.table.routes.config.response_headers.from_request
+    }
+
     fn per_filter(&self) -> &PerFilter {
         self.weighted().map_or(&self.route.per_filter, |w| &w.per_filter)
     }
@@ -248,6 +257,7 @@ pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Reques
         return local.into_response(call.exchange);
     };
     prepare(&http, &decision, &mut call);
+    call.keep_headers = decision.response_reads_request();
     mirror(&http, &decision, &mut call);
     match attempts::run(&http, &decision.host, decision.forward(), &upstream, &mut call).await {
         Ok(answer) => respond(&http, &decision, call, answer),
@@ -387,9 +397,8 @@ fn request_ops(decision: &Decision, call: &mut Call) -> bool {
         return false;
     }
     for ops in levels(decision, weighted, route, host, &config.request_headers) {
-        let mut map = std::mem::take(&mut call.parts.headers);
-        let before = map.clone();
-        call.parts.headers = before;
+        let before = if ops.from_request { call.parts.headers.clone() } else { HeaderMap::new() };
+        let mut map = std::mem::replace(&mut call.parts.headers, before);
         headers::apply(ops, &mut map, &|f| call.render(f));
         call.parts.headers = map;
     }

@@ -22,6 +22,13 @@ use crate::xds::client::Client;
 use crate::xds::decode::{Address, Rejected, json};
 use crate::xds::transport::{Status, Transport};
 
+/// The pause after which freed pages may go back.
+const SETTLE_AFTER: std::time::Duration = std::time::Duration::from_millis(500);
+/// How often they are looked at.
+const SETTLE_TIMES: u32 = 4;
+/// An allocation that is so large that the allocator gets and returns it as a whole.
+const SETTLE_BYTES: usize = 4 << 20;
+
 /// Why a proxy does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -121,6 +128,8 @@ impl Proxy {
         let xds = start_xds(&config, writer, &tasks, &control);
         let state = watch_state(config.xds.is_some(), &xds, &drain, &tasks, &control);
 
+        tasks.spawn(settle(control.clone()));
+
         // 6. What can be seen from outside.
         let admin = Admin {
             tables: Arc::clone(&tables),
@@ -183,6 +192,18 @@ impl Proxy {
         self.control.cancel();
         self.tasks.close();
         self.tasks.wait().await;
+    }
+}
+
+/// Reading the configuration took far more memory than keeping it. The allocator gives pages back only while it is
+/// used, a while after they were freed, and a proxy that waits for traffic does not use it: so it is used once.
+async fn settle(control: CancellationToken) {
+    for _ in 0..SETTLE_TIMES {
+        tokio::select! {
+            () = tokio::time::sleep(SETTLE_AFTER) => {}
+            () = control.cancelled() => return,
+        }
+        drop(std::hint::black_box(Vec::<u8>::with_capacity(SETTLE_BYTES)));
     }
 }
 

@@ -50,6 +50,8 @@ pub struct Call {
     pub https: bool,
     /// Whether it asks to leave HTTP.
     pub upgrade: bool,
+    /// Its headers are still read when it has been sent on.
+    pub keep_headers: bool,
     /// The cross-origin policy that its response must tell.
     pub cors: Option<(Arc<Cors>, HeaderValue)>,
 }
@@ -106,6 +108,7 @@ impl Call {
             authority,
             https,
             upgrade: false,
+            keep_headers: false,
             cors: None,
         });
         if let Err(refusal) = call.clean_headers(http) {
@@ -263,7 +266,11 @@ impl Call {
     /// One attempt's request. `keep` says that another attempt may follow, so its parts are copied.
     pub fn outgoing(&mut self, keep: bool, limit: usize) -> Option<Outgoing> {
         let body = self.next_body(keep, limit)?;
-        let headers = if keep { self.parts.headers.clone() } else { std::mem::take(&mut self.parts.headers) };
+        let headers = if keep || self.keep_headers {
+            self.parts.headers.clone()
+        } else {
+            std::mem::take(&mut self.parts.headers)
+        };
         Some(Outgoing {
             method: self.parts.method.clone(),
             path: self.path.clone(),

@@ -48,6 +48,8 @@ pub struct HeaderOps {
     pub remove: Box<[HeaderName]>,
     /// Headers that come.
     pub add: Box<[HeaderAdd]>,
+    /// Whether one of their values is made from the request.
+    pub from_request: bool,
 }
 
 impl HeaderOps {
@@ -64,8 +66,9 @@ impl HeaderOps {
             .into_iter()
             .enumerate()
             .map(|(i, pb)| header_add(pb).at(&add_field, i))
-            .collect::<Result<_, _>>()?;
-        Ok(Self { remove, add })
+            .collect::<Result<Box<[HeaderAdd]>, _>>()?;
+        let from_request = add.iter().any(|a| matches!(a.value, NewValue::Format(_)));
+        Ok(Self { remove, add, from_request })
     }
 
     /// Whether there is nothing to do.

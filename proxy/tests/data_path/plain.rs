@@ -343,3 +343,16 @@ async fn each_request_leaves_one_line_in_the_access_log() {
         ]
     );
 }
+
+#[tokio::test]
+async fn headers_of_a_response_can_be_made_from_its_request() {
+    let backend = Backend::start("a").await;
+    let routes = r#"
+              - match: {prefix: "/"}
+                route: {cluster: up}
+                response_headers_to_add: [{header: {key: x-was, value: "%REQ(x-mine)% %REQ(:path)% %REQ(:authority)%"}}]"#;
+    let proxy = Running::start(&bootstrap(routes, "", &cluster("up", &[backend.address], ""))).await;
+    let got = get(proxy.address(), "/p", &[("x-mine", "1")]).await;
+    assert_eq!((got.header("x-was"), got.header("x-got-x-mine")), ("1 /p test.local", "1"));
+    proxy.end().await;
+}
