@@ -27,6 +27,7 @@ pub mod select;
 mod trust;
 pub mod types;
 mod view;
+pub mod watch;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -36,7 +37,8 @@ use ca::authority::Authority;
 use ca::renewal::Clock;
 use registry::snapshot::Snapshot;
 use registry::state::Revision;
-use tokio::sync::watch;
+use tokio::sync::Semaphore;
+use tokio::sync::watch::Receiver;
 use tokio::time::Instant;
 use xds::balance::Fleet;
 use xds::status::Status;
@@ -59,9 +61,9 @@ pub struct Api {
     /// The log.
     pub raft: Raft,
     /// The newest snapshot.
-    pub snapshots: watch::Receiver<Arc<Snapshot>>,
+    pub snapshots: Receiver<Arc<Snapshot>>,
     /// Tokens and roles.
-    pub access: watch::Receiver<Arc<AccessState>>,
+    pub access: Receiver<Arc<AccessState>>,
     /// What proxies have acknowledged.
     pub status: Status,
     /// This member's authority.
@@ -71,7 +73,9 @@ pub struct Api {
     /// Where agents reach the xDS port, `host:port`.
     pub xds: String,
     /// Who serves agents: the members, this one among them.
-    pub fleet: watch::Receiver<Fleet>,
+    pub fleet: Receiver<Fleet>,
+    /// Places for those who watch.
+    pub watches: Arc<Semaphore>,
     /// Snapshots that lists in pages go on in.
     pub kept: Arc<Mutex<Kept>>,
 }

@@ -30,7 +30,7 @@ use anyhow::Context;
 use ca::renewal::Clock;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use xds::balance::{Fleet, Spread};
@@ -119,6 +119,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         xds: advertised,
         fleet: known,
         access: started.access.clone(),
+        watches: Arc::new(Semaphore::new(api::watch::MOST)),
         kept: Arc::default(),
     };
     let gate = Gate::new(ports::access(&config)?, started.access, clock.clone(), Rates::default());

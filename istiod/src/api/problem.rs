@@ -29,6 +29,9 @@ pub enum ApiError {
     /// It was there and is not remembered any more.
     #[error("{0}")]
     Gone(String),
+    /// Too many ask for the same.
+    #[error("{0}")]
+    Busy(String),
     /// It cannot be decided now.
     #[error("the log cannot be written now")]
     Unavailable(#[from] ProposeError),
@@ -57,7 +60,7 @@ impl ApiError {
             Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::Conflict(_) => StatusCode::CONFLICT,
             Self::Gone(_) => StatusCode::GONE,
-            Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Busy(_) | Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -71,6 +74,7 @@ impl ApiError {
             Self::NotFound(_) => "not found",
             Self::Conflict(_) => "conflict",
             Self::Gone(_) => "gone",
+            Self::Busy(_) => "busy",
             Self::Unavailable(_) => "unavailable",
             Self::Internal(_) => "internal error",
         };
@@ -81,6 +85,7 @@ impl ApiError {
             | Self::NotFound(_)
             | Self::Conflict(_)
             | Self::Gone(_)
+            | Self::Busy(_)
             | Self::Internal(_) => Vec::new(),
         };
         Problem {

@@ -16,9 +16,10 @@ use axum::extract::{self, DefaultBodyLimit, FromRequest, FromRequestParts, Reque
 use axum::http::request::Parts;
 use axum::http::{StatusCode, header};
 use axum::middleware;
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
 use bytes::Bytes;
+use futures::{Stream, StreamExt};
 use serde::de::DeserializeOwned;
 
 use super::gate::{Gate, Guarded, guard};
@@ -49,6 +50,22 @@ async fn nothing_here() -> Response {
 async fn not_so() -> Response {
     refusal(StatusCode::METHOD_NOT_ALLOWED, "this path is not called so; /openapi.json has all")
 }
+
+/// Values as they come, each on a line.
+pub fn lines<T: serde::Serialize>(values: impl Stream<Item = Vec<T>> + Send + 'static) -> Response {
+    let chunks = values.map(|values| {
+        let mut chunk = Vec::new();
+        for value in &values {
+            serde_json::to_writer(&mut chunk, value)?;
+            chunk.push(b'\n');
+        }
+        Ok::<_, serde_json::Error>(Bytes::from(chunk))
+    });
+    ([(header::CONTENT_TYPE, LINES)], axum::body::Body::from_stream(chunks)).into_response()
+}
+
+/// Media type of one JSON value on each line.
+pub const LINES: &str = "application/jsonl";
 
 /// A JSON body whose mistakes are told as problems, with pointers.
 #[derive(Debug)]

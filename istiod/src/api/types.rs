@@ -385,3 +385,30 @@ pub struct RootRow {
     /// RFC 3339 time.
     pub not_after: String,
 }
+
+/// What happened to an object that is watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum WatchKind {
+    /// It is there, or is meant by the selection now.
+    Added,
+    /// It is different.
+    Modified,
+    /// It is gone, or is not meant by the selection any more.
+    Deleted,
+    /// Nothing: everything up to this revision was told.
+    Bookmark,
+}
+
+/// One line of a watch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct WatchEvent {
+    /// What happened.
+    #[serde(rename = "type")]
+    pub kind: WatchKind,
+    /// The revision at which it did; where to come back.
+    pub revision: u64,
+    /// The object afterwards, or before it went.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object: Option<Value>,
+}

@@ -26,6 +26,7 @@ use prometheus_client::registry::Registry;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use xds::balance::Fleet;
@@ -117,6 +118,7 @@ impl Member {
             clock: clock.clone(),
             xds: "127.0.0.1:15012".to_owned(),
             fleet: tokio::sync::watch::Sender::new(Fleet::alone("127.0.0.1:15012")).subscribe(),
+            watches: Arc::new(Semaphore::new(istiod::api::watch::MOST)),
             kept: Arc::default(),
         };
         let gate = Gate::new(start.access, started.access, clock.clone(), start.rates);

@@ -3,13 +3,16 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::response::Response;
 use axum::routing::{delete, get, post, put};
 use serde_json::Value;
 
 use super::super::routes::{Form, Route, Scope, schema};
-use super::super::types::{ApplyReport, ApplyRequest, Changing, Expected, List, Listing, Read};
+use super::super::types::{
+    ApplyReport, ApplyRequest, Changing, Expected, List, Listing, Read, WatchEvent, Watching,
+};
 use super::super::{Api, ApiError, Caller};
-use super::{Answer, Body, Path, Query};
+use super::{Answer, Body, Path, Query, lines};
 use crate::access::Permission;
 
 /// Largest set of files of one commit, in bytes.
@@ -29,6 +32,11 @@ pub(in crate::api) const ROUTES: &[Route] = &[
         .query(schema::<Listing>)
         .json(schema::<List>)
         .rpc("Config/List"),
+    Route::get("/api/v1/watch/{kind}", Permission::Read, Scope::Each, || get(watch))
+        .named("watchObjects", "Changes of objects of a kind, or of all kinds (`all`), as they happen.")
+        .query(schema::<Watching>)
+        .answers(200, Form::Lines(schema::<WatchEvent>))
+        .rpc("Config/Watch"),
     Route::post("/api/v1/config/{kind}/{namespace}", Permission::Write, Scope::Path, || post(create))
         .named("createObject", "Makes an object, which must not exist.")
         .query(schema::<Changing>)
@@ -71,6 +79,16 @@ async fn list(
     Query(listing): Query<Listing>,
 ) -> Answer<List> {
     Ok(Json(api.list(&caller, &kind, &listing).await?))
+}
+
+async fn watch(
+    State(api): State<Api>,
+    caller: Caller,
+    Path(kind): Path<String>,
+    Query(watching): Query<Watching>,
+) -> Result<Response, ApiError> {
+    let events = api.watch(&caller, &kind, &watching)?;
+    Ok(lines(events))
 }
 
 async fn create(
