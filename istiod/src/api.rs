@@ -1,4 +1,4 @@
-//! The operator API: one service layer, called by [`rest`] and, through the same routes, by gRPC.
+//! The operator API: one service layer, called by [`rest`] and, through the same routes, by [`grpc`].
 //!
 //! Every function is given its [`Caller`]. Reads come from the newest snapshot of this member, by default after a read
 //! index, so that they are linearizable; writes are proposed to the log and answered after they are applied here. All
@@ -12,11 +12,14 @@ mod backup;
 pub mod caller;
 mod change;
 pub mod diff;
+pub mod events;
 pub mod gate;
+pub mod grpc;
 pub mod history;
 pub mod limits;
 mod mesh;
 mod objects;
+pub mod openapi;
 pub mod page;
 pub mod preview;
 mod problem;
@@ -74,6 +77,8 @@ pub struct Api {
     pub xds: String,
     /// Who serves agents: the members, this one among them.
     pub fleet: Receiver<Fleet>,
+    /// What happened lately.
+    pub events: events::Events,
     /// Places for those who watch.
     pub watches: Arc<Semaphore>,
     /// Snapshots that lists in pages go on in.

@@ -38,6 +38,7 @@ use xds::server::{Ads, Authentication, JOINS, Joined};
 use xds::status::Status;
 
 use api::Api;
+use api::events::Events;
 use api::gate::Gate;
 use api::limits::Rates;
 use config::Config;
@@ -110,6 +111,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         fleet: known.clone(),
         stop: stopped.clone(),
     };
+    let events = Events::default();
+    let (seen, held) = (started.snapshots.clone(), status.clone());
+    let member = started.raft.status();
+    tasks.spawn(api::events::observe(events.clone(), seen, held, member, clock.clone(), stopped.clone()));
     let api = Api {
         raft: started.raft.clone(),
         snapshots: started.snapshots,
@@ -120,6 +125,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         fleet: known,
         access: started.access.clone(),
         watches: Arc::new(Semaphore::new(api::watch::MOST)),
+        events: events.clone(),
         kept: Arc::default(),
     };
     let gate = Gate::new(ports::access(&config)?, started.access, clock.clone(), Rates::default());

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use axum::body::Body;
 use axum::extract::{FromRequestParts, RawPathParams, Request, State};
 use axum::http::request::Parts;
 use axum::http::uri::Authority;
@@ -20,7 +21,7 @@ use tokio::sync::{Semaphore, watch};
 use super::caller::{Caller, Source};
 use super::limits::{Buckets, Rates};
 use super::problem::refusal;
-use super::routes::{Route, Scope};
+use super::routes::{Form, Route, Scope};
 use crate::access::{AccessState, ApiSecret, Grant, Permission, Role, USE_GRAIN};
 
 /// Calls that are answered at the same time. Full means overload: more are told to come again.
@@ -76,6 +77,8 @@ pub enum Denied {
     TooOften(u64),
     /// Too many calls are open.
     Overloaded,
+    /// The path has no words.
+    Unreadable(String),
 }
 
 impl Denied {
@@ -84,6 +87,7 @@ impl Denied {
         match self {
             Self::Unauthenticated(why) => (StatusCode::UNAUTHORIZED, why),
             Self::Forbidden(why) => (StatusCode::FORBIDDEN, why),
+            Self::Unreadable(why) => (StatusCode::BAD_REQUEST, why),
             Self::TooOften(_) => (StatusCode::TOO_MANY_REQUESTS, "too many calls; come again later"),
             Self::Overloaded => {
                 (StatusCode::SERVICE_UNAVAILABLE, "too many calls at the same time; come again later")
@@ -91,10 +95,22 @@ impl Denied {
         }
     }
 
+    /// The same for a gRPC service of its own.
+    fn status(&self) -> tonic::Status {
+        let (_, why) = self.told();
+        match self {
+            Self::Unauthenticated(_) => tonic::Status::unauthenticated(why),
+            Self::Forbidden(_) => tonic::Status::permission_denied(why),
+            Self::TooOften(_) => tonic::Status::resource_exhausted(why),
+            Self::Overloaded => tonic::Status::unavailable(why),
+            Self::Unreadable(_) => tonic::Status::invalid_argument(why),
+        }
+    }
+
     fn header(&self) -> Option<(HeaderName, HeaderValue)> {
         match self {
             Self::Unauthenticated(_) => Some((header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))),
-            Self::Forbidden(_) => None,
+            Self::Forbidden(_) | Self::Unreadable(_) => None,
             Self::TooOften(seconds) => Some((header::RETRY_AFTER, HeaderValue::from(*seconds))),
             Self::Overloaded => Some((header::RETRY_AFTER, HeaderValue::from(1_u64))),
         }
@@ -250,7 +266,10 @@ pub(super) async fn guard(State(guarded): State<Guarded>, request: Request, next
     let (mut parts, body) = request.into_parts();
     let caller = match admitted(&gate, route, &mut parts).await {
         Ok(caller) => caller,
-        Err(denied) => return denied,
+        Err(denied) if matches!(route.answer, Form::Grpc) => {
+            return denied.status().into_http::<Body>().into_response();
+        }
+        Err(denied) => return denied.into_response(),
     };
     parts.extensions.insert(caller);
     match tokio::time::timeout(route.within, next.run(Request::from_parts(parts, body))).await {
@@ -259,20 +278,20 @@ pub(super) async fn guard(State(guarded): State<Guarded>, request: Request, next
     }
 }
 
-async fn admitted(gate: &Gate, route: &Route, parts: &mut Parts) -> Result<Option<Caller>, Response> {
+async fn admitted(gate: &Gate, route: &Route, parts: &mut Parts) -> Result<Option<Caller>, Denied> {
     let peer = parts.extensions.get::<Peer>().cloned().unwrap_or_default();
     let open = route.needs == Permission::Open;
     let caller = match gate.admit(&parts.headers, &peer) {
         Ok(caller) => caller,
-        Err(Denied::TooOften(seconds)) => return Err(Denied::TooOften(seconds).into_response()),
+        Err(Denied::TooOften(seconds)) => return Err(Denied::TooOften(seconds)),
         // What everybody may see is not refused to who presents too much.
         Err(_) if open => None,
-        Err(denied) => return Err(denied.into_response()),
+        Err(denied) => return Err(denied),
     };
     let params = RawPathParams::from_request_parts(parts, &()).await;
-    let params = params.map_err(|e| refusal(StatusCode::BAD_REQUEST, &e.body_text()))?;
+    let params = params.map_err(|e| Denied::Unreadable(e.body_text()))?;
     let namespace = params.iter().find(|(name, _)| *name == "namespace").map(|(_, value)| value);
-    authorize(route, namespace, caller.as_ref()).map_err(IntoResponse::into_response)?;
+    authorize(route, namespace, caller.as_ref())?;
     Ok(caller)
 }
 

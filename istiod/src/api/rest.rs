@@ -21,11 +21,13 @@ use axum::{Json, Router};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use serde::de::DeserializeOwned;
+use tower_http::compression::CompressionLayer;
+use tower_http::compression::predicate::{DefaultPredicate, NotForContentType, Predicate};
 
 use super::gate::{Gate, Guarded, guard};
 use super::problem::{refusal, refused};
 use super::types::Mistake;
-use super::{Api, ApiError, routes};
+use super::{Api, ApiError, grpc, routes};
 
 /// What a handler gives.
 pub type Answer<T> = Result<Json<T>, ApiError>;
@@ -40,10 +42,20 @@ pub fn router(api: Api, gate: &Gate) -> Router {
             .route_layer(middleware::from_fn_with_state(guarded, guard));
         router = router.route(route.path, handler);
     }
-    router.fallback(nothing_here).method_not_allowed_fallback(not_so).with_state(api)
+    let rest = router.method_not_allowed_fallback(not_so).with_state(api);
+    let all = grpc::add(rest.clone(), &rest, routes::all());
+    all.fallback(nothing_here).layer(CompressionLayer::new().gzip(true).compress_when(large()))
 }
 
-async fn nothing_here() -> Response {
+/// What is worth compressing. Lines come one by one, and would wait in the compressor.
+fn large() -> impl Predicate {
+    DefaultPredicate::new().and(NotForContentType::const_new(LINES))
+}
+
+async fn nothing_here(request: Request) -> Response {
+    if let Some(told) = grpc::unknown(&request) {
+        return told;
+    }
     refusal(StatusCode::NOT_FOUND, "there is nothing at this path; /openapi.json has all")
 }
 

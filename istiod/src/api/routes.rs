@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::routing::MethodRouter;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
-use super::{Api, rest};
+use super::{Api, grpc, rest};
 use crate::access::Permission;
 
 /// The areas of the API, each with its own table.
@@ -21,6 +21,7 @@ pub const AREAS: &[&[Route]] = &[
     rest::history::ROUTES,
     rest::audit::ROUTES,
     rest::backup::ROUTES,
+    grpc::ROUTES,
 ];
 
 /// Every route.

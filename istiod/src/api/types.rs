@@ -17,7 +17,7 @@ pub use self::access::{
 };
 pub use self::problem::{Mistake, Problem};
 pub use self::query::{
-    Changing, Consistency, DryRun, Expected, Listing, Patience, ProxyTypes, Read, Rows, Watching,
+    Changing, Consistency, DryRun, Expected, Listing, Patience, ProxyTypes, Read, Rows, Since, Watching,
 };
 
 /// A Kubernetes `List`: what `istioctl get -o json` prints.
@@ -411,4 +411,33 @@ pub struct WatchEvent {
     /// The object afterwards, or before it went.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub object: Option<Value>,
+}
+
+/// What an event is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum EventKind {
+    /// Configuration.
+    Config,
+    /// A proxy.
+    Proxy,
+    /// Who leads.
+    Leader,
+}
+
+/// Something that happened on a member.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct EventRow {
+    /// Counts the events of this member since it started.
+    pub sequence: u64,
+    /// RFC 3339 time.
+    pub time: String,
+    /// What it is about.
+    pub kind: EventKind,
+    /// Namespace, if it is of one.
+    pub namespace: String,
+    /// Object, proxy or member.
+    pub about: String,
+    /// What happened.
+    pub message: String,
 }

@@ -14,6 +14,7 @@ use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use istiod::access::Role;
+use istiod::api::events::Events;
 use istiod::api::gate::{Access, Gate};
 use istiod::api::limits::{Rate, Rates};
 use istiod::api::types::{ApiTokenCreated, ApiTokenRequest};
@@ -119,6 +120,7 @@ impl Member {
             xds: "127.0.0.1:15012".to_owned(),
             fleet: tokio::sync::watch::Sender::new(Fleet::alone("127.0.0.1:15012")).subscribe(),
             watches: Arc::new(Semaphore::new(istiod::api::watch::MOST)),
+            events: Events::default(),
             kept: Arc::default(),
         };
         let gate = Gate::new(start.access, started.access, clock.clone(), start.rates);

@@ -19,14 +19,17 @@ pub(in crate::api) const ROUTES: &[Route] = &[
     Route::get("/api/v1/audit", Permission::Administer, Scope::Mesh, || get(audit))
         .named("listAudit", "Who changed what, from where, oldest first: a piece of the hash chain.")
         .query(schema::<After>)
-        .json(schema::<AuditPage>),
+        .json(schema::<AuditPage>)
+        .rpc("Audit/List"),
     Route::get(RETENTION, Permission::Administer, Scope::Mesh, || get(retention))
         .named("getAuditRetention", "How much of the audit trail is kept.")
-        .json(schema::<AuditRetention>),
+        .json(schema::<AuditRetention>)
+        .rpc("Audit/GetRetention"),
     Route::put(RETENTION, Permission::Administer, Scope::Mesh, || put(keep))
         .named("setAuditRetention", "Sets how much of the audit trail is kept.")
         .takes_json(schema::<AuditRetention>)
-        .answers(204, Form::Nothing),
+        .answers(204, Form::Nothing)
+        .rpc("Audit/SetRetention"),
 ];
 
 /// Which entries.

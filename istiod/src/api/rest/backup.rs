@@ -28,6 +28,7 @@ pub(in crate::api) const ROUTES: &[Route] =
     &[Route::get("/api/v1/backup", Permission::Administer, Scope::Mesh, || get(backup))
         .named("getBackup", "The whole replicated state at one revision, for `istioctl backup` to seal.")
         .answers(200, Form::Bytes)
+        .rpc("Backup/Get")
         .within(WITHIN)];
 
 async fn backup(State(api): State<Api>, caller: Caller) -> Result<Response, ApiError> {

@@ -21,11 +21,13 @@ pub(in crate::api) const ROUTES: &[Route] = &[
     Route::get("/api/v1/diff", Permission::Read, Scope::Each, || get(diff))
         .named("getDiff", "What differs between two revisions.")
         .query(schema::<Between>)
-        .json(schema::<DiffReport>),
+        .json(schema::<DiffReport>)
+        .rpc("History/Diff"),
     Route::get("/api/v1/history/{revision}/config/{kind}", Permission::Read, Scope::Each, || get(list))
         .named("listObjectsAt", "Objects of a kind, or of all kinds (`all`), as they were at a revision.")
         .query(schema::<Of>)
-        .json(schema::<List>),
+        .json(schema::<List>)
+        .rpc("History/ListAt"),
     Route::get(
         "/api/v1/history/{revision}/config/{kind}/{namespace}/{name}",
         Permission::Read,
@@ -33,19 +35,23 @@ pub(in crate::api) const ROUTES: &[Route] = &[
         || get(object),
     )
     .named("getObjectAt", "One object as it was at a revision.")
-    .json(schema::<Value>),
+    .json(schema::<Value>)
+    .rpc("History/GetAt"),
     Route::post("/api/v1/rollback", Permission::Write, Scope::Each, || post(rollback))
         .named("rollback", "Makes the configuration what it was at a revision, in one commit.")
         .query(schema::<Changing>)
         .takes_json(schema::<RollbackRequest>)
-        .json(schema::<ApplyReport>),
+        .json(schema::<ApplyReport>)
+        .rpc("History/Rollback"),
     Route::get(RETENTION, Permission::Read, Scope::Nobody, || get(retention))
         .named("getHistoryRetention", "How much of history is kept.")
-        .json(schema::<HistoryRetention>),
+        .json(schema::<HistoryRetention>)
+        .rpc("History/GetRetention"),
     Route::put(RETENTION, Permission::Administer, Scope::Mesh, || put(keep))
         .named("setHistoryRetention", "Sets how much of history is kept.")
         .takes_json(schema::<HistoryRetention>)
-        .answers(204, Form::Nothing),
+        .answers(204, Form::Nothing)
+        .rpc("History/SetRetention"),
 ];
 
 /// Two revisions.

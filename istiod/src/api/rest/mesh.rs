@@ -11,8 +11,8 @@ use serde_json::Value;
 
 use super::super::routes::{Route, Scope, schema};
 use super::super::types::{
-    HistoryEntry, ListMeta, MemberRow, Page, Patience, ProxyRow, ProxyTypes, Revisions, Rows, ServiceRow,
-    WaitReport, WorkloadRow,
+    EventRow, HistoryEntry, ListMeta, MemberRow, Page, Patience, ProxyRow, ProxyTypes, Revisions, Rows,
+    ServiceRow, Since, WaitReport, WorkloadRow,
 };
 use super::super::{Api, Caller, LONGEST_WAIT};
 use super::{Answer, Path, Query};
@@ -51,7 +51,13 @@ pub(in crate::api) const ROUTES: &[Route] = &[
     Route::get("/api/v1/history", Permission::Read, Scope::Each, || get(history))
         .named("listHistory", "The newest changes, newest first.")
         .query(schema::<Limit>)
-        .json(schema::<Vec<HistoryEntry>>),
+        .json(schema::<Vec<HistoryEntry>>)
+        .rpc("History/List"),
+    Route::get("/api/v1/events", Permission::Read, Scope::Each, || get(events))
+        .named("listEvents", "What happened lately on this member, oldest first.")
+        .query(schema::<Since>)
+        .json(schema::<Page<EventRow>>)
+        .rpc("Mesh/ListEvents"),
     Route::get("/api/v1/members", Permission::Read, Scope::Nobody, || get(members))
         .named("listMembers", "Members of the control plane.")
         .json(schema::<Page<MemberRow>>)
@@ -116,6 +122,14 @@ async fn history(
     Query(query): Query<Limit>,
 ) -> Json<Vec<HistoryEntry>> {
     Json(api.history(&caller, query.limit.unwrap_or(100)))
+}
+
+async fn events(
+    State(api): State<Api>,
+    caller: Caller,
+    Query(since): Query<Since>,
+) -> Answer<Page<EventRow>> {
+    Ok(Json(api.events(&caller, &since)?))
 }
 
 async fn members(State(api): State<Api>) -> Json<Page<MemberRow>> {

@@ -140,3 +140,14 @@ pub struct ProxyTypes {
     /// `listener`, `route`, `cluster`, `endpoint`, or `all`, which is meant when nothing is said.
     pub r#type: Option<String>,
 }
+
+/// Which events to show.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Since {
+    /// Those after this sequence number.
+    pub after: Option<u64>,
+    /// The most of them, 1000 unless said.
+    #[schemars(range(min = 1, max = 10_000))]
+    pub limit: Option<u32>,
+}
