@@ -210,6 +210,7 @@ mod tests {
             name: "a".to_owned(),
             object: Some(object),
             expected_revision: Some(7),
+            ..Default::default()
         };
         let body = r#"{"port":9080,"share":0.5}"#;
         check(&replace, "Config/Replace", "/api/v1/config/vs/shop/a?expectedRevision=7", body);
