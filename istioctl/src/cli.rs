@@ -96,6 +96,9 @@ pub(crate) enum Command {
     /// Tokens with which workloads join
     #[command(subcommand)]
     Token(Token),
+    /// Who may use the admin API
+    #[command(subcommand)]
+    Auth(Auth),
     /// Versions of this program and of the control plane
     Version,
     /// Print a completion script
@@ -291,6 +294,90 @@ pub(crate) enum Token {
         /// Identifier, as `list` prints it
         id: String,
     },
+}
+
+/// Who may use the admin API.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Auth {
+    /// Show who one is to the control plane, and what one may do
+    Whoami,
+    /// Tokens of operators and programs
+    #[command(subcommand)]
+    Token(AuthToken),
+    /// Roles of client certificates
+    #[command(subcommand)]
+    Role(AuthRole),
+}
+
+/// Tokens of operators.
+#[derive(Debug, Subcommand)]
+pub(crate) enum AuthToken {
+    /// Make a token; it is shown this once
+    Create {
+        /// What for
+        #[arg(long, default_value = "")]
+        name: String,
+        /// What it may do
+        #[arg(long, value_enum)]
+        role: RoleName,
+        /// It may do that in these namespaces only; may be repeated
+        #[arg(long = "namespace", short, value_delimiter = ',')]
+        namespaces: Vec<String>,
+        /// How long it may be used
+        #[arg(long, default_value = "720h", value_parser = duration)]
+        ttl: Duration,
+    },
+    /// Show tokens, without their secrets
+    List,
+    /// Make a token worthless
+    Revoke {
+        /// Identifier, as `list` prints it
+        id: String,
+    },
+}
+
+/// Roles of client certificates.
+#[derive(Debug, Subcommand)]
+pub(crate) enum AuthRole {
+    /// Give whoever presents a certificate of this identity a role
+    Bind {
+        /// SPIFFE id
+        identity: String,
+        /// What it may do
+        #[arg(long, value_enum)]
+        role: RoleName,
+        /// It may do that in these namespaces only; may be repeated
+        #[arg(long = "namespace", short, value_delimiter = ',')]
+        namespaces: Vec<String>,
+    },
+    /// Show the roles of identities
+    List,
+    /// Take the role of an identity away
+    Unbind {
+        /// SPIFFE id
+        identity: String,
+    },
+}
+
+/// What somebody may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RoleName {
+    /// Read
+    Viewer,
+    /// Read, and change configuration
+    Editor,
+    /// Everything
+    Admin,
+}
+
+impl From<RoleName> for istiod::access::Role {
+    fn from(name: RoleName) -> Self {
+        match name {
+            RoleName::Viewer => Self::Viewer,
+            RoleName::Editor => Self::Editor,
+            RoleName::Admin => Self::Admin,
+        }
+    }
 }
 
 /// The mesh's other programs.

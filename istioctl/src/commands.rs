@@ -1,6 +1,7 @@
 //! The commands that ask the control plane.
 
 mod audit;
+mod auth;
 pub(crate) mod backup;
 pub(crate) mod config;
 mod history;
@@ -31,6 +32,7 @@ pub(crate) async fn run(client: &Client, output: Output, command: Command) -> an
         Command::ProxyConfig(args) => proxy::config(client, output, &args).await,
         Command::Services => mesh::services(client, output).await,
         Command::Workloads => mesh::workloads(client, output).await,
+        Command::Auth(args) => auth::auth(client, output, &args).await,
         Command::Token(args) => mesh::token(client, output, &args).await,
         Command::Version => mesh::version(client, output).await,
         Command::Demo(_)
