@@ -118,10 +118,12 @@ impl Connection {
         self.held.set(self.held.get().saturating_sub(1));
     }
 
-    /// Since when the client has taken nothing of what waits for it; `None` while nothing waits.
+    /// Since when the client has taken nothing of what waits for it, and no other of its requests has ended; `None`
+    /// while nothing waits.
     #[must_use]
     pub fn held_since(&self) -> Option<tokio::time::Instant> {
-        self.taken.get().filter(|_| self.held.get() > 0)
+        let taken = self.taken.get().filter(|_| self.held.get() > 0)?;
+        Some(taken.max(self.ended.get()))
     }
 
     /// Notes that the connection ends because the client takes nothing.

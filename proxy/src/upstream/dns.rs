@@ -56,7 +56,9 @@ pub fn start(cluster: &Arc<Cluster>, state: &Arc<State>, tasks: &TaskTracker) {
                 }
                 Err(error) => {
                     // the last answer stays: unknown is not empty; without one, nobody waits for it any longer
-                    tracing::warn!(cluster = %name, %error, "name not resolved");
+                    if failures == 0 {
+                        tracing::warn!(cluster = %name, %error, "name not resolved");
+                    }
                     if state.resolved().is_none() {
                         state.resolve(Arc::new(ClusterLoadAssignment::empty(&name)));
                     }

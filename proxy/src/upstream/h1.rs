@@ -14,6 +14,7 @@ use http_body::{Body as _, Frame};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
+use tokio::time::Instant;
 
 use super::send::{Link, Opened};
 use crate::http::body::{BodyError, RequestBody};
@@ -29,6 +30,8 @@ pub struct H1 {
     over: bool,
     /// Requests sent so far.
     pub uses: u32,
+    /// When it was made.
+    pub born: Instant,
     opened: Opened,
 }
 
@@ -55,7 +58,7 @@ impl H1 {
             .title_case_headers(proper_case)
             .handshake(TokioIo::new(io))
             .await?;
-        Ok(Self { send, connection, over: false, uses: 0, opened })
+        Ok(Self { send, connection, over: false, uses: 0, born: Instant::now(), opened })
     }
 
     /// Whether the connection can take a request now: the last exchange is over and the server has not closed.

@@ -91,8 +91,13 @@ pub struct Pool {
 #[derive(Debug)]
 struct Shared {
     connection: H2,
+    born: Instant,
     last_used: Instant,
     uses: u32,
+}
+
+fn is_young(born: Instant, life: Option<Duration>) -> bool {
+    life.is_none_or(|life| born.elapsed() < life)
 }
 
 /// An HTTP/2 connection that is being made, for all who wait for it.
@@ -104,11 +109,11 @@ pub(super) struct Dial {
 }
 
 impl Pool {
-    /// The most recently used idle HTTP/1 connection that is still alive.
-    pub(super) fn take_h1(&self) -> Option<Box<H1>> {
+    /// The most recently used idle HTTP/1 connection that is still alive and not older than `life`.
+    pub(super) fn take_h1(&self, life: Option<Duration>) -> Option<Box<H1>> {
         loop {
             let (mut connection, _) = self.idle.borrow_mut().pop()?;
-            if connection.is_alive() {
+            if is_young(connection.born, life) && connection.is_alive() {
                 return Some(connection);
             }
         }
@@ -138,9 +143,10 @@ impl Pool {
     }
 
     /// A shared HTTP/2 connection with room for one more request.
-    pub(super) fn get_h2(&self, most_uses: Option<u32>, now: Instant) -> Option<H2> {
+    pub(super) fn get_h2(&self, most_uses: Option<u32>, life: Option<Duration>, now: Instant) -> Option<H2> {
         let mut shared = self.shared.borrow_mut();
-        shared.retain_mut(|s| s.connection.room().is_some());
+        // requests under way hold a connection that is kept no longer
+        shared.retain_mut(|s| is_young(s.born, life) && s.connection.room().is_some());
         let most = most_uses.unwrap_or(u32::MAX);
         let mut free = shared.iter_mut().filter(|s| s.uses < most);
         let found = free.find_map(|s| s.connection.room().is_some_and(|r| r > 0).then_some(s))?;
@@ -151,14 +157,14 @@ impl Pool {
 
     pub(super) fn put_h2(&self, connection: H2, now: Instant) {
         if !self.closed.get() {
-            self.shared.borrow_mut().push(Shared { connection, last_used: now, uses: 0 });
+            self.shared.borrow_mut().push(Shared { connection, born: now, last_used: now, uses: 0 });
         }
     }
 
     /// Takes a connection that a request has taken already.
     pub(super) fn put_h2_used(&self, connection: H2, now: Instant) {
         if !self.closed.get() {
-            self.shared.borrow_mut().push(Shared { connection, last_used: now, uses: 1 });
+            self.shared.borrow_mut().push(Shared { connection, born: now, last_used: now, uses: 1 });
         }
     }
 

@@ -161,7 +161,7 @@ impl Upstream {
     ) -> Result<Answer, Failure> {
         let mut request = h1_request(outgoing);
         loop {
-            let (mut connection, reused) = match to.pool.take_h1() {
+            let (mut connection, reused) = match to.pool.take_h1(self.config.http.max_connection_duration) {
                 Some(connection) => (connection, true),
                 None => match self.dial_h1(to).await? {
                     Some(connection) => (connection, false),
@@ -221,8 +221,8 @@ impl Upstream {
         active: Active,
         ready: &Cell<Option<Instant>>,
     ) -> Result<Answer, Failure> {
-        let request = h2_request(outgoing)?;
-        let mut connection = match to.pool.get_h2(to.host.max_uses, Instant::now()) {
+        let (request, life) = (h2_request(outgoing)?, self.config.http.max_connection_duration);
+        let mut connection = match to.pool.get_h2(to.host.max_uses, life, Instant::now()) {
             Some(connection) => connection,
             None => self.dial_h2(to).await?,
         };
@@ -242,6 +242,7 @@ impl Upstream {
     /// One connection is made for all requests that wait for it; it is made to the end even if they give up.
     async fn dial_h2(self: &Rc<Self>, to: &To<'_>) -> Result<H2, Failure> {
         let To { host, pool, name } = to;
+        let life = self.config.http.max_connection_duration;
         for _ in 0..SHARED_DIALS {
             let (dial, mine) = pool.dial();
             if mine {
@@ -263,7 +264,7 @@ impl Upstream {
             if let Some(failure) = &*dial.failure.borrow() {
                 return Err(Failure::clone(failure));
             }
-            if let Some(connection) = pool.get_h2(host.max_uses, Instant::now()) {
+            if let Some(connection) = pool.get_h2(host.max_uses, life, Instant::now()) {
                 return Ok(connection);
             }
             if pool.is_closed() {

@@ -61,3 +61,22 @@ async fn an_answer_to_head_tells_the_length_and_has_no_body() {
     assert!(got.contains("content-length: 5\r\n") && got.ends_with("\r\n\r\n"), "{got}");
     proxy.end().await;
 }
+
+#[tokio::test]
+async fn a_connection_to_a_server_gets_no_requests_beyond_its_life() {
+    let backend = Backend::start("a").await;
+    for version in ["http_protocol_options", "http2_protocol_options"] {
+        let life = format!(
+            "    typed_extension_protocol_options:\n      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:\n        \"@type\": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions\n        common_http_protocol_options: {{max_connection_duration: 0.3s}}\n        explicit_http_config: {{{version}: {{}}}}"
+        );
+        let proxy = Running::start(&bootstrap(TO_UP, "", &cluster("up", &[backend.address], &life))).await;
+        let line = "envoy_cluster_upstream_cx_total{cluster_name=\"up\"} 3";
+        let asking = async {
+            while !proxy.metrics().await.lines().any(|l| l == line) {
+                assert_eq!(get(proxy.address(), "/", &[]).await.status, 200);
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), asking).await.expect(version);
+        proxy.end().await;
+    }
+}

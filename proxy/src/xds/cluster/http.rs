@@ -33,7 +33,7 @@ pub struct UpstreamHttp {
     pub http2: Http2,
     /// How long a connection may be without requests; `None`: for ever.
     pub idle_timeout: Option<Duration>,
-    /// The life of a connection. Not carried out: connections go when they are idle or their endpoint goes.
+    /// The life of a connection: an older one gets no more requests.
     pub max_connection_duration: Option<Duration>,
     /// The most requests on one connection.
     pub max_requests_per_connection: Option<u32>,
