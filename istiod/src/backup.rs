@@ -246,9 +246,9 @@ fn nonce(chunk: u64, last: bool) -> Nonce {
 }
 
 fn read_exactly(from: &mut impl Read, into: &mut [u8], short: &'static str) -> Result<(), BackupError> {
-    from.read_exact(into).map_err(|error| match error.kind() {
-        std::io::ErrorKind::UnexpectedEof => BackupError::Foreign(short),
-        _ => BackupError::Io(error),
+    from.read_exact(into).map_err(|error| {
+        let cut = error.kind() == std::io::ErrorKind::UnexpectedEof;
+        if cut { BackupError::Foreign(short) } else { BackupError::Io(error) }
     })
 }
 

@@ -104,10 +104,10 @@ impl Api {
             }
         }
         let (revision, outcome) = self.propose(caller, action, &Command::Registry(batch)).await?;
-        match outcome {
-            Outcome::Registry(outcome) => report(revision.0, &outcome, warnings),
-            other => Err(ApiError::Internal(format!("not an outcome of the registry: {other:?}"))),
-        }
+        let Outcome::Registry(outcome) = outcome else {
+            return Err(ApiError::Internal("not an outcome of the registry".to_owned()));
+        };
+        report(revision.0, &outcome, warnings)
     }
 
     /// Applies a batch to a copy of the state as it is now; also gives the revision of that state.

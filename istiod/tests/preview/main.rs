@@ -1,0 +1,4 @@
+//! What a change would do to proxies, told before it is committed.
+
+#[cfg(test)]
+mod foretold;
