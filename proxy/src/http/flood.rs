@@ -357,4 +357,18 @@ mod tests {
         assert!(!after(&[(1000, None), (400, soon)]));
         assert!(after(&[(1000, None), (1000, soon)]));
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_in_any_pieces_are_counted_the_same(
+            bytes in proptest::collection::vec(0_u8..12, 0..2000),
+            piece in 1_usize..64,
+        ) {
+            let now = Instant::now();
+            let (mut whole, mut parts) = (Meter::new(now), Meter::new(now));
+            let outcome = whole.on_read(&bytes, now);
+            let pieces = bytes.chunks(piece).try_for_each(|p| parts.on_read(p, now));
+            proptest::prop_assert_eq!(outcome, pieces);
+        }
+    }
 }

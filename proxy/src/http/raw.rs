@@ -70,7 +70,9 @@ impl RawHead {
             return 0;
         }
         let seen = self.seen();
-        if seen.taken { 0 } else { seen.bytes.len() }
+        // empty lines before a request are nothing (RFC 9112, section 2.2)
+        let begun = !seen.taken && seen.bytes.iter().any(|b| !matches!(b, b'\r' | b'\n'));
+        if begun { seen.bytes.len() } else { 0 }
     }
 
     /// Notes that the codec has taken a request, and looks over its head if the codec found a body.
@@ -233,7 +235,28 @@ mod tests {
         raw.on_read(b"TP/1.1\r\n\r\n");
         assert_eq!(raw.take(&Method::GET, false), Ok(()));
         assert_eq!(raw.waiting(), 0);
+        raw.on_read(b"\r\n");
+        assert_eq!(raw.waiting(), 0);
         raw.on_read(b"G");
-        assert_eq!(raw.waiting(), 1);
+        assert_eq!(raw.waiting(), 3);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_in_any_pieces_are_looked_over_the_same(
+            bytes in proptest::collection::vec(
+                proptest::sample::select(b"POST content-length:transfer-encoding:\r\n\0".to_vec()),
+                0..400,
+            ),
+            cut in 0_usize..400,
+        ) {
+            let (whole, parts) = (RawHead::default(), RawHead::default());
+            whole.on_read(&bytes);
+            let (a, b) = bytes.split_at(cut.min(bytes.len()));
+            parts.on_read(a);
+            parts.on_read(b);
+            proptest::prop_assert_eq!(whole.waiting(), parts.waiting());
+            proptest::prop_assert_eq!(whole.take(&Method::POST, true), parts.take(&Method::POST, true));
+        }
     }
 }
