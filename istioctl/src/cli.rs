@@ -99,6 +99,9 @@ pub(crate) enum Command {
     /// Who may use the admin API
     #[command(subcommand)]
     Auth(Auth),
+    /// The members of the control plane
+    #[command(subcommand)]
+    Members(Members),
     /// Versions of this program and of the control plane
     Version,
     /// Print a completion script
@@ -378,6 +381,47 @@ impl From<RoleName> for istiod::access::Role {
             RoleName::Admin => Self::Admin,
         }
     }
+}
+
+/// Members of the control plane.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Members {
+    /// Show the members, and how far each is
+    List,
+    /// Print the command, good for once, with which the next member joins
+    Add {
+        /// It only serves, and never votes by itself
+        #[arg(long)]
+        learner: bool,
+        /// How long the ticket may be used
+        #[arg(long, default_value = "1h", value_parser = duration)]
+        ttl: Duration,
+    },
+    /// Remove members, for ever; 1, 3 or 5 voters must remain
+    Remove {
+        /// Their numbers
+        #[arg(required = true)]
+        ids: Vec<u64>,
+    },
+    /// Let learners vote that have caught up; there must be 1, 3 or 5 voters afterwards
+    Promote {
+        /// Their numbers
+        #[arg(required = true)]
+        ids: Vec<u64>,
+    },
+    /// Let another member lead
+    Transfer {
+        /// Its number
+        id: u64,
+    },
+    /// Print the command, good for once, with which a machine takes the place of a member
+    Replace {
+        /// The number of the member that goes
+        id: u64,
+        /// How long the ticket may be used
+        #[arg(long, default_value = "1h", value_parser = duration)]
+        ttl: Duration,
+    },
 }
 
 /// The mesh's other programs.

@@ -5,6 +5,7 @@ mod auth;
 pub(crate) mod backup;
 pub(crate) mod config;
 mod history;
+mod members;
 mod mesh;
 mod proxy;
 
@@ -34,6 +35,7 @@ pub(crate) async fn run(client: &Client, output: Output, command: Command) -> an
         Command::Workloads => mesh::workloads(client, output).await,
         Command::Auth(args) => auth::auth(client, output, &args).await,
         Command::Token(args) => mesh::token(client, output, &args).await,
+        Command::Members(args) => members::run(client, output, &args).await,
         Command::Version => mesh::version(client, output).await,
         Command::Demo(_)
         | Command::Restore(_)

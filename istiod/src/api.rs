@@ -17,6 +17,7 @@ pub mod gate;
 pub mod grpc;
 pub mod history;
 pub mod limits;
+mod members;
 mod mesh;
 mod objects;
 pub mod openapi;
@@ -49,6 +50,7 @@ use xds::status::Status;
 use self::page::Kept;
 use self::types::Consistency;
 use crate::access::AccessState;
+use crate::cluster::members::Members;
 use crate::raft::{Command, Origin, Outcome, Raft, View};
 
 pub use self::caller::{Caller, Source};
@@ -81,6 +83,8 @@ pub struct Api {
     pub events: events::Events,
     /// Places for those who watch.
     pub watches: Arc<Semaphore>,
+    /// The members of the control plane.
+    pub members: Members,
     /// Snapshots that lists in pages go on in.
     pub kept: Arc<Mutex<Kept>>,
 }
@@ -146,13 +150,17 @@ impl Api {
         action: &str,
         command: &Command,
     ) -> Result<(Revision, Outcome), ApiError> {
-        let origin = Origin {
+        let origin = self.origin(caller, action);
+        Ok(self.raft.propose_as(command, &origin).await?)
+    }
+
+    fn origin(&self, caller: &Caller, action: &str) -> Origin {
+        Origin {
             who: caller.name.clone(),
             from: caller.from.to_string(),
             at_ms: self.time_ms(),
             action: action.to_owned(),
-        };
-        Ok(self.raft.propose_as(command, &origin).await?)
+        }
     }
 
     async fn view(&self) -> Result<View, ApiError> {

@@ -154,6 +154,57 @@ fn kept(settings: &Settings<'_>, now: SystemTime) -> anyhow::Result<SigningRoot>
     Ok(made)
 }
 
+/// The self-signed root of this member, to be sealed for the others; nothing if there is none.
+///
+/// # Errors
+///
+/// When the files cannot be read.
+pub(crate) fn export(folder: &Path) -> anyhow::Result<Option<Zeroizing<Vec<u8>>>> {
+    let store = KeyStore::open(folder.join("ca"))?;
+    let mut files = std::collections::BTreeMap::new();
+    for name in FILES {
+        let Some(bytes) = store.load(name)? else { return Ok(None) };
+        files.insert(name, Zeroizing::new(String::from_utf8(bytes.to_vec())?));
+    }
+    let texts: std::collections::BTreeMap<&str, &str> =
+        files.iter().map(|(name, text)| (*name, text.as_str())).collect();
+    Ok(Some(Zeroizing::new(serde_json::to_vec(&texts)?)))
+}
+
+/// Keeps the root that another member exported; one that is here already stays.
+///
+/// # Errors
+///
+/// When it cannot be read or written.
+pub(crate) fn import(folder: &Path, exported: &[u8]) -> anyhow::Result<()> {
+    let store = KeyStore::open(folder.join("ca"))?;
+    let [cert, key, chain, root] = FILES;
+    if store.load(key)?.is_some() {
+        return Ok(());
+    }
+    let texts: std::collections::BTreeMap<String, Zeroizing<String>> = {
+        let plain: std::collections::BTreeMap<String, String> = serde_json::from_slice(exported)?;
+        plain.into_iter().map(|(name, text)| (name, Zeroizing::new(text))).collect()
+    };
+    // The key last, as where a root is made.
+    for name in [root, chain, cert, key] {
+        let text = texts.get(name).with_context(|| format!("the sealed root has no {name}"))?;
+        store.store(name, text.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Whether this member has the mesh's root key, or a plugged-in authority in its place.
+///
+/// # Errors
+///
+/// When the folder cannot be read.
+pub(crate) fn is_here(settings: &Settings<'_>) -> anyhow::Result<bool> {
+    let [_, key, ..] = FILES;
+    let folder = settings.folder.join("ca");
+    Ok(settings.plugged_in.is_some() || KeyStore::open(folder)?.load(key)?.is_some())
+}
+
 /// This member's own certificate, renewed on `tasks` until `stop`.
 ///
 /// # Errors
@@ -204,6 +255,15 @@ mod tests {
         let second = open_in(folder.path(), None).unwrap();
         assert_eq!(first.roots(), second.roots());
         assert_ne!(first.chain(), second.chain(), "every start has an intermediate of its own");
+    }
+
+    #[test]
+    fn another_member_issues_from_the_same_root() {
+        let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        assert!(export(first.path()).unwrap().is_none());
+        let root = open_in(first.path(), None).unwrap();
+        import(second.path(), &export(first.path()).unwrap().unwrap()).unwrap();
+        assert_eq!(open_in(second.path(), None).unwrap().roots(), root.roots());
     }
 
     #[test]

@@ -10,6 +10,8 @@ use clap::{Args, Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use crate::cluster::secrets::Kept;
+use crate::cluster::ticket::Ticket;
 use crate::config::{Config, Dev};
 
 /// One member of the control plane.
@@ -28,9 +30,39 @@ enum Command {
         /// YAML file with the settings
         #[arg(long)]
         config: PathBuf,
+        /// Ticket of `istioctl members add`, with which a new machine joins; afterwards it is not needed any more
+        #[arg(long)]
+        join: Option<String>,
     },
+    /// Write the settings of a member; of the first one, make the keys of its cluster too
+    Init(InitArgs),
     /// Run one member on loopback to try things out: no root, no settings, an open admin API
     Dev(DevArgs),
+}
+
+#[derive(Debug, Clone, Args)]
+struct InitArgs {
+    /// File to be written
+    #[arg(long, default_value = "/etc/istiod/istiod.yaml")]
+    config: PathBuf,
+    /// Folder for the member's data
+    #[arg(long, default_value = "/var/lib/istiod")]
+    data_dir: PathBuf,
+    /// How other members reach this one, HOST:PORT; the port is 15019 usually
+    #[arg(long)]
+    peer: String,
+    /// How agents and proxies reach this one, HOST:PORT; the port is 15012 usually
+    #[arg(long)]
+    xds: String,
+    /// Trust domain of the mesh
+    #[arg(long, default_value = "cluster.local")]
+    trust_domain: String,
+    /// What people call this member
+    #[arg(long)]
+    name: Option<String>,
+    /// The member will join a cluster with a ticket, and does not found one
+    #[arg(long)]
+    joins: bool,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -58,6 +90,9 @@ struct DevArgs {
 /// Runs the program; its exit code (64 for wrong settings, 1 when it cannot go on).
 #[must_use]
 pub fn main(cli: Cli) -> ExitCode {
+    if let Command::Init(args) = cli.command {
+        return init(&args);
+    }
     let (config, scratch) = match settings(cli.command) {
         Ok(settings) => settings,
         Err(mistakes) => {
@@ -80,10 +115,68 @@ pub fn main(cli: Cli) -> ExitCode {
     }
 }
 
+/// Writes the settings of a member, and founds a cluster unless it is to join one.
+fn init(args: &InitArgs) -> ExitCode {
+    init_logging("info", false);
+    match founded(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(mistakes) => {
+            for mistake in mistakes {
+                tracing::error!(error = mistake, "nothing was founded");
+            }
+            ExitCode::from(64)
+        }
+    }
+}
+
+fn founded(args: &InitArgs) -> Result<(), Vec<String>> {
+    let quoted = |text: &str| serde_json::Value::from(text).to_string();
+    let port = |text: &str| text.rsplit_once(':').map_or("0", |(_, port)| port).to_owned();
+    let data_dir = quoted(&args.data_dir.display().to_string());
+    let mut text = format!("dataDir: {data_dir}\ntrustDomain: {}\n", quoted(&args.trust_domain));
+    if let Some(name) = &args.name {
+        text.push_str(&format!("name: {}\n", quoted(name)));
+    }
+    for (section, advertised) in [("peers", &args.peer), ("xds", &args.xds)] {
+        let address = quoted(&format!("0.0.0.0:{}", port(advertised)));
+        text.push_str(&format!("{section}:\n  address: {address}\n  advertise: {}\n", quoted(advertised)));
+    }
+    let name = args.config.display().to_string();
+    let config = Config::parse(&name, &text)?;
+    let io = |error: std::io::Error| vec![format!("cannot write {name}: {error}")];
+    if let Some(folder) = args.config.parent() {
+        std::fs::create_dir_all(folder).map_err(io)?;
+    }
+    // A file that is there was written by somebody with something in mind.
+    let mut file = std::fs::File::create_new(&args.config).map_err(io)?;
+    std::io::Write::write_all(&mut file, text.as_bytes()).and_then(|()| file.sync_all()).map_err(io)?;
+    if !args.joins {
+        let made = std::fs::create_dir_all(&config.data_dir).map_err(|error| error.to_string());
+        let kept = made.and_then(|()| Kept::open(&config.data_dir).map_err(|error| error.to_string()));
+        let founded = kept.and_then(|kept| {
+            kept.found(config.member_id, (crate::clock())()).map_err(|error| error.to_string())
+        });
+        founded.map_err(|error| vec![format!("cannot make the keys of the cluster: {error}")])?;
+    }
+    tracing::info!(config = name, next = format!("istiod run --config {name}"), "initialized");
+    Ok(())
+}
+
 /// The settings, and a folder that is removed when it is dropped.
 fn settings(command: Command) -> Result<(Config, Option<Scratch>), Vec<String>> {
     match command {
-        Command::Run { config } => Ok((Config::read(&config)?, None)),
+        Command::Run { config, join } => {
+            let mut config = Config::read(&config)?;
+            if let Some(text) = join {
+                let ticket = Ticket::parse(&text).map_err(|error| vec![format!("--join: {error}")])?;
+                if config.peer_advertise.is_none() {
+                    return Err(vec!["peers.advertise: is required to join a cluster".to_owned()]);
+                }
+                config.join = Some(ticket);
+            }
+            Ok((config, None))
+        }
+        Command::Init(_) => Err(vec!["`init` runs nothing".to_owned()]),
         Command::Dev(args) => {
             let scratch = match &args.data_dir {
                 Some(_) => None,

@@ -3,10 +3,12 @@
 //! [`ClusterState`] is who is a member, who shall vote, and which tickets are out. Raft's own members follow: the
 //! leader's [`keeper`] asks [`plan`] what lies between the two and does it, one safe step at a time. Targets are 1, 3
 //! or 5 voters, reached by joint consensus in one step (1 to 3, 3 to 5), so that no even number is ever in force: a
-//! member that waits for another one is a learner. [`ticket`] is what a new member joins with, [`enrol`] takes it in,
+//! member that waits for another one is a learner. [`boot`] makes a member out of a data folder, [`ticket`] is what a new member joins with, [`enrol`] takes it in,
 //! [`secrets`] is what it keeps, and [`Members`](self::members::Members) is how operators ask for all of it.
 
+pub mod boot;
 pub mod enrol;
+pub(crate) mod fleet;
 pub mod keeper;
 pub mod members;
 pub mod plan;
@@ -23,6 +25,9 @@ use crate::raft::peers::Directory;
 
 /// The numbers of voters that may be asked for.
 pub const VOTERS: [usize; 3] = [1, 3, 5];
+
+/// The name of the mesh's root among the sealed secrets.
+pub const ROOT: &str = "root";
 
 const MEMBER_KEYS: &[u8] = b"m/";
 const TICKET_KEYS: &[u8] = b"t/";

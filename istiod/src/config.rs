@@ -2,9 +2,11 @@
 //!
 //! ```yaml
 //! dataDir: /var/lib/istiod        # required
-//! memberId: 1                     # from 1; never used again for another disk
+//! memberId: 1                     # of the founder; who joins is given a number. Never used again for another disk
+//! name: mesh-a                    # for people
 //! trustDomain: cluster.local
 //! xds: {address: 0.0.0.0:15012, advertise: istiod.example.com:15012}
+//! peers: {address: 0.0.0.0:15019, advertise: mesh-a.example.com:15019}
 //! admin: {address: 127.0.0.1:15080, tls: true, names: [mesh.example.com]}
 //! metrics: {address: 0.0.0.0:15014}
 //! ca: {directory: /etc/istio/cacerts, leafLifetime: 24h, maxLeafLifetime: 2160h}
@@ -34,8 +36,16 @@ use crate::{authority, push, raft};
 pub struct Config {
     /// Folder of the log, the state and this member's keys.
     pub data_dir: PathBuf,
-    /// This member's number in the Raft group, from 1.
+    /// This member's number in the Raft group, from 1. Of the founder; one that joins is given its number.
     pub member_id: u64,
+    /// What people call it; its advertised peer address when `None`.
+    pub name: Option<String>,
+    /// Where other members reach this one.
+    pub peer: SocketAddr,
+    /// How they reach that, `HOST:PORT`; without it this member stands alone and the port is not opened.
+    pub peer_advertise: Option<String>,
+    /// With what a new machine joins a cluster; from the command line.
+    pub join: Option<crate::cluster::ticket::Ticket>,
     /// Trust domain of every identity.
     pub trust_domain: TrustDomain,
     /// Where xDS and certificates are served.
@@ -132,13 +142,24 @@ const fn setting(name: &'static str, default: &'static str, meaning: &'static st
 /// All settings of `istiod run`.
 pub const SETTINGS: &[Setting] = &[
     setting("dataDir", "", "folder of the log, the state and this member's keys; required"),
-    setting("memberId", "1", "this member's number, from 1; never used again for another disk"),
+    setting(
+        "memberId",
+        "1",
+        "the founder's number, from 1; who joins is given one, and none is used again for another disk",
+    ),
+    setting("name", "", "what people call this member; peers.advertise when not given"),
     setting("trustDomain", "cluster.local", "trust domain of every identity"),
     setting("xds.address", "0.0.0.0:15012", "where xDS and certificates are served"),
     setting(
         "xds.advertise",
         "",
         "how agents reach that, HOST:PORT; required when the address is 0.0.0.0 or [::]",
+    ),
+    setting("peers.address", "0.0.0.0:15019", "where other members reach this one"),
+    setting(
+        "peers.advertise",
+        "",
+        "how they reach that, HOST:PORT; without it this member stands alone and the port is not opened",
     ),
     setting("admin.address", "127.0.0.1:15080", "where the operator API is served"),
     setting("admin.tls", "true", "the operator API is served over TLS; false only on loopback"),
@@ -242,6 +263,10 @@ impl Config {
         Self {
             data_dir,
             member_id: 1,
+            name: None,
+            peer: address([0, 0, 0, 0], 15019),
+            peer_advertise: None,
+            join: None,
             trust_domain: TrustDomain::default(),
             xds: address([0, 0, 0, 0], 15012),
             advertise: None,
@@ -313,6 +338,10 @@ fn taken(reader: &mut Reader) -> Config {
     Config {
         data_dir: reader.take("dataDir", base.data_dir, |text| Ok(text.into())),
         member_id: reader.take("memberId", base.member_id, |text| whole(text, 1)),
+        name: reader.take("name", base.name, |text| name(text).map(Some)),
+        peer: reader.take("peers.address", base.peer, address),
+        peer_advertise: reader.take("peers.advertise", base.peer_advertise, host_port),
+        join: base.join,
         trust_domain: reader.take("trustDomain", base.trust_domain, |text| {
             TrustDomain::parse(text)
                 .map_err(|error| format!("must be a trust domain such as example.org: {error}"))
@@ -403,8 +432,12 @@ fn check(reader: &mut Reader, config: &Config) {
     if !config.admin_tls && !config.admin.ip().is_loopback() {
         reader.wrong("admin.tls", format!("false is only possible on loopback, not on {}", config.admin));
     }
-    let addresses =
-        [("xds.address", config.xds), ("admin.address", config.admin), ("metrics.address", config.metrics)];
+    let addresses = [
+        ("peers.address", config.peer),
+        ("xds.address", config.xds),
+        ("admin.address", config.admin),
+        ("metrics.address", config.metrics),
+    ];
     for (position, (name, address)) in addresses.iter().enumerate() {
         let before = addresses.iter().take(position);
         if let Some((other, _)) = before.clone().find(|(_, used)| used == address && address.port() != 0) {
@@ -418,6 +451,13 @@ impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = |path: &Path| serde_json::Value::from(path.display().to_string());
         writeln!(f, "dataDir: {}\nmemberId: {}", path(&self.data_dir), self.member_id)?;
+        if let Some(name) = &self.name {
+            writeln!(f, "name: {}", serde_json::Value::from(name.as_str()))?;
+        }
+        writeln!(f, "peers:\n  address: \"{}\"", self.peer)?;
+        if let Some(advertise) = &self.peer_advertise {
+            writeln!(f, "  advertise: \"{advertise}\"")?;
+        }
         writeln!(f, "trustDomain: {}\nxds:\n  address: \"{}\"", self.trust_domain.as_str(), self.xds)?;
         if let Some(advertise) = &self.advertise {
             writeln!(f, "  advertise: \"{advertise}\"")?;

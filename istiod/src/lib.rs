@@ -27,7 +27,10 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::Context;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use ca::renewal::Clock;
+use ca::seal::ClusterKey;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -41,11 +44,15 @@ use api::Api;
 use api::events::Events;
 use api::gate::Gate;
 use api::limits::Rates;
+use cluster::boot::{self, Running};
+use cluster::enrol::Serving;
+use cluster::members::Members;
+use cluster::{fleet, keeper};
 use config::Config;
 use join::Joining;
 use liveness::Liveness;
 use push::Push;
-use raft::{Place, Raft};
+use raft::Raft;
 
 /// Runs one member until `stop`.
 ///
@@ -53,7 +60,7 @@ use raft::{Place, Raft};
 ///
 /// What keeps it from starting, and what makes it stop by itself: a disk that does not write, a log that is damaged
 /// or of a newer program.
-pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+pub async fn run(mut config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     let clock = clock();
     let tasks = TaskTracker::new();
     // However this ends, every task ends with it.
@@ -63,35 +70,55 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let mut metrics = Registry::default();
     make_folder(&config.data_dir)?;
 
+    // Commands to log to state to snapshots.
+    let status = Status::new(xds::status::Metrics::register(&mut metrics));
+    let counted = raft::metrics::Metrics::registered(&mut metrics);
+    let Running { started, seat } = boot::start(&mut config, &counted, &clock, &tasks, &stopped).await?;
+    let serves = seat.as_ref().map(|seat| seat.serving.clone()).unwrap_or_default();
+    let key = seat.as_ref().map(|seat| seat.secrets.key.clone());
+    let peers = seat.map(|seat| seat.take(&started, &config, &clock, &tasks, &stopped)).transpose()?;
+    // Nobody is served before everything that was acknowledged earlier is applied again: no proxy goes back in time.
+    let ready = async {
+        tokio::select! {
+            ready = upkeep::ready(&started.raft) => Some(ready),
+            // Not ready, and never will be.
+            _ = started.raft.ended() => None,
+        }
+    };
+    let Some(Some(revision)) = stopped.run_until_cancelled(ready).await else {
+        stopped.cancel();
+        return Ok(started.thread.join().await?);
+    };
+    tracing::info!(revision = revision.context("the log does not become ready")?.0, "log replayed");
+
     // Who may be issued what.
+    if let Some(key) = &key
+        && !shared_root(&config, key, &started.raft, &stopped).await?
+    {
+        return Ok(started.thread.join().await?);
+    }
     let issuing = authority::open(&config.authority(), clock())?;
     tasks.spawn(authority::keep(config.clone(), issuing.clone(), clock.clone(), stopped.clone()));
     let (names, until) = (config.names(), stopped.clone());
     let identity = authority::own_identity(issuing.clone(), names, clock.clone(), &tasks, until).await?;
-
-    // Commands to log to state to snapshots.
-    let started = {
-        let mut random = fastrand::Rng::new();
-        let (config, settings) = (config.clone(), config.raft(random.u64(..)));
-        let (metrics, stopped) = (raft::metrics::Metrics::registered(&mut metrics), stopped.clone());
-        let now = tokio::time::Instant::now().into_std();
-        let start = move || {
-            let place = Place { data_dir: &config.data_dir, trust_domain: &config.trust_domain };
-            Raft::start(place, settings, metrics, &mut random, now, stopped)
-        };
-        tokio::task::spawn_blocking(start).await??
-    };
-    // Nobody is served before everything that was acknowledged earlier is applied again: no proxy goes back in time.
-    let Some(revision) = stopped.run_until_cancelled(upkeep::ready(&started.raft)).await else {
-        return Ok(started.thread.join().await?);
-    };
-    tracing::info!(revision = revision.context("the log does not become ready")?.0, "log replayed");
+    if let Some(key) = &key {
+        let said = boot::description(&config);
+        let sealed = sealed_root(&config, key)?;
+        let (raft, until) = (started.raft.clone(), stopped.clone());
+        tasks.spawn(boot::introduce(raft.clone(), config.member_id, said, sealed, until.clone()));
+        tasks.spawn(keeper::keep(raft, until));
+    }
     let liveness = Liveness::new(config.silence, &started.raft.view().await?.registry);
-    tasks.spawn(liveness.clone().watch(started.raft.clone(), clock.clone(), stopped.clone()));
+    let connected = peers.as_ref().map(|peers| peers.connected.clone());
+    tasks.spawn(liveness.clone().watch(
+        started.raft.clone(),
+        connected.clone(),
+        clock.clone(),
+        stopped.clone(),
+    ));
     upkeep::start(&config.folders, &started, &clock, &tasks, &stopped);
 
     // Snapshots to proxies.
-    let status = Status::new(xds::status::Metrics::register(&mut metrics));
     let (joins, joined) = mpsc::channel(JOINS);
     let push = Push::new(config.push(), started.updates, joined, status.clone(), tasks.clone());
     tasks.spawn(push.run(stopped.clone()));
@@ -99,8 +126,24 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     // The ports.
     let [xds, admin, plain] = listen([config.xds, config.admin, config.metrics]).await?;
     let advertised = config.advertise.clone().map_or_else(|| xds.local_addr().map(|a| a.to_string()), Ok)?;
-    let (_fleet, known) = watch::channel(Fleet::alone(&advertised));
+    let (fleet, known) = watch::channel(Fleet::alone(&advertised));
     let ads = serving(joins, &status, known.clone(), &tasks, &stopped);
+    let heard = {
+        let liveness = liveness.clone();
+        Box::new(move |within| liveness.spoke(within))
+    };
+    if serves.set(Serving { streams: ads.spread.streams(), heard }).is_err() {
+        tracing::warn!("what this member serves was told twice");
+    }
+    // Without peers nobody else ever serves: the fleet stays as it is.
+    let _alone = match connected {
+        Some(connected) => {
+            tasks.spawn(fleet::keep(started.raft.clone(), connected, fleet, stopped.clone()));
+            None
+        }
+        None => Some(fleet),
+    };
+    let members = Members::new(started.raft.clone(), peers, clock.clone());
     let joining = Joining {
         raft: started.raft.clone(),
         snapshots: started.snapshots.clone(),
@@ -126,6 +169,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         access: started.access.clone(),
         watches: Arc::new(Semaphore::new(api::watch::MOST)),
         events: events.clone(),
+        members,
         kept: Arc::default(),
     };
     let gate = Gate::new(ports::access(&config)?, started.access, clock.clone(), Rates::default());
@@ -147,6 +191,38 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         Some(why) => Err(why.into()),
         None => Ok(()),
     }
+}
+
+/// Waits until this member can sign: with a root of its own, or the one that the log has under the cluster's key. False
+/// if it is stopped first.
+async fn shared_root(
+    config: &Config,
+    key: &ClusterKey,
+    raft: &Raft,
+    stop: &CancellationToken,
+) -> anyhow::Result<bool> {
+    let mut members = raft.cluster();
+    let founder = members.borrow().members().keys().all(|id| *id == config.member_id);
+    if founder || authority::is_here(&config.authority())? {
+        return Ok(true);
+    }
+    let known = stop.run_until_cancelled(members.wait_for(|members| members.sealed(cluster::ROOT).is_some()));
+    let Some(Ok(members)) = known.await else { return Ok(false) };
+    let sealed = STANDARD.decode(members.sealed(cluster::ROOT).unwrap_or_default())?;
+    drop(members);
+    let exported = key.open(cluster::ROOT, &sealed).context("the root of the mesh in the log")?;
+    authority::import(&config.data_dir, &exported)?;
+    Ok(true)
+}
+
+/// This member's root for the others; nothing if the authority is plugged in, as it is there on every member.
+fn sealed_root(config: &Config, key: &ClusterKey) -> anyhow::Result<Option<String>> {
+    if config.ca_directory.is_some() {
+        return Ok(None);
+    }
+    let exported = authority::export(&config.data_dir)?;
+    let sealed = exported.map(|exported| key.seal(cluster::ROOT, &exported)).transpose()?;
+    Ok(sealed.map(|sealed| STANDARD.encode(sealed)))
 }
 
 /// A socket for each address.
@@ -191,6 +267,6 @@ fn make_folder(path: &Path) -> anyhow::Result<()> {
 
 /// The member's one clock.
 #[expect(clippy::disallowed_methods, reason = "the member's one clock; everything else is given the time")]
-fn clock() -> Clock {
+pub(crate) fn clock() -> Clock {
     Arc::new(SystemTime::now)
 }

@@ -1,8 +1,9 @@
 //! Which agents are alive: signs of life stay in memory, and only what follows from their absence enters the log.
 //!
-//! The member that serves the agents holds their leases. It starts with a fresh lease for every registered workload:
-//! who was not heard yet is not known to be silent.
+//! Every member notes whom it heard. The leader holds the leases, and asks the others now and then whom they heard; a
+//! new leader begins with a fresh lease for every registered workload: who was not heard yet is not known to be silent.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -14,8 +15,12 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Silence;
+use crate::raft::peers::links::Connected;
+use crate::raft::wire::{HeardAgent, LoadRequest};
 use crate::raft::{Command, Raft};
 
+/// The leader asks the others at least this often whom they heard.
+const ASK: Duration = Duration::from_secs(5);
 /// Pause after the log could not be written.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -24,6 +29,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub(crate) struct Liveness {
     term: Duration,
     leases: Arc<Mutex<Leases>>,
+    /// When this member itself heard each agent last, and in which session.
+    spoken: Arc<Mutex<BTreeMap<WorkloadKey, (String, Instant)>>>,
     added: Arc<Notify>,
 }
 
@@ -31,11 +38,17 @@ impl Liveness {
     /// A fresh lease for every workload that is registered.
     pub(crate) fn new(silence: Silence, state: &State) -> Self {
         let leases = Arc::new(Mutex::new(Leases::new(silence.remove_after)));
-        let liveness = Self { term: silence.lease, leases, added: Arc::default() };
-        for (key, registration) in state.workloads() {
-            liveness.hold(key.clone(), registration.session.clone());
-        }
+        let liveness = Self { term: silence.lease, leases, spoken: Arc::default(), added: Arc::default() };
+        liveness.begin(state);
         liveness
+    }
+
+    /// A fresh lease for every workload that is registered.
+    fn begin(&self, state: &State) {
+        for (key, registration) in state.workloads() {
+            self.leases().hold(key.clone(), registration.session.clone(), self.term, now());
+        }
+        self.added.notify_one();
     }
 
     /// How long an agent may be silent.
@@ -45,29 +58,83 @@ impl Liveness {
 
     /// The agent of `key` registered.
     pub(crate) fn hold(&self, key: WorkloadKey, session: String) {
+        self.spoken().insert(key.clone(), (session.clone(), Instant::now()));
         self.leases().hold(key, session, self.term, now());
         self.added.notify_one();
     }
 
     /// The agent of a registered workload was heard.
     pub(crate) fn heard(&self, key: &WorkloadKey, session: &str) {
+        self.spoken().insert(key.clone(), (session.to_owned(), Instant::now()));
+        self.renew(key, session);
+    }
+
+    /// The agent of a registered workload was heard here or elsewhere.
+    fn renew(&self, key: &WorkloadKey, session: &str) {
         let known = self.leases().renew(key, session, now());
         if !known {
-            self.hold(key.clone(), session.to_owned());
+            self.leases().hold(key.clone(), session.to_owned(), self.term, now());
+            self.added.notify_one();
         }
+    }
+
+    /// The agents that this member itself heard within a time.
+    pub(crate) fn spoke(&self, within: Duration) -> Vec<HeardAgent> {
+        let (mut spoken, now) = (self.spoken(), Instant::now());
+        // Who was silent for longer than anybody asks for is not remembered.
+        spoken.retain(|_, (_, at)| now.duration_since(*at) <= within.max(self.term));
+        let heard = spoken.iter().filter(|(_, (_, at))| now.duration_since(*at) <= within);
+        let agent = |(key, (session, _)): (&WorkloadKey, &(String, Instant))| HeardAgent {
+            namespace: key.namespace.to_string(),
+            workload: key.name.to_string(),
+            session: session.clone(),
+        };
+        heard.map(agent).collect()
     }
 
     /// The agent of `key` said good-bye.
     pub(crate) fn release(&self, key: &WorkloadKey, session: &str) {
+        self.spoken().remove(key);
         self.leases().release(key, session);
+    }
+
+    fn spoken(&self) -> MutexGuard<'_, BTreeMap<WorkloadKey, (String, Instant)>> {
+        self.spoken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn leases(&self) -> MutexGuard<'_, Leases> {
         self.leases.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Proposes what follows from silence, until `stop`.
-    pub(crate) async fn watch(self, raft: Raft, clock: Clock, stop: CancellationToken) {
+    /// While this member leads, proposes what follows from silence; until `stop`.
+    pub(crate) async fn watch(
+        self,
+        raft: Raft,
+        peers: Option<Connected>,
+        clock: Clock,
+        stop: CancellationToken,
+    ) {
+        let mut status = raft.status();
+        loop {
+            let leads = async { status.wait_for(|status| status.leading).await.is_ok() };
+            if stop.run_until_cancelled(leads).await != Some(true) {
+                return;
+            }
+            let Ok(view) = raft.view().await else { return };
+            self.begin(&view.registry);
+            drop(view);
+            let mut role = raft.status();
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = async { drop(role.wait_for(|status| !status.leading).await) } => {}
+                () = self.ask(peers.clone()) => {}
+                () = self.decide(&raft, &clock) => {}
+            }
+        }
+    }
+
+    /// Proposes what follows from silence.
+    async fn decide(&self, raft: &Raft, clock: &Clock) {
         loop {
             let next = self.leases().next_due().map(Instant::from_std);
             let due = async {
@@ -77,17 +144,35 @@ impl Liveness {
                 }
             };
             tokio::select! {
-                () = stop.cancelled() => return,
                 () = self.added.notified() => continue,
                 () = due => {}
             }
             let commands = self.leases().due(now());
-            if commands.is_empty() {
-                continue;
+            if !commands.is_empty() {
+                tell(&commands);
+                propose(raft, clock, commands).await;
             }
-            tell(&commands);
-            if stop.run_until_cancelled(propose(&raft, &clock, commands)).await.is_none() {
-                return;
+        }
+    }
+
+    /// Asks the other members whom they heard, again and again.
+    async fn ask(&self, peers: Option<Connected>) {
+        let Some(peers) = peers else { return std::future::pending().await };
+        let every = (self.term / 4).min(ASK);
+        // What was said between two questions is told twice rather than never.
+        let within = u64::try_from((every * 3).as_millis()).unwrap_or(u64::MAX);
+        let mut asks = tokio::time::interval(every.max(Duration::from_millis(1)));
+        loop {
+            asks.tick().await;
+            let answers = peers.all().into_values().map(|mut client| async move {
+                let asked = client.load(LoadRequest { heard_within_ms: within });
+                tokio::time::timeout(every, asked).await.ok()?.ok()
+            });
+            for reply in futures::future::join_all(answers).await.into_iter().flatten() {
+                for agent in reply.into_inner().heard {
+                    let key = WorkloadKey { namespace: agent.namespace.into(), name: agent.workload.into() };
+                    self.renew(&key, &agent.session);
+                }
             }
         }
     }
@@ -157,7 +242,7 @@ mod tests {
         let silence = Silence { lease: short, remove_after: short };
         // As after a restart: nobody has been heard.
         let liveness = Liveness::new(silence, &started.raft.view().await.unwrap().registry);
-        tasks.spawn(liveness.watch(started.raft.clone(), clock(), stop.clone()));
+        tasks.spawn(liveness.watch(started.raft.clone(), None, clock(), stop.clone()));
         let mut snapshots = started.snapshots;
         let healthy = |snapshot: &registry::snapshot::Snapshot| {
             let workload = snapshot.workload(&key);

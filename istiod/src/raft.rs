@@ -51,7 +51,7 @@ use crate::cluster::ClusterState;
 use crate::publish::{Publisher, Updates};
 
 /// The log, the snapshots and the applied state lie in this folder of the data folder.
-const FOLDER: &str = "raft";
+pub(crate) const FOLDER: &str = "raft";
 /// Locked while a member runs on the folder.
 const LOCK: &str = "lock";
 

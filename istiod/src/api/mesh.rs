@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::page::{After, Wanted, key_of};
 use super::types::{
-    HistoryEntry, MemberRow, Page, ProxyRow, Revisions, Rows, ServiceRow, Version, WaitReport, WorkloadRow,
+    HistoryEntry, Page, ProxyRow, Revisions, Rows, ServiceRow, Version, WaitReport, WorkloadRow,
 };
 use super::{Api, ApiError, Caller, LONGEST_WAIT, aside, view};
 
@@ -120,23 +120,6 @@ impl Api {
             self.keep(&snapshot);
         }
         Ok(page)
-    }
-
-    /// The members of the control plane, as this one knows them.
-    #[must_use]
-    pub fn members(&self) -> Vec<MemberRow> {
-        let status = self.raft.status().borrow().clone();
-        let voters = status.voters.iter().map(|id| (*id, "voter"));
-        let members = voters.chain(status.learners.iter().map(|id| (*id, "learner")));
-        let row = |(id, role): (u64, &str)| MemberRow {
-            id,
-            name: String::new(),
-            role: if status.leader == Some(id) { "leader" } else { role }.to_owned(),
-            this: id == status.id,
-            addresses: std::collections::BTreeMap::new(),
-            version: if id == status.id { env!("CARGO_PKG_VERSION") } else { "" }.to_owned(),
-        };
-        members.map(row).collect()
     }
 
     /// Where this member stands in the log, and what it remembers.

@@ -7,6 +7,7 @@ pub mod access;
 pub mod audit;
 pub mod backup;
 pub mod history;
+pub mod members;
 pub mod mesh;
 pub mod objects;
 pub mod plain;

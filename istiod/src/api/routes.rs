@@ -22,6 +22,7 @@ pub const AREAS: &[&[Route]] = &[
     rest::audit::ROUTES,
     rest::backup::ROUTES,
     grpc::ROUTES,
+    rest::members::ROUTES,
 ];
 
 /// Every route.

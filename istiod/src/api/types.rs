@@ -1,6 +1,7 @@
 //! What the admin API says, as JSON. Shared with `istioctl`; field names are the API's.
 
 mod access;
+pub mod members;
 mod problem;
 mod query;
 
@@ -12,9 +13,7 @@ use serde_json::Value;
 
 use super::preview::PreviewReport;
 
-pub use self::access::{
-    ApiTokenCreated, ApiTokenRequest, ApiTokenRow, BindingRequest, BindingRow, MemberRow, WhoAmI,
-};
+pub use self::access::{ApiTokenCreated, ApiTokenRequest, ApiTokenRow, BindingRequest, BindingRow, WhoAmI};
 pub use self::problem::{Mistake, Problem};
 pub use self::query::{
     Changing, Consistency, DryRun, Expected, Listing, Patience, ProxyTypes, Read, Rows, Since, Watching,

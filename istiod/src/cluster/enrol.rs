@@ -1,6 +1,6 @@
 //! A new member is taken in: what it asks, and what a member answers.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use ca::authn::Hash;
@@ -9,6 +9,7 @@ use ca::renewal::Clock;
 use ca::state::unix_seconds;
 use ca::tls::IdentityWatch;
 use futures::future::BoxFuture;
+use tokio::sync::watch;
 use tonic::{Code, Status};
 
 use super::secrets::Secrets;
@@ -17,7 +18,7 @@ use super::{ClusterCommand, ClusterOutcome, Description};
 use crate::raft::peers::service::Host;
 use crate::raft::peers::tls;
 use crate::raft::wire::peers_client::PeersClient;
-use crate::raft::wire::{EnrolReply, EnrolRequest, PeerAddress, PeerDescription};
+use crate::raft::wire::{EnrolReply, EnrolRequest, HeardAgent, PeerAddress, PeerDescription};
 use crate::raft::{Command, Outcome, Raft};
 
 /// Pause before all members are asked again.
@@ -47,8 +48,16 @@ pub struct Door {
     pub trust_domain: TrustDomain,
     /// What time it is.
     pub clock: Clock,
+    /// What this member serves, once it does.
+    pub serving: Arc<OnceLock<Serving>>,
+}
+
+/// What a member tells its peers of those it serves.
+pub struct Serving {
     /// Connected xDS streams.
-    pub streams: Arc<dyn Fn() -> u64 + Send + Sync>,
+    pub streams: watch::Receiver<u64>,
+    /// The agents that it heard within a time.
+    pub heard: Box<dyn Fn(Duration) -> Vec<HeardAgent> + Send + Sync>,
 }
 
 impl Door {
@@ -100,7 +109,11 @@ impl Host for Door {
     }
 
     fn streams(&self) -> u64 {
-        (self.streams)()
+        self.serving.get().map_or(0, |serving| *serving.streams.borrow())
+    }
+
+    fn heard(&self, within: Duration) -> Vec<HeardAgent> {
+        self.serving.get().map_or_else(Vec::new, |serving| (serving.heard)(within))
     }
 }
 

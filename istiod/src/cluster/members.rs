@@ -6,7 +6,8 @@ use std::time::Duration;
 use ca::authn::Hash;
 use ca::renewal::Clock;
 use ca::state::unix_seconds;
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use super::plan::caught_up;
 use super::ticket::{Ticket, TicketError};
@@ -41,7 +42,7 @@ pub struct Peers {
 }
 
 /// How a member takes part.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Part {
     /// It leads.
@@ -55,7 +56,7 @@ pub enum Part {
 }
 
 /// A member as operators see it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct MemberView {
     /// Its number.
@@ -156,6 +157,9 @@ impl Members {
         let cluster = self.raft.cluster().borrow().clone();
         let status = self.raft.status().borrow().clone();
         let standing = self.standing(&status).await;
+        if cluster.members().is_empty() {
+            return Ok(vec![alone(&status)]);
+        }
         let view = |(id, member): (&u64, &super::Member)| {
             let Description { name, peer, xds, admin, program, .. } = member.description.clone();
             let progress = standing.of(*id);
@@ -326,7 +330,7 @@ impl Members {
             Standing { leader: status.leader, last: status.last_index, progress: BTreeMap::new() };
         let client = status.leader.and_then(|leader| self.peers.as_ref()?.connected.client(leader));
         let Some(mut client) = client else { return standing };
-        if let Ok(Ok(reply)) = tokio::time::timeout(ASK, client.load(LoadRequest {})).await {
+        if let Ok(Ok(reply)) = tokio::time::timeout(ASK, client.load(LoadRequest::default())).await {
             let reply = reply.into_inner();
             standing.last = reply.last_index;
             let told = reply.progress.into_iter();
@@ -340,6 +344,23 @@ impl Members {
 fn known(cluster: &ClusterState, ids: &BTreeSet<u64>) -> Result<(), MembersError> {
     let missing = ids.iter().find(|id| cluster.member(**id).is_none());
     missing.map_or(Ok(()), |id| Err(ClusterRefusal::NoMember(*id, cluster.retired().contains(id)).into()))
+}
+
+/// A member that stands alone and has said nothing of itself.
+fn alone(status: &Status) -> MemberView {
+    MemberView {
+        id: status.id,
+        name: String::new(),
+        part: part(status.id, status),
+        peer: String::new(),
+        xds: String::new(),
+        admin: String::new(),
+        program: env!("CARGO_PKG_VERSION").to_owned(),
+        wants_vote: true,
+        replaces: None,
+        behind: Some(0),
+        heard: Some(true),
+    }
 }
 
 fn part(id: u64, status: &Status) -> Part {

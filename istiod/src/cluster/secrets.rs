@@ -34,8 +34,11 @@ pub struct Membership {
     pub id: u64,
     /// It began the cluster; the others were taken in.
     pub founded: bool,
-    /// Where the others were when it was taken in.
+    /// Where the members were when this one last knew.
     pub peers: BTreeMap<u64, String>,
+    /// Its log was begun: if it is gone now, it was lost.
+    #[serde(default)]
+    pub started: bool,
 }
 
 /// What all members hold.
@@ -123,7 +126,7 @@ impl Kept {
         }
         let files = SigningRoot::generate(&tls::domain(), now, Serial::random()?)?.to_files();
         let secrets = Secrets { ca_cert: files.ca_cert, ca_key: files.ca_key, key: ClusterKey::random()? };
-        self.keep(&secrets, &Membership { id, founded: true, peers: BTreeMap::new() })
+        self.keep(&secrets, &Membership { id, founded: true, peers: BTreeMap::new(), started: false })
     }
 
     /// Keeps what a member was given when it was taken in.
@@ -139,7 +142,7 @@ impl Kept {
         };
         secrets.root(now)?;
         let peers = reply.peers.into_iter().map(|peer| (peer.id, peer.address)).collect();
-        let membership = Membership { id: reply.id, founded: false, peers };
+        let membership = Membership { id: reply.id, founded: false, peers, started: false };
         self.keep(&secrets, &membership)?;
         Ok(membership)
     }
@@ -149,6 +152,15 @@ impl Kept {
         self.store.store(CERT, secrets.ca_cert.as_bytes())?;
         self.store.store(KEY, secrets.ca_key.as_bytes())?;
         self.store.store(CLUSTER_KEY, secrets.key.expose())?;
+        self.note(membership)
+    }
+
+    /// Notes what has changed of the membership.
+    ///
+    /// # Errors
+    ///
+    /// [`SecretsError::Store`].
+    pub fn note(&self, membership: &Membership) -> Result<(), SecretsError> {
         let text = serde_json::to_vec(membership).unwrap_or_default();
         Ok(self.store.store(MEMBERSHIP, &text)?)
     }

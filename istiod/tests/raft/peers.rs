@@ -304,7 +304,7 @@ async fn strangers_and_certificates_of_the_mesh_are_refused_and_garbage_harms_no
         let config = ca::tls::ClientTls { own, verify, alpn, min_version: ca::tls::MinVersion::Tls13 };
         let channel = tls::connect(&address, 1, config.build().unwrap()).await?;
         let mut client = wire::peers_client::PeersClient::new(channel);
-        client.load(wire::LoadRequest {}).await.map(drop).map_err(|status| status.to_string())
+        client.load(wire::LoadRequest::default()).await.map(drop).map_err(|status| status.to_string())
     };
     let peer = tls::identity(cluster.root(), 2, clock(), &tasks, stop.clone()).await.unwrap();
     call(peer.clone(), None).await.expect("a peer may ask");

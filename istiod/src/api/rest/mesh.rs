@@ -11,8 +11,8 @@ use serde_json::Value;
 
 use super::super::routes::{Route, Scope, schema};
 use super::super::types::{
-    EventRow, HistoryEntry, ListMeta, MemberRow, Page, Patience, ProxyRow, ProxyTypes, Revisions, Rows,
-    ServiceRow, Since, WaitReport, WorkloadRow,
+    EventRow, HistoryEntry, ListMeta, Page, Patience, ProxyRow, ProxyTypes, Revisions, Rows, ServiceRow,
+    Since, WaitReport, WorkloadRow,
 };
 use super::super::{Api, Caller, LONGEST_WAIT};
 use super::{Answer, Path, Query};
@@ -58,10 +58,6 @@ pub(in crate::api) const ROUTES: &[Route] = &[
         .query(schema::<Since>)
         .json(schema::<Page<EventRow>>)
         .rpc("Mesh/ListEvents"),
-    Route::get("/api/v1/members", Permission::Read, Scope::Nobody, || get(members))
-        .named("listMembers", "Members of the control plane.")
-        .json(schema::<Page<MemberRow>>)
-        .rpc("Members/List"),
     Route::get("/api/v1/revisions", Permission::Read, Scope::Nobody, || get(revisions))
         .named("getRevisions", "Where this member stands in the log, and what it remembers.")
         .json(schema::<Revisions>)
@@ -130,10 +126,6 @@ async fn events(
     Query(since): Query<Since>,
 ) -> Answer<Page<EventRow>> {
     Ok(Json(api.events(&caller, &since)?))
-}
-
-async fn members(State(api): State<Api>) -> Json<Page<MemberRow>> {
-    Json(Page { items: api.members(), metadata: ListMeta::default() })
 }
 
 async fn revisions(State(api): State<Api>) -> Json<Revisions> {

@@ -1,7 +1,5 @@
 //! Operators: their tokens, the roles of certificates, and who a caller is.
 
-use std::collections::BTreeMap;
-
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -116,25 +114,4 @@ pub struct BindingRow {
     pub created: String,
     /// Who made it.
     pub created_by: String,
-}
-
-/// A member of the control plane.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct MemberRow {
-    /// Raft member id.
-    pub id: u64,
-    /// Name, if one was given.
-    #[serde(default)]
-    pub name: String,
-    /// `leader`, `voter` or `learner`.
-    pub role: String,
-    /// This is the member that answers.
-    pub this: bool,
-    /// Addresses by port name: `peer`, `xds`, `admin`.
-    #[serde(default)]
-    pub addresses: BTreeMap<String, String>,
-    /// Version of the program, if it is known.
-    #[serde(default)]
-    pub version: String,
 }

@@ -1,6 +1,7 @@
 //! The peer port: what other members send, checked, and handed to the raft thread.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ca::tls::accept::PeerCertificates;
 use ca::tls::{ServerContext, accept};
@@ -20,8 +21,8 @@ use crate::raft::node::{Event, Refusal};
 use crate::raft::snapshots::Snapshots;
 use crate::raft::wire::peers_server::{Peers, PeersServer};
 use crate::raft::wire::{
-    EnrolReply, EnrolRequest, ForwardReply, ForwardRequest, ForwardVerdict, LoadReply, LoadRequest, Message,
-    MessageType, MessagesEnded, PeerProgress, SnapshotPart, SnapshotProgress,
+    EnrolReply, EnrolRequest, ForwardReply, ForwardRequest, ForwardVerdict, HeardAgent, LoadReply,
+    LoadRequest, Message, MessageType, MessagesEnded, PeerProgress, SnapshotPart, SnapshotProgress,
 };
 
 /// What the peer port asks of the rest of the member.
@@ -31,6 +32,9 @@ pub trait Host: Send + Sync + 'static {
 
     /// Connected xDS streams.
     fn streams(&self) -> u64;
+
+    /// The agents that this member itself heard within a time.
+    fn heard(&self, within: Duration) -> Vec<HeardAgent>;
 }
 
 /// A host that takes nobody in.
@@ -44,6 +48,10 @@ impl Host for Closed {
 
     fn streams(&self) -> u64 {
         0
+    }
+
+    fn heard(&self, _: Duration) -> Vec<HeardAgent> {
+        Vec::new()
     }
 }
 
@@ -187,6 +195,8 @@ impl<M: StateMachine> Peers for Calls<M> {
 
     async fn load(&self, request: Request<LoadRequest>) -> Result<Response<LoadReply>, Status> {
         self.service.caller(&request)?;
+        let within = Duration::from_millis(request.into_inner().heard_within_ms);
+        let heard = if within.is_zero() { Vec::new() } else { self.service.host.heard(within) };
         let status = self.service.node.status().borrow().clone();
         let progress = status.progress.iter().map(|(id, progress)| PeerProgress {
             id: *id,
@@ -202,6 +212,7 @@ impl<M: StateMachine> Peers for Calls<M> {
             last_index: status.last_index,
             progress: progress.collect(),
             program: env!("CARGO_PKG_VERSION").to_owned(),
+            heard,
         }))
     }
 
