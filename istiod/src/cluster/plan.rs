@@ -41,10 +41,11 @@ pub fn next(cluster: &ClusterState, status: &Status, progress: &BTreeMap<u64, Pr
         .unwrap_or(Step::Wait(None))
 }
 
-/// Whether a member has caught up with a leader whose log ends at `last`.
+/// Whether a member has caught up with a leader whose log ends at `last`. One that has nothing yet has not, however
+/// short the log is.
 #[must_use]
 pub fn caught_up(progress: Progress, last: u64) -> bool {
-    progress.active && progress.matched + LAG >= last
+    progress.active && progress.matched > 0 && progress.matched + LAG >= last
 }
 
 struct Now<'a> {

@@ -16,4 +16,6 @@ mod mesh;
 #[cfg(test)]
 mod peers;
 #[cfg(test)]
+mod processes;
+#[cfg(test)]
 mod toy;
