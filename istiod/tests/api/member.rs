@@ -121,6 +121,7 @@ impl Member {
             fleet: tokio::sync::watch::Sender::new(Fleet::alone("127.0.0.1:15012")).subscribe(),
             watches: Arc::new(Semaphore::new(istiod::api::watch::MOST)),
             events: Events::default(),
+            members: istiod::cluster::members::Members::new(started.raft.clone(), None, clock.clone()),
             kept: Arc::default(),
         };
         let gate = Gate::new(start.access, started.access, clock.clone(), start.rates);

@@ -11,8 +11,8 @@ use serde_json::Value;
 
 use super::super::routes::{Route, Scope, schema};
 use super::super::types::{
-    EventRow, HistoryEntry, ListMeta, Page, Patience, ProxyRow, ProxyTypes, Revisions, Rows, ServiceRow,
-    Since, WaitReport, WorkloadRow,
+    EventRow, HistoryEntry, Page, Patience, ProxyRow, ProxyTypes, Revisions, Rows, ServiceRow, Since,
+    WaitReport, WorkloadRow,
 };
 use super::super::{Api, Caller, LONGEST_WAIT};
 use super::{Answer, Path, Query};
