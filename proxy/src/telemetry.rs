@@ -26,6 +26,7 @@ pub const METRICS: &[(&str, &str, &str)] = &[
     ("envoy_cluster_manager_warming_clusters", "gauge", "Clusters that wait for endpoints."),
     ("envoy_listener_manager_total_listeners_active", "gauge", "Listeners that accept."),
     ("envoy_listener_manager_total_listeners_warming", "gauge", "Listeners that wait for routes."),
+    ("xds_revision", "gauge", "The newest revision that a control plane of ours has sent."),
     ("xds_resources", "gauge", "Resources held, by type."),
     ("xds_rejected", "gauge", "1 while the last response of a type was refused in part, by type."),
 ];
@@ -153,6 +154,7 @@ impl Process {
             "envoy_server_concurrency" => self.workers as u64,
             "envoy_server_memory_physical_size" => resident_bytes(),
             "envoy_control_plane_connected_state" => u64::from(self.xds.connected.is_some()),
+            "xds_revision" => self.xds.revision.unwrap_or_default(),
             "envoy_cluster_manager_active_clusters" => self.clusters.0 as u64,
             "envoy_cluster_manager_warming_clusters" => self.clusters.1 as u64,
             "envoy_listener_manager_total_listeners_active" => self.listeners.0 as u64,

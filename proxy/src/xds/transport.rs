@@ -67,6 +67,8 @@ pub struct ServerTls {
 pub struct Status {
     /// The server of the open stream.
     pub connected: Option<String>,
+    /// The newest revision that a control plane of ours has sent.
+    pub revision: Option<u64>,
     /// All that was asked for at the start is there.
     pub initialized: bool,
     /// What is held, by type.
@@ -259,6 +261,7 @@ impl Transport {
                     Some(held) => return StreamError::Older { sent: revision, held },
                     None => choice.on_revision(revision),
                 }
+                self.status.send_modify(|s| s.revision = Some(revision));
             }
             for request in self.take(response) {
                 if !session.send(request).await {

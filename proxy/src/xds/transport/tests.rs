@@ -124,3 +124,78 @@ async fn a_lost_stream_is_opened_again_with_what_is_held_and_tables_stay() {
     tasks.close();
     tokio::time::timeout_at(deadline, tasks.wait()).await.unwrap();
 }
+
+/// A member that accepts streams, or refuses each with a hint; it tells what its clients said.
+struct Member {
+    address: std::net::SocketAddr,
+    asked: Arc<Mutex<Vec<(Option<u64>, Option<u64>)>>>,
+}
+
+impl Member {
+    /// `hint`: why it refuses everybody who has not been refused by somebody else.
+    async fn start(
+        hint: Option<Hint>,
+        tasks: &tokio_util::task::TaskTracker,
+        stop: &CancellationToken,
+    ) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let asked = Arc::<Mutex<Vec<_>>>::default();
+        let seen = Arc::clone(&asked);
+        let intercept = move |request: Asked<()>| {
+            let number = |key: &str| request.metadata().get(key)?.to_str().ok()?.parse::<u64>().ok();
+            let said = (number(members::REFUSALS), number(members::REVISION));
+            seen.lock().unwrap().push(said);
+            match hint.filter(|_| said.0 == Some(0)) {
+                None => Ok(request),
+                Some(hint) => {
+                    let mut refusal = GrpcStatus::unavailable("go elsewhere");
+                    refusal.metadata_mut().insert(members::MOVE, hint.word().parse().unwrap());
+                    Err(refusal)
+                }
+            }
+        };
+        let service = AggregatedDiscoveryServiceServer::with_interceptor(Server::default(), intercept);
+        tasks.spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming_shutdown(
+            tokio_stream::wrappers::TcpListenerStream::new(listener),
+            stop.clone().cancelled_owned(),
+        ));
+        Self { address, asked }
+    }
+}
+
+#[tokio::test]
+async fn who_is_refused_asks_the_next_member_at_once_and_says_so() {
+    let (stop, tasks) = (CancellationToken::new(), tokio_util::task::TaskTracker::new());
+    // Both refuse at first, whichever is preferred: one of them is asked again by who was refused.
+    let first = Member::start(Some(Hint::Surplus), &tasks, &stop).await;
+    let second = Member::start(Some(Hint::Surplus), &tasks, &stop).await;
+    let (_tables, writer) = TableStore::new(1);
+    let (status, mut watch) = watch::channel(Status::default());
+    let told = watch::Sender::new(vec![first.address.to_string(), second.address.to_string()]);
+    let transport = Transport {
+        settings: Settings {
+            servers: Vec::new(),
+            members: Some(told.subscribe()),
+            tls: None,
+            protocol: Protocol::Delta,
+            authority: None,
+        },
+        client: Client::new(Node { id: "n".into(), ..Default::default() }, Protocol::Delta),
+        writer,
+        status,
+        rng: fastrand::Rng::with_seed(7),
+        clock: || jiff::Timestamp::UNIX_EPOCH,
+    };
+    tasks.spawn(transport.run(stop.clone()));
+    let patience = Duration::from_secs(20);
+    let connected = tokio::time::timeout(patience, watch.wait_for(|status| status.connected.is_some())).await;
+    let server = connected.unwrap().unwrap().connected.clone().unwrap();
+    let (refused, served) =
+        if server == first.address.to_string() { (&second, &first) } else { (&first, &second) };
+    assert_eq!(refused.asked.lock().unwrap().first(), Some(&(Some(0), None)));
+    assert_eq!(served.asked.lock().unwrap().first(), Some(&(Some(1), None)), "one has refused");
+    stop.cancel();
+    tasks.close();
+    tokio::time::timeout(patience, tasks.wait()).await.unwrap();
+}
