@@ -4,6 +4,7 @@
 //! one function that persists, sends, applies and advances in the order in which that is safe. It starts no thread,
 //! reads no clock and knows no channel: [`thread`] wraps it for production, tests and simulation step it by hand.
 
+mod appends;
 mod drain;
 mod event;
 pub mod files;
@@ -157,9 +158,10 @@ impl<M: StateMachine> Driver<M> {
     /// 4. committed entries are applied, in order, and stored with their mark in one atomic batch;
     /// 5. the raft crate is told, which may commit and release more.
     fn settle(&mut self, transport: &mut dyn Transport, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
+        let most = self.settings.message_bytes;
         while self.raw.has_ready() {
             let mut ready = self.raw.ready();
-            send(transport, ready.take_messages());
+            send(transport, most, ready.take_messages());
 
             if !ready.snapshot().is_empty() {
                 let snapshot = ready.snapshot().clone();
@@ -175,7 +177,7 @@ impl<M: StateMachine> Driver<M> {
                 log.sync()?;
             }
 
-            send(transport, ready.take_persisted_messages());
+            send(transport, most, ready.take_persisted_messages());
             for read in ready.take_read_states() {
                 self.reads.confirmed(&read.request_ctx, read.index);
             }
@@ -189,10 +191,10 @@ impl<M: StateMachine> Driver<M> {
                 state.commit = commit;
                 log.set_hard_state(state);
             }
-            send(transport, light.take_messages());
+            send(transport, most, light.take_messages());
             self.apply(light.take_committed_entries(), out)?;
             self.raw.advance_apply();
-            send(transport, self.heir.take().map(|heir| self.hand_over(heir)).into_iter().collect());
+            send(transport, most, self.heir.take().map(|heir| self.hand_over(heir)).into_iter().collect());
         }
         self.tell_role();
         Ok(())
@@ -485,9 +487,9 @@ impl<M: StateMachine> Driver<M> {
     }
 }
 
-fn send(transport: &mut dyn Transport, messages: Vec<Message>) {
+fn send(transport: &mut dyn Transport, most_bytes: u64, messages: Vec<Message>) {
     if !messages.is_empty() {
-        transport.send(messages);
+        transport.send(appends::join(messages, most_bytes));
     }
 }
 

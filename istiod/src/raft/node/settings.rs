@@ -80,7 +80,8 @@ impl Settings {
             max_election_tick: self.election_ticks * 2,
             read_only_option: raft::ReadOnlyOption::Safe,
             skip_bcast_commit: false,
-            batch_append: true,
+            // Not safe in 0.7: the driver joins appends itself.
+            batch_append: false,
             priority: 0,
             max_uncommitted_size: self.uncommitted_bytes,
             max_committed_size_per_ready: self.apply_bytes,
