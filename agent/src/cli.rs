@@ -1,5 +1,7 @@
 //! What can be asked of the agent.
 
+mod installed;
+
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -10,10 +12,11 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use ca::authn::JoinToken;
 use clap::{Args, Parser, Subcommand};
+use proxy::supervisor::Inherited;
 use proxy::telemetry::LogLevel;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_util::sync::CancellationToken;
 
+use crate::Orders;
 use crate::capture::{Block, CaptureError, INBOUND_PORT, Plan};
 use crate::config::{Config, ProxySeat, Seat};
 use crate::join;
@@ -24,7 +27,7 @@ use crate::register::Workload;
 #[command(name = "istio-agent", version, about = "The node agent of the mesh, with the proxy inside")]
 pub struct Cli {
     /// Level of the log, or levels by module: `info,proxy::xds=debug`
-    #[arg(long, global = true, default_value = "info")]
+    #[arg(long, global = true, env = "ISTIO_LOG_LEVEL", default_value = "info")]
     log_level: String,
     /// What to do.
     #[command(subcommand)]
@@ -33,6 +36,10 @@ pub struct Cli {
 
 #[derive(Debug, Clone, Subcommand)]
 enum Command {
+    /// Use a join token up, so that `serve` needs none
+    Join(installed::Join),
+    /// Run the proxy of this machine, which has joined, as the files in /etc/istio say
+    Serve(installed::Serve),
     /// Join the mesh and run the proxy of one workload
     Run(Run),
     /// Join the mesh and hand the certificate of one workload to a stock Envoy
@@ -161,6 +168,8 @@ pub fn main(cli: Cli) -> ExitCode {
     // A second log in one process (a test) is not wanted and does no harm.
     let log = proxy::telemetry::init(&cli.log_level, false).ok();
     let config = match cli.command {
+        Command::Join(join) => return done(join.join(), "this machine has not joined"),
+        Command::Serve(serve) => serve.config(),
         Command::Run(run) => run.config(),
         Command::Secrets(secrets) => secrets.config(),
         Command::Capture(command) => return capture(command),
@@ -172,10 +181,14 @@ pub fn main(cli: Cli) -> ExitCode {
             return ExitCode::from(64);
         }
     };
-    match run_until_signal(config, log) {
+    done(run_until_signal(config, log), "the agent ends")
+}
+
+fn done(outcome: anyhow::Result<()>, otherwise: &'static str) -> ExitCode {
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!(error = format!("{error:#}"), "the agent ends");
+            tracing::error!(error = format!("{error:#}"), "{otherwise}");
             ExitCode::FAILURE
         }
     }
@@ -217,17 +230,19 @@ fn run_until_signal(config: Config, log: Option<LogLevel>) -> anyhow::Result<()>
     // The data plane has threads of its own; this runtime joins, registers and renews.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async {
-        let stop = CancellationToken::new();
+        let orders = Orders::default();
         let (mut terminate, mut interrupt) =
             (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let mut agent = std::pin::pin!(crate::run(config, log, stop.clone()));
-        tokio::select! {
-            ended = &mut agent => return ended,
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+        let mut hang_up = signal(SignalKind::hangup())?;
+        let mut agent = std::pin::pin!(crate::run(config, log, orders.clone()));
+        loop {
+            tokio::select! {
+                ended = &mut agent => return ended,
+                _ = terminate.recv() => orders.leave.cancel(),
+                _ = interrupt.recv() => orders.leave.cancel(),
+                _ = hang_up.recv() => orders.hand_over.cancel(),
+            }
         }
-        stop.cancel();
-        agent.await
     })
 }
 
@@ -254,10 +269,6 @@ impl Member {
         })
     }
 
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "the one place where a start of the agent gets its identifier"
-    )]
     fn workload(&self, captured: bool) -> anyhow::Result<Workload> {
         let ports = self.ports.iter().map(|(name, port)| {
             Ok((name.clone(), port.parse().with_context(|| format!("`{port}` is not a port"))?))
@@ -273,7 +284,7 @@ impl Member {
                 true => vec![INBOUND_PORT],
                 false => self.forward()?.into_keys().collect(),
             },
-            session: uuid::Uuid::new_v4().to_string(),
+            session: new_session(),
         })
     }
 
@@ -297,7 +308,7 @@ impl Run {
         let workers =
             self.workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
         ensure!(workers > 0, "--workers: at least 1");
-        self.member.config(Seat::Proxy(ProxySeat {
+        self.member.config(Seat::Proxy(Box::new(ProxySeat {
             name: self.member.name.clone(),
             addresses: self.member.addresses.clone(),
             labels: self.member.labels.iter().cloned().collect(),
@@ -308,7 +319,8 @@ impl Run {
             readiness: self.readiness,
             workers,
             drain: Duration::from_secs(self.drain),
-        }))
+            inherited: Inherited::from_manager(),
+        })))
     }
 }
 
@@ -316,6 +328,11 @@ impl Secrets {
     fn config(&self) -> anyhow::Result<Config> {
         self.member.config(Seat::Secrets { socket: self.socket.clone() })
     }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the one place where a start of the agent gets its identifier")]
+fn new_session() -> String {
+    uuid::Uuid::new_v4().to_string()
 }
 
 fn key_value(text: &str) -> Result<(String, String), String> {

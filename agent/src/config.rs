@@ -11,6 +11,7 @@ use ca::identity::SpiffeId;
 use ca::tls::{ExpectedIdentities, IdentityWatch};
 use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::google::protobuf::{Struct, Value, value::Kind};
+use proxy::supervisor::Inherited;
 use proxy::xds::client::Protocol;
 use proxy::xds::decode::Address;
 use proxy::xds::transport::{ServerTls, Settings};
@@ -44,7 +45,7 @@ pub struct Config {
 #[derive(Debug, Clone)]
 pub enum Seat {
     /// Our proxy, in this process.
-    Proxy(ProxySeat),
+    Proxy(Box<ProxySeat>),
     /// A stock Envoy, which gets its certificate from this Unix socket.
     Secrets {
         /// Path of the socket.
@@ -83,6 +84,8 @@ pub struct ProxySeat {
     pub workers: usize,
     /// How long open requests may take to finish at the end.
     pub drain: Duration,
+    /// Listening sockets that the process before this one left.
+    pub inherited: Inherited,
 }
 
 impl ProxySeat {
@@ -116,6 +119,7 @@ impl ProxySeat {
         config.ready = Some(self.readiness);
         config.workers = self.workers;
         config.drain = self.drain;
+        config.inherited = self.inherited;
         Ok(config)
     }
 

@@ -27,6 +27,8 @@ pub struct Joined {
     pub members: Followed,
     /// Who we are; renewed in the background.
     pub identity: IdentityWatch,
+    /// Where key, certificate and membership are.
+    pub store: KeyStore,
 }
 
 /// What a join token told that is needed after it was used up. Not secret.
@@ -53,6 +55,15 @@ impl Membership {
 #[must_use]
 pub fn is_member(data_dir: &Path) -> bool {
     data_dir.join(MEMBERSHIP_FILE).exists()
+}
+
+/// Where the control plane was when this folder's agent joined, `host:port`.
+///
+/// # Errors
+///
+/// It has not joined, or the folder cannot be read.
+pub fn endpoints(data_dir: &Path) -> anyhow::Result<Vec<String>> {
+    Ok(remembered(&KeyStore::open(data_dir)?)?.endpoints)
 }
 
 /// Gets the identity and keeps renewing it on `tasks` until `stop`.
@@ -89,22 +100,25 @@ pub async fn identity(
     let source = CertificateSource {
         issuance,
         clock: clock(),
-        store: Some(store),
+        store: Some(store.clone()),
         lifetime: config.certificate_lifetime,
         expected: Some(expected),
         rng: fastrand::Rng::new(),
     };
     let identity = source.start(tasks, stop).await.context("cannot get a certificate")?;
     tracing::info!(peer = %identity.borrow().spiffe_id, "joined the mesh");
-    Ok(Joined { members, identity })
+    Ok(Joined { members, identity, store })
 }
 
 fn remembered(store: &KeyStore) -> anyhow::Result<Membership> {
     let bytes = store.load(MEMBERSHIP_FILE)?.with_context(|| {
-        format!("{} has no membership; join with `--token TOKEN` first", store.dir().display())
+        format!(
+            "{} has no membership; join first, with `istio-agent join TOKEN` or `--token TOKEN`",
+            store.dir().display()
+        )
     })?;
     serde_json::from_slice(&bytes)
-        .with_context(|| format!("{MEMBERSHIP_FILE} is damaged; join again with `--token TOKEN`"))
+        .with_context(|| format!("{MEMBERSHIP_FILE} is damaged; join again with a new token"))
 }
 
 /// The agent's one clock for certificates.

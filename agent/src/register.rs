@@ -9,11 +9,12 @@ use ca::identity::SpiffeId;
 use ca::tls::{ExpectedIdentities, IdentityWatch};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 use wire::mesh::workload_service_client::WorkloadServiceClient;
 use wire::mesh::{DeregisterRequest, HealthRequest, RegisterRequest};
+
+use crate::Orders;
 
 /// A call to the control plane that takes longer is given up.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -123,11 +124,23 @@ impl Registration {
         Self { workload, control_plane }
     }
 
+    /// The session that speaks for the workload.
+    #[must_use]
+    pub fn session(&self) -> &str {
+        &self.workload.session
+    }
+
     /// Registers, reports healthy when the proxy takes connections, repeats that as a sign of life, and takes the
-    /// workload out again at `stop`. What fails is tried again until then.
-    pub async fn keep(self, stop: CancellationToken) {
+    /// workload out again when the agent is told to leave. What fails is tried again until then.
+    ///
+    /// A hand-over leaves it as it is: the process that follows goes on with this session.
+    pub async fn keep(self, orders: &Orders) {
         let entry = Mutex::new(None);
-        stop.run_until_cancelled(self.stay(&entry)).await;
+        tokio::select! {
+            never = self.stay(&entry) => match never {},
+            () = orders.leave.cancelled() => {}
+            () = orders.hand_over.cancelled() => return,
+        }
         let entry = entry.into_inner().unwrap_or_else(PoisonError::into_inner);
         let Some(entry) = entry else { return };
         if tokio::time::timeout(FAREWELL, self.leave(&entry)).await.is_err() {

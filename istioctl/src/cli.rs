@@ -109,7 +109,7 @@ pub(crate) enum Command {
         /// For which shell
         shell: clap_complete::Shell,
     },
-    /// Run another program of the mesh out of this binary (used by the demo)
+    /// Run another program of the mesh out of this binary (used by the demo and by packaging)
     #[command(subcommand, hide = true)]
     Internal(Internal),
 }
@@ -431,6 +431,11 @@ pub(crate) enum Internal {
     Istiod(istiod::cli::Cli),
     /// The node agent
     Agent(Box<agent::cli::Cli>),
+    /// Write manual pages and completion scripts of all programs into a folder
+    Documents {
+        /// The folder
+        folder: PathBuf,
+    },
     /// A service of the demo
     Service(crate::demo::app::Service),
 }

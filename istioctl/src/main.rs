@@ -4,6 +4,7 @@ mod cli;
 mod client;
 mod commands;
 mod demo;
+mod documents;
 mod output;
 
 use std::process::ExitCode;
@@ -33,6 +34,9 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let command = match cli.command {
         Command::Internal(Internal::Istiod(istiod)) => return Ok(istiod::cli::main(istiod)),
         Command::Internal(Internal::Agent(agent)) => return Ok(agent::cli::main(*agent)),
+        Command::Internal(Internal::Documents { folder }) => {
+            return documents::write(&folder).map(|()| ExitCode::SUCCESS);
+        }
         Command::Completion { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "istioctl", &mut script);

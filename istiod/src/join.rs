@@ -210,8 +210,10 @@ impl WorkloadService for Joining {
                 join.service_account
             )));
         }
-        // Its proxy learns what to listen on from this registration; traffic comes when the agent says so.
-        registration.healthy = false;
+        // Its proxy learns what to listen on from this registration; traffic comes when the agent says so. A session that
+        // goes on has said so already.
+        let (known, _) = self.registered(&registration.key());
+        registration.healthy = known.is_some_and(|known| known.session == join.session && known.healthy);
         let name = registration.name.clone();
         let key = registration.key();
         let change = Change::RegisterWorkload { registration: Arc::new(registration) };

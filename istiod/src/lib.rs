@@ -19,6 +19,7 @@ pub mod preview;
 pub mod publish;
 pub mod push;
 pub mod raft;
+mod supervisor;
 mod upkeep;
 
 use std::net::SocketAddr;
@@ -178,6 +179,8 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> anyhow::Result<
     ports::serve_agents(xds, identity.clone(), ads, joining, &tasks, &stopped)?;
     ports::serve_operators(admin, config.admin_tls.then_some(identity), api, &gate, &tasks, &stopped)?;
     ports::serve_metrics(plain, metrics, &tasks, &stopped);
+
+    tasks.spawn(supervisor::keep(started.raft.clone(), stopped.clone()));
 
     let fatal = tokio::select! {
         () = stopped.cancelled() => None,

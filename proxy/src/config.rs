@@ -9,6 +9,7 @@ use ca::tls::IdentityWatch;
 use envoy_types::pb::envoy::config::bootstrap::v3::Bootstrap;
 use envoy_types::pb::envoy::config::core::v3::Node;
 
+use crate::supervisor::Inherited;
 use crate::tables::Update;
 use crate::xds::decode::{Address, json};
 use crate::xds::transport;
@@ -37,6 +38,8 @@ pub struct Config {
     pub workers: usize,
     /// How long open requests may take to end.
     pub drain: Duration,
+    /// Listening sockets that the process before this one left.
+    pub inherited: Inherited,
     /// The bootstrap file, for the configuration dump.
     pub bootstrap: Option<Arc<Bootstrap>>,
     /// Where the bootstrap file is, for `/server_info`.
@@ -57,6 +60,7 @@ impl Config {
             ready: None,
             workers: 0,
             drain: DEFAULT_DRAIN,
+            inherited: Inherited::default(),
             bootstrap: None,
             bootstrap_path: None,
         }

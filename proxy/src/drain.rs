@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 #[derive(Debug, Clone, Default)]
 pub struct Drain {
     accepting: CancellationToken,
+    handed_over: CancellationToken,
     cut: CancellationToken,
 }
 
@@ -39,6 +40,17 @@ impl Drain {
     #[must_use]
     pub fn is_cut(&self) -> bool {
         self.cut.is_cancelled()
+    }
+
+    /// Listening sockets are somebody else's from now on: the drain stops accepting on them and leaves them open.
+    pub fn leave_sockets_open(&self) {
+        self.handed_over.cancel();
+    }
+
+    /// Whether listening sockets stay open at the end.
+    #[must_use]
+    pub fn leaves_sockets_open(&self) -> bool {
+        self.handed_over.is_cancelled()
     }
 
     /// The first step: accept nothing more.

@@ -4,7 +4,7 @@
 //! the stream; [`tables`] holds them, swapped whole, with the [`sockets`] of their listeners; each [`worker`] serves
 //! connections on one core: [`listener`] takes them, [`tls`] opens them, [`http`] and [`tcp`] carry what is in them,
 //! asking [`authz`] and [`router`] on the way and sending it [`upstream`]. [`admin`] shows all of it; [`drain`] ends
-//! it.
+//! it; a service manager is told by [`supervisor`] how far it is.
 
 pub mod access_log;
 pub mod admin;
@@ -21,6 +21,7 @@ pub mod retry;
 pub mod router;
 mod run;
 pub mod sockets;
+pub mod supervisor;
 pub mod tables;
 pub mod tcp;
 pub mod telemetry;

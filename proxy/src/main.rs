@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
+use futures::FutureExt as _;
+use proxy::supervisor::Inherited;
 use proxy::telemetry::{LogLevel, init};
 use proxy::{Proxy, bootstrap};
 use tokio::signal::unix::{SignalKind, signal};
@@ -87,6 +89,7 @@ fn main() -> ExitCode {
         drain: Duration::from_secs(arguments.drain_time_s),
         stats: arguments.stats_address,
         ready: arguments.ready_address,
+        inherited: Inherited::from_manager(),
         ..config
     };
     match serve(config, log) {
@@ -104,13 +107,21 @@ async fn serve(config: proxy::config::Config, log: LogLevel) -> anyhow::Result<(
     let stop = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate()).context("signals")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("signals")?;
+    let mut hang_up = signal(SignalKind::hangup()).context("signals")?;
     let proxy = Proxy::start(config, Some(log)).await?;
-    let running = proxy.run(stop.clone());
+    let supervised = proxy.supervised();
+    let watched = supervised.clone().keep(stop.clone()).then(|()| std::future::pending::<()>());
+    let served = proxy.run(stop.clone());
+    let running = async { tokio::select!(() = served => {}, () = watched => {}) };
     tokio::pin!(running);
     tokio::select! {
         () = &mut running => return Ok(()),
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        _ = hang_up.recv() => {
+            let sockets = supervised.hand_over().context("cannot hand over")?;
+            tracing::info!(sockets, "handing over to the next process");
+        }
     }
     stop.cancel();
     running.await;

@@ -14,6 +14,7 @@ use crate::admin::serve::{Port, Socket, serve};
 use crate::config::Config;
 use crate::drain::Drain;
 use crate::metrics::Snapshot;
+use crate::supervisor::{Inherited, Supervised};
 use crate::tables::{TableStore, TableWriter};
 use crate::telemetry::{LogLevel, Scrape, State, Traffic};
 use crate::tls::Identity;
@@ -79,6 +80,7 @@ pub struct Proxy {
     control: CancellationToken,
     tasks: TaskTracker,
     workers: Vec<worker::Handle>,
+    inherited: Inherited,
 }
 
 /// Runs a proxy until `stop`, and drains it then.
@@ -106,6 +108,7 @@ impl Proxy {
         // 1. The tables, with what is there from the start.
         let workers = worker_count(config.workers);
         let (tables, mut writer) = TableStore::new(workers);
+        writer.inherit(config.inherited.clone());
         let rejected = writer.apply(&config.static_resources);
         if !rejected.is_empty() {
             return Err(StartError::Resources(rejected));
@@ -146,8 +149,9 @@ impl Proxy {
         for (socket, port) in ports {
             tasks.spawn(serve(socket, port, admin.clone(), control.clone()));
         }
-        let grace = config.drain;
-        Ok(Self { bound, tables, state, xds, drain, grace, quit, control, tasks, workers: handles })
+        let (grace, inherited) = (config.drain, config.inherited.clone());
+        let workers = handles;
+        Ok(Self { bound, tables, state, xds, drain, grace, quit, control, tasks, workers, inherited })
     }
 
     /// Where the proxy's own ports are.
@@ -172,6 +176,18 @@ impl Proxy {
     #[must_use]
     pub fn xds(&self) -> watch::Receiver<Status> {
         self.xds.clone()
+    }
+
+    /// What the service manager of this process wants to know of it.
+    #[must_use]
+    pub fn supervised(&self) -> Supervised {
+        Supervised {
+            state: self.state.clone(),
+            workers: self.workers.iter().map(worker::Handle::asker).collect(),
+            inherited: self.inherited.clone(),
+            tables: Arc::clone(&self.tables),
+            drain: self.drain.clone(),
+        }
     }
 
     /// Serves until `stop`, or until the admin port ends it; then drains: nothing new is accepted, what is open may

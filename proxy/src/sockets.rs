@@ -9,6 +9,7 @@ use std::path::Path;
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
+use crate::supervisor::Inherited;
 use crate::xds::decode::Address;
 use crate::xds::listener::Listener;
 
@@ -46,12 +47,13 @@ pub struct BindError {
 }
 
 impl Sockets {
-    /// Binds all addresses of a listener, for this many workers. A listener without sockets of its own has none.
+    /// Binds all addresses of a listener, for this many workers, or takes over the sockets that listen there already. A
+    /// listener without sockets of its own has none.
     ///
     /// # Errors
     ///
     /// The first address that cannot be bound.
-    pub fn bind(listener: &Listener, workers: usize) -> Result<Self, BindError> {
+    pub fn bind(listener: &Listener, workers: usize, inherited: &Inherited) -> Result<Self, BindError> {
         let mut sockets = Self::default();
         if !listener.bind_to_port {
             return Ok(sockets);
@@ -64,7 +66,16 @@ impl Sockets {
             match address {
                 Address::Socket(wanted) => {
                     let mut at = *wanted;
-                    for of_worker in &mut by_worker {
+                    // Connections wait in the queue of each, so each needs a worker, whatever their number was.
+                    let left = inherited.take(at);
+                    let served = left.len().min(workers);
+                    for (index, socket) in left.into_iter().enumerate() {
+                        socket.set_nonblocking(true).map_err(failed)?;
+                        if let Some(of_worker) = by_worker.get_mut(index % workers.max(1)) {
+                            of_worker.push(socket);
+                        }
+                    }
+                    for of_worker in by_worker.iter_mut().skip(served) {
                         let socket = tcp(at, listener).map_err(failed)?;
                         // Port 0 is chosen by the first; the others join it there.
                         at = socket.local_addr().map_err(failed)?;
@@ -88,6 +99,11 @@ impl Sockets {
     pub fn fit(&self, listener: &Listener) -> bool {
         let wanted: &[Address] = if listener.bind_to_port { &listener.addresses } else { &[] };
         *self.addresses == *wanted
+    }
+
+    /// All of them that are not Unix sockets.
+    pub fn tcp(&self) -> impl Iterator<Item = &std::net::TcpListener> {
+        self.tcp.iter().flatten()
     }
 
     /// Bound IP addresses and ports.

@@ -12,6 +12,7 @@ use envoy_types::pb::google::protobuf::Any;
 use tokio::sync::watch;
 
 use crate::sockets::Sockets;
+use crate::supervisor::Inherited;
 use crate::upstream::state::State;
 use crate::xds::cluster::Cluster;
 use crate::xds::cluster::endpoint::ClusterLoadAssignment;
@@ -174,6 +175,11 @@ impl Tables {
             next.forget_unreferenced();
         }
         (next, rejected)
+    }
+
+    /// The sockets of all listeners.
+    pub fn sockets(&self) -> impl Iterator<Item = &Arc<Sockets>> {
+        self.known.sockets.values()
     }
 
     /// Names of clusters and listeners that wait for endpoints or routes.
@@ -426,7 +432,7 @@ impl TableStore {
             current: ArcSwap::from_pointee(Tables::default()),
             generation: watch::Sender::new(0),
         });
-        (Arc::clone(&store), TableWriter { store, workers })
+        (Arc::clone(&store), TableWriter { store, workers, inherited: Inherited::default() })
     }
 
     /// The tables of this moment; whoever holds them keeps this version.
@@ -453,9 +459,15 @@ impl TableStore {
 pub struct TableWriter {
     store: Arc<TableStore>,
     workers: usize,
+    inherited: Inherited,
 }
 
 impl TableWriter {
+    /// Listeners from now on take over these sockets where they fit.
+    pub fn inherit(&mut self, sockets: Inherited) {
+        self.inherited = sockets;
+    }
+
     /// Carries out an update: all the work happens on a copy, readers see the old or the new. Tells which resources
     /// did not fit in: among them listeners whose addresses cannot be bound.
     pub fn apply(&mut self, update: &Update) -> Vec<Rejected> {
@@ -483,7 +495,7 @@ impl TableWriter {
             let known = now.known.sockets.get(&listener.name).filter(|s| s.fit(listener));
             let sockets = match known {
                 Some(sockets) => Arc::clone(sockets),
-                None => match Sockets::bind(listener, self.workers) {
+                None => match Sockets::bind(listener, self.workers, &self.inherited) {
                     Ok(sockets) => Arc::new(sockets),
                     Err(error) => {
                         let (kind, name) = (Kind::Listener, listener.name.to_string());

@@ -81,6 +81,7 @@ impl Options {
 /// What may be asked of a worker.
 #[derive(Debug)]
 enum Ask {
+    Alive(oneshot::Sender<()>),
     Snapshot(oneshot::Sender<Snapshot>),
     Endpoints(oneshot::Sender<Vec<EndpointStatus>>),
 }
@@ -123,6 +124,12 @@ impl Asker {
             return snapshot;
         }
         self.1.get().cloned().unwrap_or_default()
+    }
+
+    /// Answers when the worker does: whether it still runs.
+    pub async fn is_alive(&self) -> bool {
+        let (reply, answer) = oneshot::channel();
+        self.0.send(Ask::Alive(reply)).await.is_ok() && answer.await.is_ok()
     }
 
     /// The endpoints of clusters that the worker has used; empty when it has ended.
@@ -448,6 +455,7 @@ impl Worker {
     fn answer(&self, ask: Ask) {
         // whoever asked may have left
         match ask {
+            Ask::Alive(reply) => drop(reply.send(())),
             Ask::Snapshot(reply) => drop(reply.send(self.shared.registry.snapshot())),
             Ask::Endpoints(reply) => drop(reply.send(self.endpoints())),
         }
