@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use proxy::drain::Drain;
+use proxy::supervisor::Inherited;
 use proxy::tables::{Change, TableStore, TableWriter, Update};
 use proxy::worker::{self, Handle, Options};
 use proxy::xds::decode::Kind;
@@ -88,6 +89,58 @@ async fn a_connection_goes_on_under_the_chain_that_takes_the_place_of_its_own() 
     assert!(answer.starts_with("HTTP/1.1 418"), "{answer}");
     drain.stop_accepting();
     worker.ended().await;
+}
+
+/// A listener on this port, for this many workers, over the sockets that another left.
+fn start_over(
+    left: Vec<std::net::TcpListener>,
+    port: u16,
+    workers: usize,
+) -> (Arc<TableStore>, Drain, Vec<Handle>) {
+    let (tables, mut writer) = TableStore::new(workers);
+    writer.inherit(Inherited::new(left));
+    apply(&mut writer, &listener("raw_buffer").replace("port_value: 0", &format!("port_value: {port}")));
+    let drain = Drain::new();
+    let options = Options::new(Arc::clone(&tables), Arc::default(), drain.clone());
+    let workers =
+        (0..workers).map(|index| worker::start(index, options.clone()).expect("a worker")).collect();
+    (tables, drain, workers)
+}
+
+#[tokio::test]
+async fn who_connects_between_two_processes_is_served_by_the_second() {
+    for (before, after) in [(1, 3), (3, 1), (2, 2)] {
+        let (tables, drain, workers) = start_over(Vec::new(), 0, before);
+        let address = tables.load().listeners["in"].sockets.local()[0];
+        drop(connected(address).await);
+        let left: Vec<_> =
+            tables.load().sockets().flat_map(|s| s.tcp().map(|s| s.try_clone().unwrap())).collect();
+        assert_eq!(left.len(), before);
+        drain.leave_sockets_open();
+        drain.stop_accepting();
+        for worker in workers {
+            worker.ended().await;
+        }
+        drop(tables);
+        // Nobody accepts now, and nobody is refused.
+        let mut waiting = Vec::new();
+        for _ in 0..16 {
+            let mut stream = TcpStream::connect(address).await.expect("not refused");
+            stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.unwrap();
+            waiting.push(stream);
+        }
+        let (_tables, drain, workers) = start_over(left, address.port(), after);
+        for mut stream in waiting {
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.unwrap();
+            assert!(answer.starts_with("HTTP/1.1 200"), "{before} then {after} workers: {answer:?}");
+        }
+        drain.stop_accepting();
+        for worker in workers {
+            worker.ended().await;
+        }
+        assert!(TcpStream::connect(address).await.is_err(), "an ordinary end closes the sockets");
+    }
 }
 
 /// A listener whose requests go to a cluster with endpoints from discovery.
