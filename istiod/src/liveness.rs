@@ -170,7 +170,7 @@ impl Liveness {
             });
             for reply in futures::future::join_all(answers).await.into_iter().flatten() {
                 for agent in reply.into_inner().heard {
-                    let key = WorkloadKey { namespace: agent.namespace.into(), name: agent.workload.into() };
+                    let key = WorkloadKey { namespace: agent.namespace, name: agent.workload };
                     self.renew(&key, &agent.session);
                 }
             }

@@ -305,10 +305,10 @@ impl Members {
             Some(origin) => self.raft.propose_as(&command, origin).await?,
             None => self.raft.propose(&command).await?,
         };
-        match outcome {
-            Outcome::Cluster(ClusterOutcome::Refused(refusal)) => Err(refusal.into()),
-            _ => Ok(()),
+        if let Outcome::Cluster(ClusterOutcome::Refused(refusal)) = outcome {
+            return Err(refusal.into());
         }
+        Ok(())
     }
 
     async fn standing_of_leader(&self) -> Result<Standing, MembersError> {

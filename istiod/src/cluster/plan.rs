@@ -227,21 +227,13 @@ mod tests {
     }
 
     fn changes(step: &Step) -> Vec<(ConfChangeType, u64)> {
-        match step {
-            Step::Change(change) => {
-                change.changes.iter().map(|single| (single.change_type(), single.node_id)).collect()
-            }
-            other => panic!("{other:?}"),
-        }
+        let Step::Change(change) = step else { panic!("{step:?}") };
+        change.changes.iter().map(|single| (single.change_type(), single.node_id)).collect()
     }
 
     fn proposed(step: &Step) -> (Vec<u64>, Vec<u64>) {
-        match step {
-            Step::Propose(ClusterCommand::Change { voters, remove, .. }) => {
-                (voters.iter().copied().collect(), remove.iter().copied().collect())
-            }
-            other => panic!("{other:?}"),
-        }
+        let Step::Propose(ClusterCommand::Change { voters, remove, .. }) = step else { panic!("{step:?}") };
+        (voters.iter().copied().collect(), remove.iter().copied().collect())
     }
 
     use ConfChangeType::{AddLearnerNode, AddNode, RemoveNode};

@@ -105,8 +105,7 @@ impl Kept {
     ///
     /// [`SecretsError`], also when there is nothing yet.
     pub fn secrets(&self) -> Result<Secrets, SecretsError> {
-        let load =
-            |name: &str| Ok::<_, SecretsError>(self.store.load(name)?.ok_or_else(|| self.damaged(name))?);
+        let load = |name: &str| self.store.load(name)?.ok_or_else(|| self.damaged(name));
         let text = |name: &str| {
             let bytes = load(name)?;
             std::str::from_utf8(&bytes).map(str::to_owned).map_err(|_| self.damaged(name))

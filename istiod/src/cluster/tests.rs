@@ -96,10 +96,9 @@ fn voters_are_one_three_or_five_and_every_other_wish_is_refused_with_a_reason() 
     ];
     for (voters, remove, reason) in cases {
         let before = state.clone();
-        match change(&mut state, voters, remove) {
-            ClusterOutcome::Refused(refusal) => assert!(refusal.to_string().contains(reason), "{refusal}"),
-            other => panic!("{voters:?}: {other:?}"),
-        }
+        let outcome = change(&mut state, voters, remove);
+        let ClusterOutcome::Refused(refusal) = outcome else { panic!("{voters:?}: {outcome:?}") };
+        assert!(refusal.to_string().contains(reason), "{refusal}");
         assert_eq!(state, before, "{voters:?}");
     }
     let stale =
