@@ -33,6 +33,8 @@ pub mod types;
 mod view;
 pub mod watch;
 
+pub(crate) use view::waited;
+
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 

@@ -133,7 +133,7 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> anyhow::Result<
         let liveness = liveness.clone();
         Box::new(move |within| liveness.spoke(within))
     };
-    if serves.set(Serving { streams: ads.spread.streams(), heard }).is_err() {
+    if serves.set(Serving { streams: ads.spread.streams(), status: status.clone(), heard }).is_err() {
         tracing::warn!("what this member serves was told twice");
     }
     // Without peers nobody else ever serves: the fleet stays as it is.

@@ -2,6 +2,7 @@
 
 mod commands;
 mod demo;
+mod fleet;
 mod member;
 mod operate;
 mod refusal;

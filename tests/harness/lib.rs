@@ -1,11 +1,13 @@
 //! The harness: real programs, real peers, and waiting with a deadline and a reason.
 //!
 //! [`program`] starts the programs that `cargo build --release --bins` made; [`istiod`] and [`workload`] are the two
-//! kinds of them, and [`mesh`] puts them together on loopback addresses; [`echo`] is the application behind a proxy;
+//! kinds of them, [`cluster`] is several of the first, and [`mesh`] puts them together on loopback addresses;
+//! [`echo`] is the application behind a proxy;
 //! [`envoy`] puts a stock Envoy into a proxy's seat;
 //! [`http`] and [`tls`] ask, rightly and wrongly; [`load`] sends requests at a rate and keeps every failure;
 //! [`peers`] finds what `tests/run` installed; [`netns`] makes several machines of one.
 
+pub mod cluster;
 pub mod echo;
 pub mod envoy;
 pub mod http;

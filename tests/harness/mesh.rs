@@ -242,7 +242,7 @@ fn logs(folder: &Path) -> anyhow::Result<Vec<(String, String)>> {
 
 /// Shows the end of every log, for a test that has failed.
 #[expect(clippy::print_stderr, reason = "a test that failed says why")]
-fn last_words(folder: &Path) {
+pub fn last_words(folder: &Path) {
     for (name, log) in logs(folder).unwrap_or_default() {
         let lines: Vec<&str> = log.lines().collect();
         for line in lines.get(lines.len().saturating_sub(30)..).unwrap_or_default() {

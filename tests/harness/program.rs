@@ -17,6 +17,7 @@ pub struct Program {
     name: String,
     log: PathBuf,
     child: Child,
+    ended: bool,
 }
 
 /// Path of one of our programs, beside the folder of the running test.
@@ -71,7 +72,7 @@ impl Program {
             .stderr(file)
             .spawn()
             .with_context(|| format!("cannot start {}", program.display()))?;
-        Ok(Self { name: name.to_owned(), log, child })
+        Ok(Self { name: name.to_owned(), log, child, ended: false })
     }
 
     /// Process id.
@@ -106,7 +107,14 @@ impl Program {
     pub fn kill(&mut self) -> anyhow::Result<()> {
         self.child.kill()?;
         self.child.wait()?;
+        self.ended = true;
         Ok(())
+    }
+
+    /// Whether it was neither killed nor seen to have ended.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        !self.ended
     }
 
     /// Asks it to end, and waits until it has.
@@ -128,6 +136,7 @@ impl Program {
         let deadline = tokio::time::Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait()? {
+                self.ended = true;
                 return Ok(status);
             }
             ensure!(

@@ -59,10 +59,12 @@ impl Api {
             .await
     }
 
-    /// Waits until every connected proxy of the caller's namespaces runs `revision` or refused it, at most `timeout`.
+    /// Waits until every connected proxy of the caller's namespaces, whichever member serves it, runs `revision` or
+    /// refused it, at most `timeout`.
     pub async fn wait(&self, caller: &Caller, revision: u64, timeout: Duration) -> WaitReport {
-        let deadline = Instant::now() + timeout.min(LONGEST_WAIT);
-        let mut report = self.status.wait(revision, deadline).await;
+        let timeout = timeout.min(LONGEST_WAIT);
+        let here = self.status.wait(revision, Instant::now() + timeout);
+        let (mut report, elsewhere) = tokio::join!(here, self.members.wait(revision, timeout));
         if !caller.is_unlimited() {
             report.pending.retain(|pending| caller.covers(&pending.proxy.namespace));
             let statuses = self.status.proxies(Instant::now().into_std());
@@ -70,7 +72,11 @@ impl Api {
                 |id: &String| statuses.iter().any(|s| s.proxy.id == *id && caller.covers(&s.proxy.namespace));
             report.acknowledged.retain(theirs);
         }
-        view::wait_report(&report)
+        let mut all = view::wait_report(&report);
+        for report in elsewhere {
+            view::add_waited(&mut all, report, |id| caller.covers(namespace_of_node(id)));
+        }
+        all
     }
 
     /// Services of the caller's namespaces.
@@ -168,4 +174,10 @@ fn key_of_service(service: &registry::model::service::Service) -> String {
 /// The namespace in `+VirtualService/shop/reviews`; none for what is of the whole mesh.
 fn namespace_of(change: &str) -> &str {
     change.split('/').nth(1).unwrap_or_default()
+}
+
+/// The namespace in a node id, `sidecar~IP~NAME.NAMESPACE~DOMAIN`.
+fn namespace_of_node(node: &str) -> &str {
+    let name = node.split('~').nth(2).unwrap_or_default();
+    name.rsplit_once('.').map_or("", |(_, namespace)| namespace)
 }

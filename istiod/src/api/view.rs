@@ -14,6 +14,7 @@ use xds::stream::{Nack, Sync, Variant};
 use super::types::{
     HistoryEntry, PendingProxy, ProxyRow, Rejection, ServiceRow, TokenRow, WaitReport, WorkloadRow,
 };
+use crate::raft::wire as peers;
 
 /// `CDS`, `EDS`, `LDS`, `RDS`
 pub(super) fn short(kind: Type) -> &'static str {
@@ -113,6 +114,39 @@ pub(super) fn wait_report(report: &xds::status::WaitReport) -> WaitReport {
         acknowledged: report.acknowledged.clone(),
         pending: pending.collect(),
     }
+}
+
+/// What another member says of its proxies, as it goes to the member that asked.
+pub(crate) fn waited(report: &xds::status::WaitReport) -> peers::WaitReply {
+    let pending = wait_report(report).pending.into_iter().map(|pending| peers::PendingProxy {
+        proxy: pending.proxy,
+        rejected: pending
+            .rejected
+            .into_iter()
+            .map(|Rejection { kind, revision, error }| peers::RejectedType { r#type: kind, revision, error })
+            .collect(),
+        gone: pending.gone,
+    });
+    peers::WaitReply { acknowledged: report.acknowledged.clone(), pending: pending.collect() }
+}
+
+/// Adds what another member says of those proxies that may be shown. Who left one member for another is where it is.
+pub(super) fn add_waited(all: &mut WaitReport, other: peers::WaitReply, shown: impl Fn(&str) -> bool) {
+    let rejection =
+        |peers::RejectedType { r#type, revision, error }| Rejection { kind: r#type, revision, error };
+    let pending = other.pending.into_iter().map(|pending| PendingProxy {
+        proxy: pending.proxy,
+        rejected: pending.rejected.into_iter().map(rejection).collect(),
+        gone: pending.gone,
+    });
+    all.pending.extend(pending.filter(|pending| shown(&pending.proxy)));
+    all.acknowledged.extend(other.acknowledged.into_iter().filter(|id| shown(id)));
+    let WaitReport { acknowledged, pending, .. } = all;
+    acknowledged.sort_unstable();
+    acknowledged.dedup();
+    pending.sort_by(|a, b| (&a.proxy, a.gone).cmp(&(&b.proxy, b.gone)));
+    pending.dedup_by(|a, b| a.proxy == b.proxy);
+    pending.retain(|pending| !pending.gone || acknowledged.binary_search(&pending.proxy).is_err());
 }
 
 pub(super) fn service_row(snapshot: &Snapshot, service: &Service) -> ServiceRow {

@@ -18,7 +18,7 @@ use super::{ClusterCommand, ClusterOutcome, Description};
 use crate::raft::peers::service::Host;
 use crate::raft::peers::tls;
 use crate::raft::wire::peers_client::PeersClient;
-use crate::raft::wire::{EnrolReply, EnrolRequest, HeardAgent, PeerAddress, PeerDescription};
+use crate::raft::wire::{EnrolReply, EnrolRequest, HeardAgent, PeerAddress, PeerDescription, WaitReply};
 use crate::raft::{Command, Outcome, Raft};
 
 /// Pause before all members are asked again.
@@ -56,6 +56,8 @@ pub struct Door {
 pub struct Serving {
     /// Connected xDS streams.
     pub streams: watch::Receiver<u64>,
+    /// What its proxies run.
+    pub status: xds::status::Status,
     /// The agents that it heard within a time.
     pub heard: Box<dyn Fn(Duration) -> Vec<HeardAgent> + Send + Sync>,
 }
@@ -114,6 +116,14 @@ impl Host for Door {
 
     fn heard(&self, within: Duration) -> Vec<HeardAgent> {
         self.serving.get().map_or_else(Vec::new, |serving| (serving.heard)(within))
+    }
+
+    fn wait(&self, revision: u64, within: Duration) -> BoxFuture<'_, WaitReply> {
+        Box::pin(async move {
+            let Some(serving) = self.serving.get() else { return WaitReply::default() };
+            let report = serving.status.wait(revision, tokio::time::Instant::now() + within).await;
+            crate::api::waited(&report)
+        })
     }
 }
 

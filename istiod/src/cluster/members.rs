@@ -16,7 +16,7 @@ use super::{
 };
 use crate::raft::node::{Progress, Status};
 use crate::raft::peers::links::Connected;
-use crate::raft::wire::LoadRequest;
+use crate::raft::wire::{LoadRequest, WaitReply, WaitRequest};
 use crate::raft::{Command, Origin, Outcome, ProposeError, Raft};
 
 /// Leadership that has not moved within this time did not.
@@ -146,6 +146,19 @@ impl Members {
     #[must_use]
     pub fn new(raft: Raft, peers: Option<Peers>, clock: Clock) -> Self {
         Self { raft, peers, clock }
+    }
+
+    /// Waits at most so long until the proxies that other members serve run a revision, and gives what each says. A
+    /// member that does not answer serves nobody: its proxies are on their way to others.
+    pub(crate) async fn wait(&self, revision: u64, within: Duration) -> Vec<WaitReply> {
+        let Some(peers) = &self.peers else { return Vec::new() };
+        let within_milliseconds = u32::try_from(within.as_millis()).unwrap_or(u32::MAX);
+        let asked = peers.connected.all().into_values().map(|mut client| async move {
+            let waiting = client.wait(WaitRequest { revision, within_milliseconds });
+            let answer = tokio::time::timeout(within + ASK, waiting).await;
+            Some(answer.ok()?.ok()?.into_inner())
+        });
+        futures::future::join_all(asked).await.into_iter().flatten().collect()
     }
 
     /// All members, in the order of their numbers.

@@ -23,7 +23,11 @@ use crate::raft::wire::peers_server::{Peers, PeersServer};
 use crate::raft::wire::{
     EnrolReply, EnrolRequest, ForwardReply, ForwardRequest, ForwardVerdict, HeardAgent, LoadReply,
     LoadRequest, Message, MessageType, MessagesEnded, PeerProgress, SnapshotPart, SnapshotProgress,
+    WaitReply, WaitRequest,
 };
+
+/// Nobody waits longer for proxies.
+const LONGEST_WAIT: Duration = Duration::from_secs(600);
 
 /// What the peer port asks of the rest of the member.
 pub trait Host: Send + Sync + 'static {
@@ -35,6 +39,11 @@ pub trait Host: Send + Sync + 'static {
 
     /// The agents that this member itself heard within a time.
     fn heard(&self, within: Duration) -> Vec<HeardAgent>;
+
+    /// Waits at most so long until the proxies that this member serves run a revision.
+    fn wait(&self, _revision: u64, _within: Duration) -> BoxFuture<'_, WaitReply> {
+        Box::pin(async { WaitReply::default() })
+    }
 }
 
 /// A host that takes nobody in.
@@ -214,6 +223,15 @@ impl<M: StateMachine> Peers for Calls<M> {
             program: env!("CARGO_PKG_VERSION").to_owned(),
             heard,
         }))
+    }
+
+    async fn wait(&self, request: Request<WaitRequest>) -> Result<Response<WaitReply>, Status> {
+        self.service.caller(&request)?;
+        let WaitRequest { revision, within_milliseconds } = request.into_inner();
+        let within = Duration::from_millis(within_milliseconds.into()).min(LONGEST_WAIT);
+        let waited = self.service.stop.run_until_cancelled(self.service.host.wait(revision, within));
+        let reply = waited.await.ok_or_else(|| Status::unavailable("this member is stopping"))?;
+        Ok(Response::new(reply))
     }
 
     async fn enrol(&self, request: Request<EnrolRequest>) -> Result<Response<EnrolReply>, Status> {
