@@ -37,7 +37,6 @@ pub mod pb {
     #![expect(
         missing_docs,
         clippy::allow_attributes_without_reason,
-        clippy::too_many_lines,
         reason = "generated; the proto has the comments"
     )]
     tonic::include_proto!("istiod.admin.v1");

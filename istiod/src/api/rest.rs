@@ -100,12 +100,12 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
         let bytes = bytes.map_err(|rejection| refusal(rejection.status(), &rejection.body_text()))?;
         read(&bytes)
             .map(Self)
-            .map_err(|(status, mistake)| refused(status, &format!("the body: {mistake}"), vec![mistake]))
+            .map_err(|(status, mistake)| refused(status, &format!("the body: {mistake}"), vec![*mistake]))
     }
 }
 
 /// Reads a body; a mistake is of its form (400) or of its content (422).
-fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, (StatusCode, Mistake)> {
+fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, (StatusCode, Box<Mistake>)> {
     let mut reader = serde_json::Deserializer::from_slice(bytes);
     let value: Result<T, _> = serde_path_to_error::deserialize(&mut reader);
     let value = value.map_err(|error| {
@@ -123,11 +123,11 @@ fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, (StatusCode, Mistake)> {
             column: place(error.inner().column()),
             ..Mistake::default()
         };
-        (status, mistake)
+        (status, Box::new(mistake))
     })?;
     match reader.end() {
         Ok(()) => Ok(value),
-        Err(error) => Err((StatusCode::BAD_REQUEST, Mistake::plain(error.to_string()))),
+        Err(error) => Err((StatusCode::BAD_REQUEST, Box::new(Mistake::plain(error.to_string())))),
     }
 }
 

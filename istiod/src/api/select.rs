@@ -123,7 +123,8 @@ fn reaches(value: &Value, path: &[&str], wanted: &str) -> bool {
         None => match value {
             Value::String(text) => text == wanted,
             Value::Null => wanted.is_empty(),
-            Value::Bool(_) | Value::Number(_) => value.to_string() == wanted,
+            Value::Bool(on) => wanted == if *on { "true" } else { "false" },
+            Value::Number(number) => *number.to_string() == *wanted,
             Value::Array(_) | Value::Object(_) => false,
         },
     }

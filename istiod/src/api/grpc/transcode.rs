@@ -41,7 +41,7 @@ pub(super) fn request(route: &Route, input: &MessageDescriptor, bytes: &[u8]) ->
     let mut fields = match json.map_err(|e| Status::invalid_argument(e.to_string()))? {
         Value::Object(fields) => fields,
         // Well-known messages may have other forms; none of the requests is such.
-        _ => Map::new(),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => Map::new(),
     };
     let path = path(route.path, &mut fields)?;
     let known = query_fields(route);
@@ -126,10 +126,12 @@ pub(super) fn response(output: &MessageDescriptor, form: Form, body: &[u8]) -> R
         }
     };
     let only_object = output.fields().len() == 1 && output.get_field_by_name(OBJECT).is_some();
-    let value = match value {
-        value if only_object => serde_json::json!({ OBJECT: value }),
-        Value::Array(items) => serde_json::json!({ "items": items }),
-        other => other,
+    let value = if only_object {
+        serde_json::json!({ OBJECT: value })
+    } else if value.is_array() {
+        serde_json::json!({ "items": value })
+    } else {
+        value
     };
     let message = DynamicMessage::deserialize_with_options(output.clone(), value, &lenient());
     message.map(|message| message.encode_to_vec().into()).map_err(|e| wrong(&e))
