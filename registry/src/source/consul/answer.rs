@@ -336,18 +336,13 @@ mod wire {
     }
 
     /// A map by id.
+    #[derive(Default)]
     pub(super) struct ById(Vec<Service>);
 
     impl<'de> Deserialize<'de> for ById {
         fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
             let by_id = BTreeMap::<String, Service>::deserialize(deserializer)?;
             Ok(Self(by_id.into_values().collect()))
-        }
-    }
-
-    impl Default for ById {
-        fn default() -> Self {
-            Self(Vec::new())
         }
     }
 

@@ -87,6 +87,8 @@ pub enum Verdict {
 pub struct Poll {
     index: Option<u64>,
     consistency: Consistency,
+    /// The next question begins from nothing: its server may be another one.
+    afresh: bool,
     answered: bool,
     filtered_from_the_start: bool,
     failures: u32,
@@ -115,6 +117,7 @@ impl Poll {
         Self {
             index: None,
             consistency: Consistency::Stale,
+            afresh: false,
             answered: false,
             filtered_from_the_start: false,
             failures: 0,
@@ -134,7 +137,10 @@ impl Poll {
     /// The next question blocks until something changes.
     #[must_use]
     pub fn blocks(&self) -> bool {
-        self.index.is_some() && self.consistency == Consistency::Stale && self.due < self.resync
+        self.index.is_some()
+            && !self.afresh
+            && self.consistency == Consistency::Stale
+            && self.due < self.resync
     }
 
     /// When an answer was believed last.
@@ -153,13 +159,13 @@ impl Poll {
     pub fn ask(&mut self, longest: Duration, every: Duration, now: Instant) -> Ask {
         if self.resync <= now {
             self.resync = now + every;
-            self.index = None;
+            self.afresh = true;
         }
         let wait = longest.min(self.resync.saturating_duration_since(now)).max(Duration::from_secs(1));
         let consistency = self.consistency;
         let index = match consistency {
-            Consistency::Stale => self.index,
-            Consistency::Consistent => None,
+            Consistency::Stale if !self.afresh => self.index,
+            Consistency::Stale | Consistency::Consistent => None,
         };
         Ask { index, wait, consistency }
     }
@@ -199,6 +205,7 @@ impl Poll {
     /// The content of an answer was taken over.
     pub fn on_believed(&mut self, answer: &Answer, now: Instant) {
         self.answered = true;
+        self.afresh = false;
         self.failures = 0;
         self.consistency = Consistency::Stale;
         self.heard = Some(now);
@@ -229,6 +236,7 @@ impl Poll {
         now: Instant,
     ) {
         self.failures = self.failures.saturating_add(1);
+        self.afresh = true;
         if elsewhere && self.failures == 1 {
             self.due = now;
             return;

@@ -46,16 +46,17 @@ fn a_service_that_is_listed_is_asked_for_watched_and_published() {
     let published = machine.tick(t0 + Duration::from_millis(100));
     let [Action::Publish(commands)] = &published[..] else { panic!("{published:?}") };
     let source = SourceId::Consul("c/dc1".to_owned());
-    let hosts: Vec<String> = commands
-        .iter()
-        .map(|command| match command {
-            Command::PutService { service } => format!("+{}", service.hostname),
-            Command::ReplaceEndpoints { host, endpoints, source: by } if *by == source => {
-                format!("{host} {}", endpoints.len())
-            }
-            other => panic!("{other:?}"),
-        })
-        .collect();
+    let said = |command: &Command| {
+        if let Command::PutService { service } = command {
+            return format!("+{}", service.hostname);
+        }
+        let Command::ReplaceEndpoints { host, endpoints, source: by } = command else {
+            panic!("{command:?}")
+        };
+        assert_eq!(*by, source);
+        format!("{host} {}", endpoints.len())
+    };
+    let hosts: Vec<String> = commands.iter().map(said).collect();
     let expect = [
         "+web.service.dc1.consul",
         "web.service.dc1.consul 1",

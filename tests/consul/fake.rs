@@ -1,0 +1,3 @@
+//! A Consul that does what it is told, also wrongly.
+
+pub(crate) mod catalog;
