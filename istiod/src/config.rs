@@ -17,6 +17,7 @@
 //! log: {level: info, format: text}
 //! ```
 
+pub mod consul;
 mod reader;
 
 use std::fmt;
@@ -76,6 +77,8 @@ pub struct Config {
     pub silence: Silence,
     /// Folders of Istio's objects that are watched.
     pub folders: Vec<PathBuf>,
+    /// A Consul cluster whose services are followed.
+    pub consul: Option<consul::Consul>,
     /// `error`, `warn`, `info`, `debug`, `trace`, or a filter of `tracing`.
     pub log_level: String,
     /// Logs are JSON.
@@ -179,6 +182,38 @@ pub const SETTINGS: &[Setting] = &[
     setting("workloads.lease", "60s", "a workload whose agent is silent for this long is sent no traffic"),
     setting("workloads.removeAfter", "10m", "after this time more a silent workload is removed"),
     setting("sources.files", "", "folders with files of Istio's objects that are watched, a list"),
+    setting(
+        "sources.consul.addresses",
+        "",
+        "servers of a Consul cluster, as http://HOST:8500 or https://HOST:8501, a list",
+    ),
+    setting(
+        "sources.consul.datacenters",
+        "",
+        "its datacenters, the nearest first, a list; dc1 if there is none",
+    ),
+    setting("sources.consul.cluster", "", "name of the cluster; consul if there is none"),
+    setting("sources.consul.namespace", "", "namespace of its services; consul if there is none"),
+    setting("sources.consul.domain", "", "DNS domain of its services; consul if there is none"),
+    setting("sources.consul.tokenFile", "", "file with the ACL token; read again when it changes"),
+    setting("sources.consul.caFile", "", "PEM of the authorities of the servers' certificates; for https"),
+    setting("sources.consul.certFile", "", "PEM of our certificate, when the servers want one"),
+    setting("sources.consul.keyFile", "", "PEM of its key"),
+    setting(
+        "sources.consul.serverName",
+        "",
+        "the name in the servers' certificates, such as server.dc1.consul",
+    ),
+    setting(
+        "sources.consul.maxWatches",
+        "",
+        "questions that wait at the same time; 150, or 12000 over https",
+    ),
+    setting(
+        "sources.consul.wait",
+        "",
+        "how long a question waits for a change, at most 10m; 60s if there is none",
+    ),
     setting("log.level", "info", "a level, or levels by module such as info,xds=debug"),
     setting("log.format", "text", "text or json"),
 ];
@@ -282,6 +317,7 @@ impl Config {
             consensus: Consensus::default(),
             silence: Silence::default(),
             folders: Vec::new(),
+            consul: None,
             log_level: "info".to_owned(),
             log_json: false,
         }
@@ -373,6 +409,7 @@ fn taken(reader: &mut Reader) -> Config {
                 .take("workloads.removeAfter", base.silence.remove_after, |text| span(text, second)),
         },
         folders: reader.take_list("sources.files", |text| Ok(text.into())),
+        consul: consul::taken(reader),
         log_level: reader.take("log.level", base.log_level, level),
         log_json: reader.take("log.format", base.log_json, |text| match text {
             "text" => Ok(false),
@@ -490,9 +527,12 @@ impl fmt::Display for Config {
         writeln!(f, "  answerWithin: {}", Span(answer_within))?;
         let Silence { lease, remove_after } = self.silence;
         writeln!(f, "workloads:\n  lease: {}\n  removeAfter: {}", Span(lease), Span(remove_after))?;
-        if !self.folders.is_empty() {
+        if !self.folders.is_empty() || self.consul.is_some() {
             let folders: serde_json::Value = self.folders.iter().map(|folder| path(folder)).collect();
             writeln!(f, "sources:\n  files: {folders}")?;
+        }
+        if let Some(consul) = &self.consul {
+            write!(f, "{consul}")?;
         }
         let level = serde_json::Value::from(self.log_level.as_str());
         writeln!(f, "log:\n  level: {level}\n  format: {}", if self.log_json { "json" } else { "text" })

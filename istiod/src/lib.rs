@@ -19,6 +19,7 @@ pub mod preview;
 pub mod publish;
 pub mod push;
 pub mod raft;
+mod sources;
 mod supervisor;
 mod upkeep;
 
@@ -118,6 +119,8 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> anyhow::Result<
         stopped.clone(),
     ));
     upkeep::start(&config.folders, &started, &clock, &tasks, &stopped);
+    let consul = sources::consul::Metrics::registered(&mut metrics);
+    sources::consul::start(config.consul.as_ref(), &started.raft, &clock, &consul, &tasks, &stopped);
 
     // Snapshots to proxies.
     let (joins, joined) = mpsc::channel(JOINS);

@@ -381,7 +381,7 @@ fn ten_thousand_services_at_the_start_stay_within_the_bounds() {
     settings.watches = 150;
     let mut world = World::with(settings.clone());
     for n in 0..10_000 {
-        let body = registration(&format!("s{n:05}"), "i", &address(n + 1), "passing");
+        let body = registration(&format!("s{n:05}"), &format!("i{n}"), &address(n + 1), "passing");
         world.consul.register(&body);
     }
     world.run(MINUTE);

@@ -114,10 +114,7 @@ impl Reader {
 
     fn find(&self, name: &str) -> Option<&Node> {
         let document = self.document.as_ref()?;
-        match name.split_once('.') {
-            Some((section, name)) => document.get(section)?.get(name),
-            None => document.get(name),
-        }
+        name.split('.').try_fold(document, |node, part| node.get(part))
     }
 
     fn mistake(&mut self, at: Location, name: &str, message: String) {
@@ -164,7 +161,7 @@ fn unknown(section: &str, key: &str) -> String {
 }
 
 fn split_section(name: &str) -> &str {
-    name.split_once('.').map_or("", |(section, _)| section)
+    name.rsplit_once('.').map_or("", |(section, _)| section)
 }
 
 pub(super) fn address(text: &str) -> Result<SocketAddr, String> {

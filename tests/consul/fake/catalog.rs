@@ -127,7 +127,6 @@ struct Service {
 struct Check {
     service_id: String,
     value: Value,
-    index: u64,
 }
 
 /// The catalog of one datacenter.
@@ -138,6 +137,8 @@ pub(crate) struct Catalog {
     nodes: BTreeMap<String, Node>,
     services: BTreeMap<(String, String), Service>,
     checks: BTreeMap<(String, String), Check>,
+    /// Something has changed in the request that is being done.
+    dirty: bool,
     /// Index of the last change of any service, and when the last of one went.
     any_service: u64,
     extinction: u64,
@@ -155,6 +156,7 @@ impl Catalog {
             nodes: BTreeMap::new(),
             services: BTreeMap::new(),
             checks: BTreeMap::new(),
+            dirty: false,
             any_service: 1,
             extinction: 0,
             by_name: BTreeMap::new(),
@@ -258,6 +260,7 @@ impl Catalog {
         });
         let mut touched = BTreeSet::new();
         if !known {
+            self.dirty = true;
             self.nodes.insert(name.clone(), Node { address, meta, index: next });
             touched.extend(self.names_on(&name));
         }
@@ -266,7 +269,7 @@ impl Catalog {
         }
         let checks = body.get("Checks").and_then(Value::as_array).cloned().unwrap_or_default();
         for check in checks.iter().chain(body.get("Check")).filter(|check| check.is_object()) {
-            touched.extend(self.put_check(&name, check, next));
+            touched.extend(self.put_check(&name, check));
         }
         self.touch(touched, next);
         true
@@ -296,7 +299,7 @@ impl Catalog {
         Some(name)
     }
 
-    fn put_check(&mut self, node: &str, told: &Value, next: u64) -> Vec<String> {
+    fn put_check(&mut self, node: &str, told: &Value) -> Vec<String> {
         let name = text(told, "Name").unwrap_or_default();
         let id = text(told, "CheckID").filter(|id| !id.is_empty()).unwrap_or(name.clone());
         let service_id = text(told, "ServiceID").unwrap_or_default();
@@ -311,7 +314,8 @@ impl Catalog {
         if self.checks.get(&key).is_some_and(|known| known.value == value) {
             return Vec::new();
         }
-        self.checks.insert(key, Check { service_id, value, index: next });
+        self.dirty = true;
+        self.checks.insert(key, Check { service_id, value });
         of.map_or_else(|| self.names_on(node), |name| vec![name])
     }
 
@@ -325,6 +329,7 @@ impl Catalog {
             (Some(id), _) => touched.extend(self.remove_service(&node, &id)),
             (None, Some(id)) => {
                 if let Some(check) = self.checks.remove(&(node.clone(), id)) {
+                    self.dirty = true;
                     let of = self.services.get(&(node.clone(), check.service_id)).map(|s| s.name.clone());
                     touched.extend(of.map_or_else(|| self.names_on(&node), |name| vec![name]));
                 }
@@ -336,7 +341,7 @@ impl Catalog {
                     touched.extend(self.remove_service(&node, &id));
                 }
                 self.checks.retain(|(n, _), _| *n != node);
-                self.nodes.remove(&node);
+                self.dirty |= self.nodes.remove(&node).is_some();
             }
         }
         self.touch(touched, next);
@@ -400,18 +405,12 @@ impl Catalog {
     }
 
     fn names_on(&self, node: &str) -> Vec<String> {
-        self.services
-            .iter()
-            .filter(|((n, _), _)| n == node)
-            .map(|(_, service)| service.name.clone())
-            .collect()
+        let own = self.services.range((node.to_owned(), String::new())..).take_while(|((n, _), _)| n == node);
+        own.map(|(_, service)| service.name.clone()).collect()
     }
 
     fn touch(&mut self, names: BTreeSet<String>, next: u64) {
-        if self.nodes.values().any(|n| n.index == next)
-            || !names.is_empty()
-            || self.checks.values().any(|c| c.index == next)
-        {
+        if std::mem::take(&mut self.dirty) || !names.is_empty() {
             self.index = next;
         }
         for name in names {
@@ -445,8 +444,9 @@ impl Catalog {
             let service = self.services.get(&(node.clone(), id.clone()))?;
             let checks: Vec<Value> = self
                 .checks
-                .iter()
-                .filter(|((n, _), c)| n == node && (c.service_id.is_empty() || c.service_id == *id))
+                .range((node.clone(), String::new())..)
+                .take_while(|((n, _), _)| n == node)
+                .filter(|(_, c)| c.service_id.is_empty() || c.service_id == *id)
                 .map(|(_, c)| c.value.clone())
                 .collect();
             let good = checks.iter().all(|check| check["Status"] == "passing");
