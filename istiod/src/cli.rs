@@ -85,6 +85,9 @@ struct DevArgs {
     /// Seconds without a sign of life after which a workload is sent no traffic
     #[arg(long, default_value_t = 60)]
     lease: u64,
+    /// YAML file with the `sources` of the settings, and nothing else
+    #[arg(long)]
+    sources: Option<PathBuf>,
 }
 
 /// Runs the program; its exit code (64 for wrong settings, 1 when it cannot go on).
@@ -186,8 +189,8 @@ fn settings(command: Command) -> Result<(Config, Option<Scratch>), Vec<String>> 
                 args.data_dir.or_else(|| scratch.as_ref().map(|s| s.0.clone())).unwrap_or_default();
             let leaf_lifetime = Duration::from_secs(args.leaf_lifetime);
             let lease = Duration::from_secs(args.lease);
-            let DevArgs { admin, xds, metrics, .. } = args;
-            let dev = Dev { data_dir, admin, xds, metrics, leaf_lifetime, lease };
+            let DevArgs { admin, xds, metrics, sources, .. } = args;
+            let dev = Dev { data_dir, admin, xds, metrics, leaf_lifetime, lease, sources };
             Ok((Config::dev(dev)?, scratch))
         }
     }

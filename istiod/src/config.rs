@@ -233,6 +233,8 @@ pub struct Dev {
     pub leaf_lifetime: Duration,
     /// How long an agent may be silent.
     pub lease: Duration,
+    /// File with the settings of sources.
+    pub sources: Option<PathBuf>,
 }
 
 impl Config {
@@ -266,6 +268,9 @@ impl Config {
             return Err(vec!["--lease: at least 1 s".to_owned()]);
         }
         config.silence.lease = dev.lease;
+        if let Some(file) = &dev.sources {
+            config.take_sources(file)?;
+        }
         Ok(config)
     }
 
@@ -291,6 +296,22 @@ impl Config {
         check(&mut reader, &config);
         let mistakes = reader.mistakes(file);
         if mistakes.is_empty() { Ok(config) } else { Err(mistakes) }
+    }
+
+    /// Takes the settings of sources from a file, which may have no others.
+    fn take_sources(&mut self, file: &Path) -> Result<(), Vec<String>> {
+        let name = file.display().to_string();
+        let text = std::fs::read_to_string(file).map_err(|e| vec![format!("cannot read {name}: {e}")])?;
+        let mut reader = Reader::new(&text);
+        for setting in SETTINGS.iter().filter(|setting| !setting.name.starts_with("sources.")) {
+            if reader.has(setting.name) {
+                reader.wrong(setting.name, "only `sources` is possible here".to_owned());
+            }
+        }
+        self.folders = reader.take_list("sources.files", |text| Ok(text.into()));
+        self.consul = consul::taken(&mut reader);
+        let mistakes = reader.mistakes(&name);
+        if mistakes.is_empty() { Ok(()) } else { Err(mistakes) }
     }
 
     fn defaults(data_dir: PathBuf) -> Self {

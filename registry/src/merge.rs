@@ -2,10 +2,13 @@
 //!
 //! [`host`] reads the state and gives the [`Candidate`]s of a host, best first: at most one per namespace, for several
 //! namespaces may declare the same host, and a client prefers its own. Within a namespace a Kubernetes service beats a
-//! `ServiceEntry`, else the oldest wins; what loses is told as a [`Conflict`], never silently mixed in.
+//! `ServiceEntry`, else the oldest wins; what loses is told as a [`Conflict`], never silently mixed in. Clusters of one
+//! platform add to each other's endpoints, and so do Consul and the configuration: one service may have instances in a
+//! catalog and on machines of the mesh. The oldest declares ports and protocols then, and where the other differs is told.
 
 pub mod declare;
 mod entry;
+mod join;
 mod protocol;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -128,6 +131,15 @@ pub fn host(state: &State, settings: &Settings, host: &str) -> Option<Host> {
             None => chosen.push(declaration),
             Some(winner) if winner.family == declaration.family && winner.family != Family::Config => {
                 winner.endpoints.extend(declaration.endpoints);
+            }
+            Some(winner) if join::may(winner, &declaration) => {
+                let told = join::join(winner, &declaration);
+                conflicts.extend(told.into_iter().map(|reason| Conflict {
+                    host: host.to_owned(),
+                    namespace: namespace.clone(),
+                    loser: declaration.loser.clone(),
+                    reason,
+                }));
             }
             Some(winner) => conflicts.push(Conflict {
                 host: host.to_owned(),

@@ -1,5 +1,9 @@
-//! A Consul catalog as a source: every failure, against a fake whose conversations a real Consul has too.
+//! A Consul catalog as a source: every failure against a fake, whose conversations a real Consul has too.
 
+mod conformance;
 mod fake;
 mod matrix;
+mod mesh;
+mod real;
+mod scale;
 mod world;

@@ -129,6 +129,7 @@ fn a_member_with_an_open_admin_api_stays_on_loopback() {
         metrics: "127.0.0.1:0".parse().unwrap(),
         leaf_lifetime: Duration::from_secs(20),
         lease: Duration::from_secs(60),
+        sources: None,
     };
     assert!(Config::dev(dev("127.0.0.1:0")).is_ok());
     assert!(Config::dev(dev("0.0.0.0:0")).is_err());

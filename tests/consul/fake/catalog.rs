@@ -391,7 +391,8 @@ impl Catalog {
             ("Service", "set") if self.nodes.contains_key(&node) => {
                 self.register(&json!({"Node": node, "Address": "", "SkipNodeUpdate": true, "Service": operation["Service"]}))
             }
-            ("Service", "delete") => self.deregister(&json!({"Node": node, "ServiceID": operation["Service"]["ID"]})),
+            // Consul wants the name too.
+            ("Service", "delete") if text(&operation["Service"], "Service").is_some() => self.deregister(&json!({"Node": node, "ServiceID": operation["Service"]["ID"]})),
             ("Check", "set") => {
                 let check = &operation["Check"];
                 self.register(&json!({"Node": check["Node"], "Address": "", "SkipNodeUpdate": true, "Check": check}))

@@ -62,6 +62,12 @@ pub struct Credentials {
 }
 
 impl Credentials {
+    /// A token alone.
+    #[must_use]
+    pub fn token(token: &str) -> Self {
+        Self { token: token.to_owned(), ..Self::default() }
+    }
+
     /// Reads the files there are.
     ///
     /// # Errors

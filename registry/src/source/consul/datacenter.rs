@@ -140,6 +140,8 @@ pub struct Datacenter {
     unfit: BTreeMap<String, String>,
     seed: Catalog,
     losses: Losses,
+    /// Services that the list lacks.
+    leaving: BTreeSet<String>,
     forbidden: BTreeMap<Target, String>,
     queues: Queues,
     asked: BTreeMap<u64, Asked>,
@@ -170,6 +172,7 @@ impl Datacenter {
             unfit: BTreeMap::new(),
             seed,
             losses: Losses::default(),
+            leaving: BTreeSet::new(),
             forbidden: BTreeMap::new(),
             asked: BTreeMap::new(),
             blocking: 0,
@@ -399,6 +402,7 @@ impl Datacenter {
         for name in &missing {
             if let Some(watched) = self.services.get_mut(name).filter(|watched| watched.vanished.is_none()) {
                 watched.vanished = Some(now);
+                self.leaving.insert(name.clone());
                 // The leader is asked whether it still has instances.
                 watched.poll.doubt(now);
                 self.schedule(&Target::Instances(name.clone()));
@@ -422,6 +426,7 @@ impl Datacenter {
         for name in wanted {
             if let Some(watched) = self.services.get_mut(*name) {
                 if watched.vanished.take().is_some() {
+                    self.leaving.remove(*name);
                     watched.poll.doubt(now);
                     self.schedule(&Target::Instances((*name).to_owned()));
                 }
@@ -463,6 +468,9 @@ impl Datacenter {
         }
         for host in &hosts {
             self.claims.insert(host.clone(), name.to_owned());
+        }
+        if vanished.is_some() {
+            self.leaving.insert(name.to_owned());
         }
         let seeded = hosts.first().and_then(|host| self.seed.services.get(host)).cloned();
         self.services.insert(name.to_owned(), Watched::new(poll, hosts, seeded, vanished));
@@ -509,19 +517,19 @@ impl Datacenter {
     }
 
     fn next_loss(&self) -> Option<Instant> {
-        if !self.may_remove()
-            || self.losses.count() == 0 && self.services.values().all(|w| w.vanished.is_none())
-        {
+        if !self.may_remove() {
             return None;
         }
-        self.services.values().filter_map(|watched| watched.loss_due(SETTLE, self.settings.grace)).min()
+        let leaving = self.leaving.iter().filter_map(|name| self.services.get(name));
+        leaving.filter_map(|watched| watched.loss_due(SETTLE, self.settings.grace)).min()
     }
 
     fn remove_lost(&mut self, now: Instant) {
         if self.next_loss().is_none_or(|due| due > now) {
             return;
         }
-        for (name, watched) in &mut self.services {
+        for name in &self.leaving {
+            let Some(watched) = self.services.get_mut(name) else { continue };
             if watched.loss_due(SETTLE, self.settings.grace).is_none_or(|due| due > now) {
                 continue;
             }
@@ -548,6 +556,7 @@ impl Datacenter {
             }
             self.queues.remove(&Target::Instances(name.to_owned()));
         }
+        self.leaving.remove(name);
         self.forbidden.remove(&Target::Instances(name.to_owned()));
     }
 }

@@ -1,0 +1,184 @@
+//! The same conversation with a real Consul and with the fake: what the fake says, Consul says too.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use http::Method;
+use registry::source::consul::answer::{self, Answer, Condition};
+use registry::source::consul::client::Client;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::fake::catalog::Catalog;
+use crate::fake::server::Server;
+use crate::real::{Consul, client};
+use crate::world::registration;
+
+struct Peer(Client);
+
+impl Peer {
+    async fn get(&self, path: &str) -> anyhow::Result<Answer> {
+        self.0.get(0, path).await.with_context(|| path.to_owned())
+    }
+
+    async fn put(&self, path: &str, body: &Value) -> anyhow::Result<Answer> {
+        Ok(self.0.send(0, Method::PUT, path, body.to_string().into_bytes()).await?)
+    }
+
+    async fn register(&self, body: &Value) -> anyhow::Result<()> {
+        let answer = self.put("/v1/catalog/register", body).await?;
+        ensure!(answer.status == 200, "{body}: {}", answer.reason());
+        Ok(())
+    }
+
+    async fn index(&self, path: &str) -> anyhow::Result<u64> {
+        self.get(path).await?.index.context("no index")
+    }
+}
+
+/// What the source and the writer rely on.
+async fn conform(address: SocketAddr) -> anyhow::Result<()> {
+    let peer = Peer(client(address, "")?);
+    listing(&peer).await?;
+    health(&peer).await?;
+    blocking(&peer).await?;
+    going(&peer).await?;
+    writing(&peer).await
+}
+
+async fn listing(peer: &Peer) -> anyhow::Result<()> {
+    let list = peer.get("/v1/catalog/services?dc=dc1&stale").await?;
+    ensure!(list.known_leader == Some(true) && !list.filtered, "{list:?}");
+    ensure!(list.last_contact < Duration::from_secs(5), "{list:?}");
+    ensure!(answer::services(&list.body)?.contains_key("consul"));
+    let wrong = peer.get("/v1/catalog/services?dc=nowhere").await?;
+    ensure!(wrong.status == 500 && wrong.reason().contains("No path to datacenter"), "{}", wrong.reason());
+    let both = peer.get("/v1/catalog/services?stale&consistent").await?;
+    ensure!(both.status == 400, "{}", both.reason());
+    let nobody = peer.get("/v1/health/service/nobody?dc=dc1&consistent").await?;
+    ensure!(nobody.index.is_some_and(|index| index > 0), "{nobody:?}");
+    ensure!(answer::instances(&nobody.body)?.is_empty());
+    Ok(())
+}
+
+async fn health(peer: &Peer) -> anyhow::Result<()> {
+    let mut body = registration("web", "w1", "10.0.0.1", "passing");
+    body["Service"]["Meta"] = json!({"version": "v1"});
+    body["Service"]["Weights"] = json!({"Passing": 7, "Warning": 2});
+    peer.register(&body).await?;
+    peer.register(&registration("web", "w2", "", "warning")).await?;
+    let all = answer::instances(&peer.get("/v1/health/service/web?dc=dc1&stale").await?.body)?;
+    ensure!(all.len() == 2, "{all:?}");
+    ensure!(
+        all[0].meta["version"] == "v1" && all[0].passing_weight == 7 && all[0].warning_weight == 2,
+        "{all:?}"
+    );
+    ensure!(all[0].ports[0].number == 8080 && all[0].tags.len() == 2, "{all:?}");
+    ensure!(all[1].address == "10.255.0.1" && all[1].condition == Condition::Warning, "{all:?}");
+    let passing = peer.get("/v1/health/service/web?passing").await?;
+    ensure!(answer::instances(&passing.body)?.len() == 1);
+    let tags = answer::services(&peer.get("/v1/catalog/services").await?.body)?;
+    ensure!(tags["web"].iter().eq(["a", "b"]), "{tags:?}");
+    Ok(())
+}
+
+async fn blocking(peer: &Peer) -> anyhow::Result<()> {
+    let path = "/v1/health/service/web?dc=dc1&stale";
+    let index = peer.index(path).await?;
+    // The same again is no change.
+    peer.register(&registration("web", "w2", "", "warning")).await?;
+    ensure!(peer.index(path).await? == index, "an idempotent registration moved the index");
+    let began = Instant::now();
+    let quiet = peer.get(&format!("{path}&index={index}&wait=300ms")).await?;
+    ensure!(quiet.index == Some(index), "{quiet:?}");
+    ensure!(began.elapsed() >= Duration::from_millis(290), "it did not wait");
+    let (waiting, change) =
+        (format!("{path}&index={index}&wait=20s"), registration("web", "w2", "", "critical"));
+    let (woken, changed) = tokio::join!(peer.get(&waiting), async {
+        // Registered only after the question is known to wait, or before: both wake it.
+        peer.register(&change).await
+    });
+    changed?;
+    let woken = woken?;
+    ensure!(woken.index.is_some_and(|next| next > index), "{woken:?}");
+    let all = answer::instances(&woken.body)?;
+    ensure!(all[1].condition == Condition::Critical, "{all:?}");
+    ensure!(began.elapsed() < Duration::from_secs(15), "it slept on");
+    // An index that is long past answers at once.
+    peer.get(&format!("{path}&index=1&wait=20s")).await?;
+    ensure!(began.elapsed() < Duration::from_secs(15));
+    Ok(())
+}
+
+async fn going(peer: &Peer) -> anyhow::Result<()> {
+    let before = peer.index("/v1/health/service/web").await?;
+    let gone = peer.put("/v1/catalog/deregister", &json!({"Node": "node-w2", "ServiceID": "w2"})).await?;
+    ensure!(gone.status == 200, "{}", gone.reason());
+    let one = peer.get("/v1/health/service/web?consistent").await?;
+    ensure!(
+        answer::instances(&one.body)?.len() == 1 && one.index.is_some_and(|index| index > before),
+        "{one:?}"
+    );
+    peer.put("/v1/catalog/deregister", &json!({"Node": "node-w1"})).await?;
+    let none = peer.get("/v1/health/service/web").await?;
+    ensure!(
+        answer::instances(&none.body)?.is_empty() && none.index.is_some_and(|index| index > before),
+        "{none:?}"
+    );
+    ensure!(!answer::services(&peer.get("/v1/catalog/services").await?.body)?.contains_key("web"));
+    Ok(())
+}
+
+async fn writing(peer: &Peer) -> anyhow::Result<()> {
+    let node = json!({"Node": {"Verb": "set", "Node": {"Node": "mesh-x", "Address": "127.0.0.1"}}});
+    let service = |id: &str| {
+        let service = json!({"ID": id, "Service": "pay", "Address": "10.1.1.1", "Port": 80, "Meta": {"mesh-owner": "x"}});
+        json!({"Service": {"Verb": "set", "Node": "mesh-x", "Service": service}})
+    };
+    let check = json!({"Check": {"Verb": "set", "Check": {
+        "Node": "mesh-x", "CheckID": "mesh:p1", "Name": "m", "Status": "passing", "ServiceID": "p1",
+    }}});
+    let done = peer.put("/v1/txn", &json!([node, service("p1"), check])).await?;
+    ensure!(done.status == 200, "{}", done.reason());
+    let seen = answer::node_services(&peer.get("/v1/catalog/node-services/mesh-x").await?.body);
+    // Older servers have the same under another path.
+    let seen = match seen {
+        Ok(seen) if !seen.is_empty() => seen,
+        _ => answer::node_services(&peer.get("/v1/catalog/node/mesh-x").await?.body)?,
+    };
+    ensure!(seen.len() == 1 && seen[0].meta["mesh-owner"] == "x" && seen[0].port == 80, "{seen:?}");
+    let many: Vec<Value> = (0..65).map(|n| service(&format!("p{n}"))).collect();
+    let refused = peer.put("/v1/txn", &Value::from(many)).await?;
+    ensure!(refused.status == 413, "{}", refused.reason());
+    let unknown =
+        json!([{"Service": {"Verb": "set", "Node": "no-such-node", "Service": {"ID": "a", "Service": "a"}}}]);
+    ensure!(peer.put("/v1/txn", &unknown).await?.status == 409);
+    let delete =
+        |service: Value| json!([{"Service": {"Verb": "delete", "Node": "mesh-x", "Service": service}}]);
+    let nameless = peer.put("/v1/txn", &delete(json!({"ID": "p1"}))).await?;
+    ensure!(nameless.status == 409, "{}", nameless.reason());
+    let delete = delete(json!({"ID": "p1", "Service": "pay"}));
+    let deleted = peer.put("/v1/txn", &delete).await?;
+    ensure!(deleted.status == 200, "{}", deleted.reason());
+    ensure!(answer::node_services(&peer.get("/v1/catalog/node/mesh-x").await?.body)?.is_empty());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_real_consul_does_what_the_source_relies_on() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let consul = Consul::start(folder.path()).await?;
+    conform(consul.address).await
+}
+
+#[tokio::test]
+async fn the_fake_consul_does_what_a_real_one_does() -> anyhow::Result<()> {
+    let fake = Server::start(Catalog::new("dc1")).await?;
+    conform(fake.address).await?;
+    fake.change(|catalog| catalog.tokens = ["secret".to_owned()].into());
+    let refused = client(fake.address, "wrong")?.get(0, "/v1/catalog/services").await?;
+    ensure!(refused.status == 403 && refused.reason().contains("ACL not found"), "{}", refused.reason());
+    ensure!(client(fake.address, "secret")?.get(0, "/v1/catalog/services").await?.status == 200);
+    Ok(())
+}

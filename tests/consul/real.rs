@@ -1,0 +1,174 @@
+//! A real Consul agent, as `tests/run` installs it.
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use anyhow::Context;
+use rcgen::{
+    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+};
+use registry::source::consul::client::{Client, Credentials, Server, TlsFiles};
+use tests::{PATIENCE, eventually, peers};
+
+/// A server in development mode; it is killed when dropped.
+pub(crate) struct Consul {
+    pub(crate) address: SocketAddr,
+    child: Child,
+}
+
+impl Consul {
+    /// Starts one on loopback ports of its own, with a data folder of its own.
+    pub(crate) async fn start(folder: &Path) -> anyhow::Result<Self> {
+        let [http, ..] = ports()?;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, http));
+        Self::launch(
+            folder,
+            address,
+            serde_json::json!({"ports": {"http": http, "https": -1}}),
+            client(address, "")?,
+        )
+        .await
+    }
+
+    /// Starts one that speaks TLS with clients that show a certificate, and denies everything without a token.
+    pub(crate) async fn secured(folder: &Path) -> anyhow::Result<(Self, Secured)> {
+        let secured = Secured::new(folder)?;
+        let [https, ..] = ports()?;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, https));
+        let [ca, cert, key] =
+            ["ca.pem", "cert.pem", "key.pem"].map(|name| folder.join(name).display().to_string());
+        let config = serde_json::json!({
+            "ports": {"http": -1, "https": https},
+            "ca_file": ca, "cert_file": cert, "key_file": key, "verify_incoming": true, "verify_outgoing": true,
+            "acl": {"enabled": true, "default_policy": "deny", "tokens": {"master": Secured::TOKEN}},
+        });
+        let client = secured.client(address)?;
+        Ok((Self::launch(folder, address, config, client).await?, secured))
+    }
+
+    async fn launch(
+        folder: &Path,
+        address: SocketAddr,
+        mut settings: serde_json::Value,
+        client: Client,
+    ) -> anyhow::Result<Self> {
+        let program = peers::find("consul/consul")?;
+        let [server, lan, wan, ..] = ports()?;
+        let log = std::fs::File::create(folder.join("consul.out"))?;
+        let config = folder.join("consul.json");
+        for (name, port) in [("server", server), ("serf_lan", lan), ("serf_wan", wan)] {
+            settings["ports"][name] = port.into();
+        }
+        settings["ports"]["dns"] = (-1).into();
+        settings["ports"]["grpc"] = (-1).into();
+        std::fs::write(&config, settings.to_string())?;
+        let child = Command::new(program)
+            .args([
+                "agent",
+                "-dev",
+                "-bind=127.0.0.1",
+                "-client=127.0.0.1",
+                "-log-level=warn",
+                "-node=server-1",
+            ])
+            .arg(format!("-config-file={}", config.display()))
+            .current_dir(folder)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("consul does not start")?;
+        let consul = Self { address, child };
+        eventually(PATIENCE, "consul has a leader and is in its own catalog", || async {
+            let answer = client.get(0, "/v1/catalog/services").await?;
+            let listed = String::from_utf8_lossy(&answer.body).contains("\"consul\"");
+            anyhow::ensure!(answer.status == 200 && listed, "{}", answer.reason());
+            Ok(())
+        })
+        .await?;
+        Ok(consul)
+    }
+}
+
+/// What a client of a secured server needs.
+pub(crate) struct Secured {
+    pub(crate) token: std::path::PathBuf,
+    pub(crate) tls: TlsFiles,
+}
+
+impl Secured {
+    const TOKEN: &str = "b1gs33cr3t-1111-2222-3333-444444444444";
+
+    /// A new authority, and one certificate for servers and clients.
+    fn new(folder: &Path) -> anyhow::Result<Self> {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
+        let key = KeyPair::generate()?;
+        let root = params.self_signed(&key)?;
+        let issuer = Issuer::new(params, key);
+        let key = KeyPair::generate()?;
+        let mut params =
+            CertificateParams::new(vec!["server.dc1.consul".to_owned(), "localhost".to_owned()])?;
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let leaf = params.signed_by(&key, &issuer)?;
+        let files = [("ca.pem", root.pem()), ("cert.pem", leaf.pem()), ("key.pem", key.serialize_pem())];
+        for (name, text) in files.into_iter().chain([("token", Self::TOKEN.to_owned())]) {
+            std::fs::write(folder.join(name), text)?;
+        }
+        let tls = TlsFiles {
+            ca: folder.join("ca.pem"),
+            identity: Some((folder.join("cert.pem"), folder.join("key.pem"))),
+            server_name: Some("server.dc1.consul".to_owned()),
+        };
+        Ok(Self { token: folder.join("token"), tls })
+    }
+
+    /// A client of the server, over HTTP/2.
+    pub(crate) fn client(&self, address: SocketAddr) -> anyhow::Result<Client> {
+        let server = Server { host: address.ip().to_string(), port: address.port() };
+        let credentials =
+            Credentials::read(Some(&self.token), Some(&self.tls)).map_err(anyhow::Error::msg)?;
+        Client::new(&[server], Some(&self.tls), &credentials).map_err(anyhow::Error::msg)
+    }
+
+    /// The settings of a control plane that follows it.
+    pub(crate) fn settings(&self, address: SocketAddr) -> String {
+        let file = |path: &Path| serde_json::Value::from(path.display().to_string());
+        let (certificate, key) = self.tls.identity.clone().unwrap_or_default();
+        format!(
+            "sources:\n  consul:\n    addresses: [\"https://{address}\"]\n    tokenFile: {}\n    caFile: {}\n    \
+             certFile: {}\n    keyFile: {}\n    serverName: server.dc1.consul\n",
+            file(&self.token),
+            file(&self.tls.ca),
+            file(&certificate),
+            file(&key)
+        )
+    }
+}
+
+impl Drop for Consul {
+    fn drop(&mut self) {
+        self.child.kill().unwrap_or_default();
+        self.child.wait().map(|_| ()).unwrap_or_default();
+    }
+}
+
+/// A client of one server.
+pub(crate) fn client(address: SocketAddr, token: &str) -> anyhow::Result<Client> {
+    let server = Server { host: address.ip().to_string(), port: address.port() };
+    Client::new(&[server], None, &Credentials::token(token)).map_err(anyhow::Error::msg)
+}
+
+/// Ports that were free just now.
+fn ports() -> anyhow::Result<[u16; 5]> {
+    let held: Vec<TcpListener> =
+        (0..5).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).collect::<Result<_, _>>()?;
+    let mut ports = [0; 5];
+    for (port, held) in ports.iter_mut().zip(&held) {
+        *port = held.local_addr()?.port();
+    }
+    Ok(ports)
+}
