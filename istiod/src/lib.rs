@@ -118,9 +118,7 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> anyhow::Result<
         clock.clone(),
         stopped.clone(),
     ));
-    upkeep::start(&config.folders, &started, &clock, &tasks, &stopped);
-    let consul = sources::consul::Metrics::registered(&mut metrics);
-    sources::consul::start(config.consul.as_ref(), &started.raft, &clock, &consul, &tasks, &stopped);
+    upkeep::start(&config, &started, &mut metrics, &clock, &tasks, &stopped);
 
     // Snapshots to proxies.
     let (joins, joined) = mpsc::channel(JOINS);

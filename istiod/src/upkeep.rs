@@ -1,4 +1,4 @@
-//! What a member does by itself: waits for its log, forgets ended tokens, follows watched folders.
+//! What a member does by itself: waits for its log, forgets ended tokens, follows watched folders and catalogs.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ca::renewal::Clock;
 use ca::state::{CaCommand, unix_seconds};
+use prometheus_client::registry::Registry;
 use registry::snapshot::Snapshot;
 use registry::source::file::{self, Folder};
 use registry::state::{Batch, Revision};
@@ -15,7 +16,9 @@ use tokio_util::task::TaskTracker;
 
 use crate::access::AccessCommand;
 use crate::api::gate::Gate;
+use crate::config::Config;
 use crate::raft::{Command, ProposeError, Raft, Started};
+use crate::sources;
 
 /// How often ended tokens are looked for.
 const PRUNE: Duration = Duration::from_secs(3600);
@@ -45,14 +48,17 @@ pub(crate) async fn ready(raft: &Raft) -> Result<Revision, ProposeError> {
 
 /// What goes on by itself, on `tasks` until `stop`.
 pub(crate) fn start(
-    folders: &[PathBuf],
+    config: &Config,
     started: &Started,
+    metrics: &mut Registry,
     clock: &Clock,
     tasks: &TaskTracker,
     stop: &CancellationToken,
 ) {
     tasks.spawn(prune(started.raft.clone(), clock.clone(), stop.clone()));
-    for folder in folders {
+    let consul = sources::consul::Metrics::registered(metrics);
+    sources::consul::start(config.consul.as_ref(), &started.raft, clock, &consul, tasks, stop);
+    for folder in &config.folders {
         let log = (started.raft.clone(), started.snapshots.clone());
         watch_folder(folder.clone(), log, clock.clone(), tasks, stop);
     }

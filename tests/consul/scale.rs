@@ -97,7 +97,7 @@ async fn a_large_catalog_is_read_once_and_then_followed() -> anyhow::Result<()> 
     // A change of one service, and a new one.
     let revision = applied.borrow().0;
     let began = Instant::now();
-    fake.change(|catalog| drop(catalog.register(&instance(SERVICES, 0, "passing"))));
+    fake.change(|catalog| assert!(catalog.register(&instance(SERVICES, 0, "passing"))));
     tokio::time::timeout(PATIENCE, applied.wait_for(|(now, _)| *now > revision))
         .await
         .context("not followed")??;
