@@ -3,7 +3,6 @@
 mod conformance;
 mod fake;
 mod matrix;
-mod mesh;
 mod real;
 mod scale;
 mod world;

@@ -133,20 +133,6 @@ impl Secured {
             Credentials::read(Some(&self.token), Some(&self.tls)).map_err(anyhow::Error::msg)?;
         Client::new(&[server], Some(&self.tls), &credentials).map_err(anyhow::Error::msg)
     }
-
-    /// The settings of a control plane that follows it.
-    pub(crate) fn settings(&self, address: SocketAddr) -> String {
-        let file = |path: &Path| serde_json::Value::from(path.display().to_string());
-        let (certificate, key) = self.tls.identity.clone().unwrap_or_default();
-        format!(
-            "sources:\n  consul:\n    addresses: [\"https://{address}\"]\n    tokenFile: {}\n    caFile: {}\n    \
-             certFile: {}\n    keyFile: {}\n    serverName: server.dc1.consul\n",
-            file(&self.token),
-            file(&self.tls.ca),
-            file(&certificate),
-            file(&key)
-        )
-    }
 }
 
 impl Drop for Consul {
