@@ -33,6 +33,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ca::renewal::Clock;
 use ca::seal::ClusterKey;
+use ca::tls::IdentityWatch;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -46,7 +47,8 @@ use api::Api;
 use api::events::Events;
 use api::gate::Gate;
 use api::limits::Rates;
-use cluster::boot::{self, Running};
+use authority::Issuing;
+use cluster::boot::{self, Running, Seat};
 use cluster::enrol::Serving;
 use cluster::members::Members;
 use cluster::{fleet, keeper};
@@ -54,7 +56,8 @@ use config::Config;
 use join::Joining;
 use liveness::Liveness;
 use push::Push;
-use raft::Raft;
+use raft::peers::links::Connected;
+use raft::{Raft, RaftThread, Started};
 
 /// Runs one member until `stop`.
 ///
@@ -69,131 +72,187 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> anyhow::Result<
     let stopped = stop.child_token();
     let _ends_all = stopped.clone().drop_guard();
     tracing::info!(settings = %config, "settings in force");
-    let mut metrics = Registry::default();
     make_folder(&config.data_dir)?;
 
-    // Commands to log to state to snapshots.
-    let status = Status::new(xds::status::Metrics::register(&mut metrics));
+    let mut metrics = Registry::default();
     let counted = raft::metrics::Metrics::registered(&mut metrics);
     let Running { started, seat } = boot::start(&mut config, &counted, &clock, &tasks, &stopped).await?;
-    let serves = seat.as_ref().map(|seat| seat.serving.clone()).unwrap_or_default();
-    let key = seat.as_ref().map(|seat| seat.secrets.key.clone());
-    let peers = seat.map(|seat| seat.take(&started, &config, &clock, &tasks, &stopped)).transpose()?;
-    // Nobody is served before everything that was acknowledged earlier is applied again: no proxy goes back in time.
-    let ready = async {
-        tokio::select! {
-            ready = upkeep::ready(&started.raft) => Some(ready),
-            // Not ready, and never will be.
-            _ = started.raft.ended() => None,
-        }
-    };
-    let Some(Some(revision)) = stopped.run_until_cancelled(ready).await else {
-        stopped.cancel();
-        return Ok(started.thread.join().await?);
-    };
-    tracing::info!(revision = revision.context("the log does not become ready")?.0, "log replayed");
-
-    // Who may be issued what.
-    if let Some(key) = &key
-        && !shared_root(&config, key, &started.raft, &stopped).await?
-    {
-        return Ok(started.thread.join().await?);
-    }
-    let issuing = authority::open(&config.authority(), clock())?;
-    tasks.spawn(authority::keep(config.clone(), issuing.clone(), clock.clone(), stopped.clone()));
-    let (names, until) = (config.names(), stopped.clone());
-    let identity = authority::own_identity(issuing.clone(), names, clock.clone(), &tasks, until).await?;
-    if let Some(key) = &key {
-        let said = boot::description(&config);
-        let sealed = sealed_root(&config, key)?;
-        let (raft, until) = (started.raft.clone(), stopped.clone());
-        tasks.spawn(boot::introduce(raft.clone(), config.member_id, said, sealed, until.clone()));
-        tasks.spawn(keeper::keep(raft, until));
-    }
-    let liveness = Liveness::new(config.silence, &started.raft.view().await?.registry);
-    let connected = peers.as_ref().map(|peers| peers.connected.clone());
-    tasks.spawn(liveness.clone().watch(
-        started.raft.clone(),
-        connected.clone(),
-        clock.clone(),
-        stopped.clone(),
-    ));
-    upkeep::start(&config, &started, &mut metrics, &clock, &tasks, &stopped);
-
-    // Snapshots to proxies.
-    let (joins, joined) = mpsc::channel(JOINS);
-    let push = Push::new(config.push(), started.updates, joined, status.clone(), tasks.clone());
-    tasks.spawn(push.run(stopped.clone()));
-
-    // The ports.
-    let [xds, admin, plain] = listen([config.xds, config.admin, config.metrics]).await?;
-    let advertised = config.advertise.clone().map_or_else(|| xds.local_addr().map(|a| a.to_string()), Ok)?;
-    let (fleet, known) = watch::channel(Fleet::alone(&advertised));
-    let ads = serving(joins, &status, known.clone(), &tasks, &stopped);
-    let heard = {
-        let liveness = liveness.clone();
-        Box::new(move |within| liveness.spoke(within))
-    };
-    if serves.set(Serving { streams: ads.spread.streams(), status: status.clone(), heard }).is_err() {
-        tracing::warn!("what this member serves was told twice");
-    }
-    // Without peers nobody else ever serves: the fleet stays as it is.
-    let _alone = match connected {
-        Some(connected) => {
-            tasks.spawn(fleet::keep(started.raft.clone(), connected, fleet, stopped.clone()));
-            None
-        }
-        None => Some(fleet),
-    };
-    let members = Members::new(started.raft.clone(), peers, clock.clone());
-    let joining = Joining {
-        raft: started.raft.clone(),
-        snapshots: started.snapshots.clone(),
-        status: status.clone(),
-        issuing: issuing.clone(),
-        liveness,
-        clock: clock.clone(),
-        fleet: known.clone(),
-        stop: stopped.clone(),
-    };
-    let events = Events::default();
-    let (seen, held) = (started.snapshots.clone(), status.clone());
-    let member = started.raft.status();
-    tasks.spawn(api::events::observe(events.clone(), seen, held, member, clock.clone(), stopped.clone()));
-    let api = Api {
-        raft: started.raft.clone(),
-        snapshots: started.snapshots,
-        status,
-        issuing,
-        clock: clock.clone(),
-        xds: advertised,
-        fleet: known,
-        access: started.access.clone(),
-        watches: Arc::new(Semaphore::new(api::watch::MOST)),
-        events: events.clone(),
-        members,
-        kept: Arc::default(),
-    };
-    let gate = Gate::new(ports::access(&config)?, started.access, clock.clone(), Rates::default());
-    tasks.spawn(upkeep::note_use(gate.clone(), started.raft.clone(), clock.clone(), stopped.clone()));
-    tracing::info!(xds = %xds.local_addr()?, admin = %admin.local_addr()?, metrics = %plain.local_addr()?, "ready");
-    ports::serve_agents(xds, identity.clone(), ads, joining, &tasks, &stopped)?;
-    ports::serve_operators(admin, config.admin_tls.then_some(identity), api, &gate, &tasks, &stopped)?;
-    ports::serve_metrics(plain, metrics, &tasks, &stopped);
-
-    tasks.spawn(supervisor::keep(started.raft.clone(), stopped.clone()));
+    let raft = started.raft.clone();
+    let member = Member { config: &config, clock: &clock, tasks: &tasks, stop: &stopped };
+    let thread = member.serve(started, seat, metrics).await?;
 
     let fatal = tokio::select! {
         () = stopped.cancelled() => None,
-        why = started.raft.ended() => why,
+        why = raft.ended() => why,
     };
     stopped.cancel();
     tasks.close();
     tasks.wait().await;
-    started.thread.join().await?;
+    thread.join().await?;
     match fatal {
         Some(why) => Err(why.into()),
         None => Ok(()),
+    }
+}
+
+/// What every part of a running member is given.
+#[derive(Clone, Copy)]
+struct Member<'a> {
+    config: &'a Config,
+    clock: &'a Clock,
+    /// Where what goes on by itself has its owner.
+    tasks: &'a TaskTracker,
+    stop: &'a CancellationToken,
+}
+
+impl Member<'_> {
+    /// Opens the ports over a log that runs, once it is replayed and the member can sign; nothing is opened if it is
+    /// stopped before. Answers the log's thread, to be waited for at the end.
+    async fn serve(
+        self,
+        started: Started,
+        seat: Option<Seat>,
+        mut metrics: Registry,
+    ) -> anyhow::Result<RaftThread> {
+        let Self { config, clock, tasks, stop } = self;
+        let status = Status::new(xds::status::Metrics::register(&mut metrics));
+        let serves = seat.as_ref().map(|seat| seat.serving.clone()).unwrap_or_default();
+        let key = seat.as_ref().map(|seat| seat.secrets.key.clone());
+        let peers = seat.map(|seat| seat.take(&started, config, clock, tasks, stop)).transpose()?;
+        // Nobody is served before everything that was acknowledged earlier is applied again: no proxy goes back in time.
+        if !self.replayed(&started.raft).await? {
+            return Ok(started.thread);
+        }
+        let Some((issuing, identity)) = self.identity(key.as_ref(), &started.raft).await? else {
+            return Ok(started.thread);
+        };
+        let connected = peers.as_ref().map(|peers| peers.connected.clone());
+        let liveness = Liveness::new(config.silence, &started.raft.view().await?.registry);
+        let watched =
+            liveness.clone().watch(started.raft.clone(), connected.clone(), clock.clone(), stop.clone());
+        tasks.spawn(watched);
+        upkeep::start(config, &started, &mut metrics, clock, tasks, stop);
+
+        // Snapshots to proxies.
+        let Started { raft, updates, snapshots, access, thread, .. } = started;
+        let (joins, joined) = mpsc::channel(JOINS);
+        let push = Push::new(config.push(), updates, joined, status.clone(), tasks.clone());
+        tasks.spawn(push.run(stop.clone()));
+
+        // The ports.
+        let [xds, admin, plain] = listen([config.xds, config.admin, config.metrics]).await?;
+        let advertised =
+            config.advertise.clone().map_or_else(|| xds.local_addr().map(|a| a.to_string()), Ok)?;
+        let fleet = self.fleet(&raft, connected, &advertised);
+        let ads = serving(joins, &status, fleet.clone(), tasks, stop);
+        let heard = {
+            let liveness = liveness.clone();
+            Box::new(move |within| liveness.spoke(within))
+        };
+        if serves.set(Serving { streams: ads.spread.streams(), status: status.clone(), heard }).is_err() {
+            tracing::warn!("what this member serves was told twice");
+        }
+        let joining = Joining {
+            raft: raft.clone(),
+            snapshots: snapshots.clone(),
+            status: status.clone(),
+            issuing: issuing.clone(),
+            liveness,
+            clock: clock.clone(),
+            fleet: fleet.clone(),
+            stop: stop.clone(),
+        };
+        let events = Events::default();
+        let (seen, held) = (snapshots.clone(), status.clone());
+        tasks.spawn(api::events::observe(
+            events.clone(),
+            seen,
+            held,
+            raft.status(),
+            clock.clone(),
+            stop.clone(),
+        ));
+        let api = Api {
+            raft: raft.clone(),
+            snapshots,
+            status,
+            issuing,
+            clock: clock.clone(),
+            xds: advertised,
+            fleet,
+            access: access.clone(),
+            watches: Arc::new(Semaphore::new(api::watch::MOST)),
+            events,
+            members: Members::new(raft.clone(), peers, clock.clone()),
+            kept: Arc::default(),
+        };
+        let gate = Gate::new(ports::access(config)?, access, clock.clone(), Rates::default());
+        tasks.spawn(upkeep::note_use(gate.clone(), raft.clone(), clock.clone(), stop.clone()));
+        tracing::info!(xds = %xds.local_addr()?, admin = %admin.local_addr()?, metrics = %plain.local_addr()?, "ready");
+        ports::serve_agents(xds, identity.clone(), ads, joining, tasks, stop)?;
+        ports::serve_operators(admin, config.admin_tls.then_some(identity), api, &gate, tasks, stop)?;
+        ports::serve_metrics(plain, metrics, tasks, stop);
+        tasks.spawn(supervisor::keep(raft, stop.clone()));
+        Ok(thread)
+    }
+
+    /// Waits until all that was acknowledged earlier is applied; false if the member ends before.
+    async fn replayed(self, raft: &Raft) -> anyhow::Result<bool> {
+        let ready = async {
+            tokio::select! {
+                ready = upkeep::ready(raft) => Some(ready),
+                // Not ready, and never will be.
+                _ = raft.ended() => None,
+            }
+        };
+        let Some(Some(revision)) = self.stop.run_until_cancelled(ready).await else { return Ok(false) };
+        tracing::info!(revision = revision.context("the log does not become ready")?.0, "log replayed");
+        Ok(true)
+    }
+
+    /// The authority, and this member's own certificate of it; nothing if the member is stopped before it can sign.
+    /// `key`: the cluster's, where there are peers, who are told of this member.
+    async fn identity(
+        self,
+        key: Option<&ClusterKey>,
+        raft: &Raft,
+    ) -> anyhow::Result<Option<(Issuing, IdentityWatch)>> {
+        let Self { config, clock, tasks, stop } = self;
+        if let Some(key) = key
+            && !shared_root(config, key, raft, stop).await?
+        {
+            return Ok(None);
+        }
+        let issuing = authority::open(&config.authority(), clock())?;
+        tasks.spawn(authority::keep(config.clone(), issuing.clone(), clock.clone(), stop.clone()));
+        let own =
+            authority::own_identity(issuing.clone(), config.names(), clock.clone(), tasks, stop.clone());
+        let own = own.await?;
+        if let Some(key) = key {
+            let said = boot::description(config);
+            let sealed = sealed_root(config, key)?;
+            tasks.spawn(boot::introduce(raft.clone(), config.member_id, said, sealed, stop.clone()));
+            tasks.spawn(keeper::keep(raft.clone(), stop.clone()));
+        }
+        Ok(Some((issuing, own)))
+    }
+
+    /// Who serves proxies, as it changes. Without peers nobody else ever does, and the fleet stays as it is.
+    fn fleet(self, raft: &Raft, connected: Option<Connected>, advertised: &str) -> watch::Receiver<Fleet> {
+        let (fleet, known) = watch::channel(Fleet::alone(advertised));
+        match connected {
+            Some(connected) => {
+                self.tasks.spawn(fleet::keep(raft.clone(), connected, fleet, self.stop.clone()));
+            }
+            None => {
+                let stop = self.stop.clone();
+                self.tasks.spawn(async move {
+                    stop.cancelled().await;
+                    drop(fleet);
+                });
+            }
+        }
+        known
     }
 }
 

@@ -1,5 +1,7 @@
 //! One service with instances in a Consul catalog and on machines of the mesh.
 
+#![allow(clippy::unwrap_used, reason = "what is not there has failed the test")]
+
 use std::collections::BTreeSet;
 
 use registry::config::{Kind, Object};

@@ -41,7 +41,7 @@ async fn conform(client: Client) -> anyhow::Result<()> {
     let peer = Peer(client);
     listing(&peer).await?;
     health(&peer).await?;
-    blocking(&peer).await?;
+    Box::pin(blocking(&peer)).await?;
     going(&peer).await?;
     writing(&peer).await
 }
@@ -168,14 +168,14 @@ async fn writing(peer: &Peer) -> anyhow::Result<()> {
 async fn a_real_consul_does_what_the_source_relies_on() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let consul = Consul::start(folder.path()).await?;
-    conform(client(consul.address, "")?).await
+    Box::pin(conform(client(consul.address, "")?)).await
 }
 
 #[tokio::test]
 async fn a_real_consul_with_certificates_and_tokens_does_the_same_over_http2() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let (consul, secured) = Consul::secured(folder.path()).await?;
-    conform(secured.client(consul.address)?).await?;
+    Box::pin(conform(secured.client(consul.address)?)).await?;
     std::fs::write(&secured.token, "00000000-1111-2222-3333-444444444444")?;
     let refused = secured.client(consul.address)?.get(0, "/v1/catalog/services").await?;
     ensure!(refused.status == 403, "{}", refused.reason());
@@ -187,7 +187,7 @@ async fn a_real_consul_with_certificates_and_tokens_does_the_same_over_http2() -
 #[tokio::test]
 async fn the_fake_consul_does_what_a_real_one_does() -> anyhow::Result<()> {
     let fake = Server::start(Catalog::new("dc1")).await?;
-    conform(client(fake.address, "")?).await?;
+    Box::pin(conform(client(fake.address, "")?)).await?;
     fake.change(|catalog| catalog.tokens = ["secret".to_owned()].into());
     let refused = client(fake.address, "wrong")?.get(0, "/v1/catalog/services").await?;
     ensure!(refused.status == 403 && refused.reason().contains("ACL not found"), "{}", refused.reason());

@@ -37,11 +37,11 @@ async fn apply(mut due: mpsc::Receiver<Proposal>, told: watch::Sender<(u64, usiz
     let mut state = State::default();
     while let Some(Proposal { commands, done }) = due.recv().await {
         let revision = Revision(state.revision().0 + 1);
-        let endpoints = commands.iter().map(|command| match command {
-            Command::ReplaceEndpoints { endpoints, .. } => endpoints.len(),
-            _ => 0,
-        });
-        let endpoints: usize = endpoints.sum();
+        let replaced = |command: &Command| {
+            let Command::ReplaceEndpoints { endpoints, .. } = command else { return 0 };
+            endpoints.len()
+        };
+        let endpoints: usize = commands.iter().map(replaced).sum();
         state.apply(revision, &Batch { time_ms: 1_000, author: String::new(), commands });
         told.send_modify(|(revision, all)| {
             *revision += 1;
@@ -60,7 +60,6 @@ fn resident() -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[expect(clippy::print_stdout, reason = "measurements")]
 async fn a_large_catalog_is_read_once_and_then_followed() -> anyhow::Result<()> {
     let mut catalog = Catalog::new("dc1");
     for (service, n) in (0..SERVICES).flat_map(|service| (0..INSTANCES).map(move |n| (service, n))) {

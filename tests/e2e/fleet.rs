@@ -141,6 +141,7 @@ impl Watched {
     }
 }
 
+#[expect(clippy::print_stdout, reason = "what was sent again is part of the result")]
 async fn lose_each_in_turn(fleet: &mut Fleet) -> anyhow::Result<()> {
     println!("streams of each member: {:?}", fleet.cluster.spread(STREAMS).await?);
     let initial: f64 = fleet.cluster.sums(SENT).await?.iter().sum::<f64>() / f64::from(STREAMS);

@@ -125,10 +125,13 @@ async fn a_lost_stream_is_opened_again_with_what_is_held_and_tables_stay() {
     tokio::time::timeout_at(deadline, tasks.wait()).await.unwrap();
 }
 
+/// What clients said of earlier refusals when they asked, in order.
+type Said = Arc<Mutex<Vec<(Option<u64>, Option<u64>)>>>;
+
 /// A member that accepts streams, or refuses each with a hint; it tells what its clients said.
 struct Member {
     address: std::net::SocketAddr,
-    asked: Arc<Mutex<Vec<(Option<u64>, Option<u64>)>>>,
+    asked: Said,
 }
 
 impl Member {
@@ -140,7 +143,7 @@ impl Member {
     ) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let asked = Arc::<Mutex<Vec<_>>>::default();
+        let asked = Said::default();
         let seen = Arc::clone(&asked);
         let intercept = move |request: Asked<()>| {
             let number = |key: &str| request.metadata().get(key)?.to_str().ok()?.parse::<u64>().ok();
