@@ -49,7 +49,7 @@ mod tests {
             told.starts_with("--- DestinationRule/default/r (4)\n+++ DestinationRule/default/r (7)\n@@"),
             "{told}"
         );
-        assert!(told.contains("\n-host: a\n+host: b\n"), "{told}");
+        assert!(told.contains("\n-host: a\n") && told.contains("\n+host: b\n"), "{told}");
         assert!(unified("x", ["1", "2"], Some(&old), Some(&old)).is_empty());
         let created = unified("x", ["1", "2"], None, Some(&new));
         assert!(

@@ -146,7 +146,8 @@ mod tests {
 
     fn carry(outgoing: &Outgoing, incoming: &mut Incoming, until: u64) {
         while incoming.offset() < until {
-            let bytes = outgoing.read(incoming.offset(), 100_000).expect("reads");
+            let length = usize::try_from(until - incoming.offset()).expect("is small").min(100_000);
+            let bytes = outgoing.read(incoming.offset(), length).expect("reads");
             assert!(incoming.write(incoming.offset(), &bytes).expect("writes"));
         }
     }
