@@ -161,7 +161,8 @@ fn founded(args: &InitArgs) -> Result<(), Vec<String>> {
         });
         founded.map_err(|error| vec![format!("cannot make the keys of the cluster: {error}")])?;
     }
-    tracing::info!(config = name, next = format!("istiod run --config {name}"), "initialized");
+    let ticket = if args.joins { " --join TICKET (of `istioctl members add`)" } else { "" };
+    tracing::info!(config = name, next = format!("istiod run --config {name}{ticket}"), "initialized");
     Ok(())
 }
 

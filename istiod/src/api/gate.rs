@@ -158,6 +158,9 @@ pub fn authorize(route: &Route, namespace: Option<&str>, caller: Option<&Caller>
     Err(Denied::Forbidden(what))
 }
 
+/// What a member's own token, which is none of the log's, is told by the other members.
+const ELSEWHERE: &str = "; the one in a member's data folder opens that member alone, `istioctl auth token create` makes one for all";
+
 const NEEDED: &str = "a bearer token is needed, or a client certificate that has a role; istioctl takes a token with --token-file";
 
 impl Gate {
@@ -208,7 +211,8 @@ impl Gate {
 
     fn with_token(&self, presented: &str, from: Source) -> Result<Caller, Denied> {
         let told = |why: String| Denied::Unauthenticated(why);
-        let secret = ApiSecret::parse(presented).map_err(|_| told("the token is not known".to_owned()))?;
+        let secret =
+            ApiSecret::parse(presented).map_err(|_| told(format!("the token is not known{ELSEWHERE}")))?;
         let now = ca::state::unix_seconds((self.shared.clock)());
         let state = self.shared.state.borrow().clone();
         let token = state.open(&secret, now).map_err(|e| told(e.to_string()))?;

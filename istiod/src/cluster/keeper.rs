@@ -1,4 +1,4 @@
-//! The leader's hand: does what [`plan`](super::plan) says. Runs on every member and acts while it leads.
+//! The leader's hand: does what [`plan`] says. Runs on every member and acts while it leads.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
