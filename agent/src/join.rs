@@ -10,12 +10,14 @@ use ca::client::{CertificateSource, Remote};
 use ca::identity::{SpiffeId, TrustDomain};
 use ca::keystore::KeyStore;
 use ca::tls::IdentityWatch;
+use proxy::xds::last_good::LastGood;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::members::Followed;
+use crate::vault;
 
 /// File of the key store that says where the control plane is and who we are, for starts without a token.
 const MEMBERSHIP_FILE: &str = "membership.json";
@@ -49,6 +51,12 @@ impl Membership {
             service_account: token.service_account.clone(),
         }
     }
+
+    fn is_of_the_same(&self, other: &Self) -> bool {
+        let identity =
+            |of: &Self| (of.trust_domain.clone(), of.namespace.clone(), of.service_account.clone());
+        identity(self) == identity(other)
+    }
 }
 
 /// Whether an earlier start with this folder joined.
@@ -63,7 +71,7 @@ pub fn is_member(data_dir: &Path) -> bool {
 ///
 /// It has not joined, or the folder cannot be read.
 pub fn endpoints(data_dir: &Path) -> anyhow::Result<Vec<String>> {
-    Ok(remembered(&KeyStore::open(data_dir)?)?.endpoints)
+    Ok(remembered(&vault::open(data_dir)?)?.endpoints)
 }
 
 /// Gets the identity and keeps renewing it on `tasks` until `stop`.
@@ -76,10 +84,14 @@ pub async fn identity(
     tasks: &TaskTracker,
     stop: CancellationToken,
 ) -> anyhow::Result<Joined> {
-    let store = KeyStore::open(&config.data_dir)?;
+    let store = vault::open(&config.data_dir)?;
     let membership = match &config.token {
         Some(token) => {
             let membership = Membership::of(token);
+            // What another identity was told is not this one's.
+            if !remembered(&store).is_ok_and(|before| before.is_of_the_same(&membership)) {
+                LastGood::forget(&store)?;
+            }
             store.store(MEMBERSHIP_FILE, &serde_json::to_vec_pretty(&membership)?)?;
             membership
         }

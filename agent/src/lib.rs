@@ -1,7 +1,7 @@
 //! The node agent: what runs beside an application so that it is a member of the mesh.
 //!
 //! [`cli`] says what can be asked of it, [`settings`] what files say; [`join`] gets the identity, with a token the first
-//! time; [`members`] follows who the members of the control plane are; [`register`] makes the workload an endpoint and
+//! time, and keeps it in the [`vault`]; [`members`] follows who the members of the control plane are; [`register`] makes the workload an endpoint and
 //! says when it may be sent traffic, in a [`session`]; [`secrets`] hands the certificate to a stock Envoy;
 //! [`capture`] redirects a machine's traffic to the proxy.
 //! The proxy itself is the crate `proxy`, run in this process.
@@ -15,11 +15,13 @@ pub mod register;
 pub mod secrets;
 pub mod session;
 pub mod settings;
+pub mod vault;
 
 use ca::keystore::KeyStore;
 use proxy::Proxy;
 use proxy::supervisor::Supervised;
 use proxy::telemetry::LogLevel;
+use proxy::xds::last_good::LastGood;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
@@ -68,7 +70,9 @@ pub async fn run(config: Config, log: Option<LogLevel>, orders: Orders) -> anyho
     let drain = data_plane.clone().drop_guard();
     let outcome = match config.seat {
         Seat::Proxy(proxy) => {
-            let config = proxy.config(members, joined.identity)?;
+            let mut config = proxy.config(members, joined.identity)?;
+            let until = ending.orders.leave.clone();
+            config.last_good = Some(LastGood { store: ending.store.clone(), until });
             match Proxy::start(config, log).await {
                 Ok(proxy) => {
                     let supervised = proxy.supervised();

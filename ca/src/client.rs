@@ -26,9 +26,9 @@ pub use crate::svid::Identity;
 pub use issuance::{ConnectError, Local, Remote, bootstrap_tls, connect};
 
 /// The identity with its key, chain and roots, in one file, so that it is always whole.
-const IDENTITY_FILE: &str = "identity.pem";
+const IDENTITY_FILE: &str = "identity";
 /// The key that the next certificate is asked for. Kept, so that a repeated request is the same request.
-const PENDING_KEY_FILE: &str = "pending-key.pem";
+const PENDING_KEY_FILE: &str = "pending-key";
 /// Longest sleep: a clock that was set, or a machine that slept, is noticed after this time.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 

@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 
 use zeroize::Zeroizing;
 
-/// Largest file that is read, in bytes: keys and chains are far smaller.
-const MAX_LEN: u64 = 1024 * 1024;
+use crate::seal::{SealError, SealingKey};
+
+/// Largest file that is read, in bytes: what a control plane tells a proxy of a large mesh is smaller.
+const MAX_LEN: u64 = 512 << 20;
 
 /// Why a key could not be stored or loaded.
 #[derive(Debug, thiserror::Error)]
@@ -24,11 +26,22 @@ pub enum KeyStoreError {
         /// Its permission bits.
         mode: u32,
     },
-    /// The file is larger than any key.
-    #[error("{path} is too large for a key or a chain")]
+    /// The file is larger than anything that is stored.
+    #[error("{path} is too large")]
     TooLarge {
         /// The file.
         path: PathBuf,
+    },
+    /// It cannot be sealed, or what is there cannot be opened.
+    #[error("cannot {doing} {path}")]
+    Sealing {
+        /// What was tried.
+        doing: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: SealError,
     },
     /// The operating system refused.
     #[error("cannot {doing} {path}")]
@@ -49,6 +62,7 @@ pub enum KeyStoreError {
 #[derive(Debug, Clone)]
 pub struct KeyStore {
     dir: PathBuf,
+    key: Option<SealingKey>,
 }
 
 impl KeyStore {
@@ -64,7 +78,14 @@ impl KeyStore {
             path: dir.clone(),
             source,
         })?;
-        Ok(Self { dir })
+        Ok(Self { dir, key: None })
+    }
+
+    /// The same folder, whose files are sealed under this key: each for its own name, so that none can stand in for
+    /// another.
+    #[must_use]
+    pub fn sealed(self, key: SealingKey) -> Self {
+        Self { key: Some(key), ..self }
     }
 
     /// The folder.
@@ -81,7 +102,11 @@ impl KeyStore {
     pub fn store(&self, name: &str, bytes: &[u8]) -> Result<(), KeyStoreError> {
         let path = self.path(name)?;
         let temporary = self.dir.join(format!(".{name}.new"));
-        self.write_new(&temporary, bytes)?;
+        let failed = |source| KeyStoreError::Sealing { doing: "seal", path: path.clone(), source };
+        match &self.key {
+            Some(key) => self.write_new(&temporary, &key.seal(name, bytes).map_err(failed)?)?,
+            None => self.write_new(&temporary, bytes)?,
+        }
         fs::rename(&temporary, &path).map_err(io_error("rename to", &path))?;
         self.sync_dir()
     }
@@ -90,7 +115,8 @@ impl KeyStore {
     ///
     /// # Errors
     ///
-    /// When somebody else may read or write the file, it is too large, or the operating system refuses.
+    /// When somebody else may read or write the file, it is too large or was sealed under another key, or the operating
+    /// system refuses.
     pub fn load(&self, name: &str) -> Result<Option<Zeroizing<Vec<u8>>>, KeyStoreError> {
         let path = self.path(name)?;
         let file = match File::open(&path) {
@@ -108,7 +134,14 @@ impl KeyStore {
         }
         let mut bytes = Zeroizing::new(Vec::with_capacity(usize::try_from(metadata.len()).unwrap_or(0)));
         file.take(MAX_LEN).read_to_end(&mut bytes).map_err(io_error("read", &path))?;
-        Ok(Some(bytes))
+        match &self.key {
+            Some(key) => key.open(name, &bytes).map(Some).map_err(|source| KeyStoreError::Sealing {
+                doing: "open",
+                path,
+                source,
+            }),
+            None => Ok(Some(bytes)),
+        }
     }
 
     /// Removes what is stored under `name`, if anything is.
@@ -193,6 +226,25 @@ mod tests {
         }
         store.store("key.pem", b"other").unwrap();
         assert_eq!(store.load("key.pem").unwrap().unwrap().as_slice(), b"other");
+    }
+
+    #[test]
+    fn what_is_sealed_is_opened_with_the_same_key_under_the_same_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let plain = KeyStore::open(dir.path()).unwrap();
+        let (key, other) = (SealingKey::random().unwrap(), SealingKey::random().unwrap());
+        let store = plain.clone().sealed(key);
+        store.store("a", b"secret").unwrap();
+        assert_eq!(store.load("a").unwrap().unwrap().as_slice(), b"secret");
+        let on_disk = plain.load("a").unwrap().unwrap();
+        assert!(!on_disk.windows(6).any(|window| window == b"secret"));
+        plain.store("b", &on_disk).unwrap();
+        plain.store("c", b"never sealed").unwrap();
+        for name in ["b", "c"] {
+            let refused = store.load(name).unwrap_err();
+            assert!(matches!(refused, KeyStoreError::Sealing { .. }), "{name}: {refused}");
+        }
+        assert!(plain.sealed(other).load("a").is_err());
     }
 
     #[test]

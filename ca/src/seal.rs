@@ -1,7 +1,8 @@
-//! Secrets that lie where others may read: sealed under a key that only the members of the control plane hold.
+//! Secrets that lie where others may read: sealed under a key that only those hold who may open them, such as the members
+//! of a control plane, or one agent.
 //!
-//! AES-256-GCM with a random nonce of 96 bits in front of what it seals (NIST SP 800-38D, 8.2.2); a key seals a handful
-//! of secrets in its life. What the secret is for is authenticated with it, so that one cannot stand in for another.
+//! AES-256-GCM with a random nonce of 96 bits in front of what it seals (NIST SP 800-38D, 8.2.2); a key seals far less
+//! than the 2^32 values that such nonces allow. What the secret is for is authenticated with it, so that one cannot stand in for another.
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, NONCE_LEN, Nonce, RandomizedNonceKey};
 use aws_lc_rs::rand;
@@ -24,17 +25,17 @@ pub enum SealError {
     NoRandomness,
 }
 
-/// The key under which members seal what all of them may know. Wiped when dropped, never printed.
+/// The key under which secrets are sealed. Wiped when dropped, never printed.
 #[derive(Clone)]
-pub struct ClusterKey(Zeroizing<Vec<u8>>);
+pub struct SealingKey(Zeroizing<Vec<u8>>);
 
-impl std::fmt::Debug for ClusterKey {
+impl std::fmt::Debug for SealingKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("ClusterKey(..)")
+        f.write_str("SealingKey(..)")
     }
 }
 
-impl ClusterKey {
+impl SealingKey {
     /// A new one.
     ///
     /// # Errors
@@ -55,7 +56,7 @@ impl ClusterKey {
         if bytes.len() == KEY_LEN { Ok(Self(Zeroizing::new(bytes.to_vec()))) } else { Err(SealError::Key) }
     }
 
-    /// The key itself, to be kept or handed to a member.
+    /// The key itself, to be kept or handed to somebody else who may open.
     #[must_use]
     pub fn expose(&self) -> &[u8] {
         &self.0
@@ -101,20 +102,20 @@ mod tests {
 
     #[test]
     fn only_the_same_key_opens_for_the_same_purpose() {
-        let (key, other) = (ClusterKey::random().unwrap(), ClusterKey::random().unwrap());
+        let (key, other) = (SealingKey::random().unwrap(), SealingKey::random().unwrap());
         let sealed = key.seal("root", b"secret").unwrap();
         assert_eq!(&key.open("root", &sealed).unwrap()[..], b"secret");
-        let again = ClusterKey::from_bytes(key.expose()).unwrap();
+        let again = SealingKey::from_bytes(key.expose()).unwrap();
         assert_eq!(&again.open("root", &sealed).unwrap()[..], b"secret");
         assert_eq!(key.open("backup", &sealed).unwrap_err(), SealError::Damaged);
         assert_eq!(other.open("root", &sealed).unwrap_err(), SealError::Damaged);
         assert_ne!(key.seal("root", b"secret").unwrap(), sealed, "every nonce is new");
-        assert_eq!(ClusterKey::from_bytes(b"short").unwrap_err(), SealError::Key);
+        assert_eq!(SealingKey::from_bytes(b"short").unwrap_err(), SealError::Key);
     }
 
     #[test]
     fn every_changed_byte_is_told() {
-        let key = ClusterKey::random().unwrap();
+        let key = SealingKey::random().unwrap();
         let sealed = key.seal("root", b"secret").unwrap();
         for at in 0..sealed.len() {
             let mut damaged = sealed.clone();

@@ -32,7 +32,7 @@ use anyhow::Context;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ca::renewal::Clock;
-use ca::seal::ClusterKey;
+use ca::seal::SealingKey;
 use ca::tls::IdentityWatch;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
@@ -214,7 +214,7 @@ impl Member<'_> {
     /// `key`: the cluster's, where there are peers, who are told of this member.
     async fn identity(
         self,
-        key: Option<&ClusterKey>,
+        key: Option<&SealingKey>,
         raft: &Raft,
     ) -> anyhow::Result<Option<(Issuing, IdentityWatch)>> {
         let Self { config, clock, tasks, stop } = self;
@@ -260,7 +260,7 @@ impl Member<'_> {
 /// if it is stopped first.
 async fn shared_root(
     config: &Config,
-    key: &ClusterKey,
+    key: &SealingKey,
     raft: &Raft,
     stop: &CancellationToken,
 ) -> anyhow::Result<bool> {
@@ -279,7 +279,7 @@ async fn shared_root(
 }
 
 /// This member's root for the others; nothing if the authority is plugged in, as it is there on every member.
-fn sealed_root(config: &Config, key: &ClusterKey) -> anyhow::Result<Option<String>> {
+fn sealed_root(config: &Config, key: &SealingKey) -> anyhow::Result<Option<String>> {
     if config.ca_directory.is_some() {
         return Ok(None);
     }

@@ -12,6 +12,7 @@ use envoy_types::pb::envoy::config::core::v3::Node;
 use crate::supervisor::Inherited;
 use crate::tables::Update;
 use crate::xds::decode::{Address, json};
+use crate::xds::last_good::LastGood;
 use crate::xds::transport;
 
 /// How long open requests may take to end, unless said otherwise (Istio's `terminationDrainDuration`).
@@ -24,6 +25,8 @@ pub struct Config {
     pub node: Node,
     /// Where its control plane is; `None`: only static resources count.
     pub xds: Option<transport::Settings>,
+    /// Where what the control plane said last is kept; `None`: nowhere.
+    pub last_good: Option<LastGood>,
     /// Resources that are there from the start.
     pub static_resources: Update,
     /// The certificate that the secrets `default` and `ROOTCA` stand for, with its renewals.
@@ -53,6 +56,7 @@ impl Config {
         Self {
             node,
             xds: None,
+            last_good: None,
             static_resources: Update::default(),
             identity: None,
             admin: None,

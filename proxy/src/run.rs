@@ -128,7 +128,7 @@ impl Proxy {
         let handles = start_workers(&config, workers, &tables, &identity, &drain)?;
 
         // 5. The stream to the control plane, which writes the tables from now on.
-        let xds = start_xds(&config, writer, &tasks, &control);
+        let xds = start_xds(&config, writer, &tasks, &control).await;
         let state = watch_state(config.xds.is_some(), &xds, &drain, &tasks, &control);
 
         tasks.spawn(settle(control.clone()));
@@ -291,7 +291,7 @@ fn start_workers(
     (0..count).map(|index| worker::start(index, options.clone()).map_err(StartError::Worker)).collect()
 }
 
-fn start_xds(
+async fn start_xds(
     config: &Config,
     writer: TableWriter,
     tasks: &TaskTracker,
@@ -301,7 +301,17 @@ fn start_xds(
     if let Some(settings) = config.xds.clone() {
         let client = Client::new(config.node.clone(), settings.protocol);
         let rng = fastrand::Rng::new();
-        let transport = Transport { settings, client, writer, status, rng, clock: jiff::Timestamp::now };
+        let store = Arc::clone(writer.store());
+        let mut transport = Transport { settings, client, writer, status, rng, clock: jiff::Timestamp::now };
+        if let Some(last_good) = config.last_good.clone() {
+            let responses = last_good.responses().await;
+            if !responses.is_empty() {
+                transport.resume(responses);
+                let revision = receiver.borrow().revision;
+                tracing::info!(revision, "serving as before, until a control plane answers");
+            }
+            tasks.spawn(last_good.keep(store, receiver.clone(), control.clone()));
+        }
         tasks.spawn(transport.run(control.clone()));
     }
     receiver

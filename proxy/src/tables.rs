@@ -386,6 +386,11 @@ impl Known {
         }
     }
 
+    /// Names of this kind that something waits for no more, because they do not exist.
+    pub(crate) fn absent(&self, kind: Kind) -> impl Iterator<Item = &Arc<str>> {
+        self.absent.iter().filter(move |(of, _)| *of == kind).map(|(_, name)| name)
+    }
+
     fn routes_named(&self, name: &Arc<str>) -> Option<Arc<RouteConfiguration>> {
         match self.routes.get(name) {
             Some(held) => Some(Arc::clone(&held.value)),

@@ -7,6 +7,7 @@ pub mod decode;
 pub mod filter;
 pub mod format;
 pub mod jwt;
+pub mod last_good;
 pub mod listener;
 pub mod matcher;
 pub mod members;

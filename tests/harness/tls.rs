@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use ca::keystore::KeyStore;
+use ca::seal::SealingKey;
 use rcgen::{
     BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
     SanType,
@@ -40,8 +42,10 @@ impl Credentials {
     ///
     /// When there is none.
     pub fn of_agent(data: &Path) -> anyhow::Result<Self> {
-        let file = data.join("identity.pem");
-        let text = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+        let plain = KeyStore::open(data)?;
+        let key = plain.load("sealing-key")?.with_context(|| format!("no key in {}", data.display()))?;
+        let text = plain.sealed(SealingKey::from_bytes(&key)?).load("identity")?.context("no identity")?;
+        let text = String::from_utf8(text.to_vec())?;
         let own = text.split("roots:\n").next().unwrap_or_default();
         let chain = CertificateDer::pem_slice_iter(own.as_bytes()).collect::<Result<_, _>>()?;
         Ok(Self { chain, key: PrivateKeyDer::from_pem_slice(own.as_bytes())? })

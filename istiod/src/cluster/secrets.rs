@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use ca::authn::{Hash, Secret, TokenError};
 use ca::authority::{PluggedError, PluggedIn, Serial, SignError, SigningRoot};
 use ca::keystore::{KeyStore, KeyStoreError};
-use ca::seal::{ClusterKey, SealError};
+use ca::seal::{SealError, SealingKey};
 use ca::x509;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
@@ -47,7 +47,7 @@ pub struct Secrets {
     ca_cert: String,
     ca_key: Zeroizing<String>,
     /// Seals what lies in the log.
-    pub key: ClusterKey,
+    pub key: SealingKey,
 }
 
 /// Why what is kept cannot be used.
@@ -110,7 +110,7 @@ impl Kept {
             let bytes = load(name)?;
             std::str::from_utf8(&bytes).map(str::to_owned).map_err(|_| self.damaged(name))
         };
-        let key = ClusterKey::from_bytes(&load(CLUSTER_KEY)?)?;
+        let key = SealingKey::from_bytes(&load(CLUSTER_KEY)?)?;
         Ok(Secrets { ca_cert: text(CERT)?, ca_key: Zeroizing::new(text(KEY)?), key })
     }
 
@@ -124,7 +124,7 @@ impl Kept {
             return Ok(());
         }
         let files = SigningRoot::generate(&tls::domain(), now, Serial::random()?)?.to_files();
-        let secrets = Secrets { ca_cert: files.ca_cert, ca_key: files.ca_key, key: ClusterKey::random()? };
+        let secrets = Secrets { ca_cert: files.ca_cert, ca_key: files.ca_key, key: SealingKey::random()? };
         self.keep(&secrets, &Membership { id, founded: true, peers: BTreeMap::new(), started: false })
     }
 
@@ -137,7 +137,7 @@ impl Kept {
         let secrets = Secrets {
             ca_cert: reply.ca_cert,
             ca_key: Zeroizing::new(reply.ca_key),
-            key: ClusterKey::from_bytes(&reply.cluster_key)?,
+            key: SealingKey::from_bytes(&reply.cluster_key)?,
         };
         secrets.root(now)?;
         let peers = reply.peers.into_iter().map(|peer| (peer.id, peer.address)).collect();

@@ -24,6 +24,7 @@ use wire::members::{self, Hint};
 
 use super::client::{Client, Protocol, Request, Response, TypeStatus};
 use super::decode::{Address, Kind};
+use super::last_good;
 use super::members::{Choice, Ended};
 use crate::tables::TableWriter;
 
@@ -172,9 +173,27 @@ impl Progress {
 }
 
 impl Transport {
+    /// Takes what an earlier process was told last; a control plane is told what is held, and to be no older.
+    pub fn resume(&mut self, responses: Vec<Response>) {
+        let revision = last_good::revision(&responses);
+        for response in responses {
+            // Nobody waits for an answer.
+            self.take(response);
+        }
+        for (kind, of_kind) in self.client.status() {
+            if let Some(error) = of_kind.last_error {
+                tracing::warn!(kind = %kind, error, "some of the last good configuration cannot be used");
+            }
+        }
+        self.status.send_modify(|s| s.revision = revision);
+    }
+
     /// Keeps a stream open until `stop`. What was taken stays in use while there is none.
     pub async fn run(mut self, stop: CancellationToken) {
         let mut choice = Choice::new(self.client.node_id(), self.settings.servers.clone());
+        if let Some(revision) = self.status.borrow().revision {
+            choice.on_revision(revision);
+        }
         loop {
             if let Some(members) = &mut self.settings.members {
                 choice.on_members(&members.borrow_and_update());
