@@ -19,6 +19,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::TcpStream;
 
 use crate::cli::Server;
+use crate::output::note;
 
 /// A connection is given up after this time without an answer, on top of what a call may wait on purpose.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -78,7 +79,11 @@ impl Client {
     ///
     /// As [`Client::get`].
     pub(crate) async fn rows<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<Vec<T>> {
-        Ok(self.get::<Page<T>>(path).await?.items)
+        let page = self.get::<Page<T>>(path).await?;
+        if page.metadata.partial {
+            note("warning: a member of the control plane did not answer; what it serves is missing");
+        }
+        Ok(page.items)
     }
 
     /// `GET` of something the server answers only after up to `patience`.

@@ -28,6 +28,7 @@ mod prune;
 pub mod rest;
 pub mod routes;
 pub mod select;
+pub mod served;
 mod trust;
 pub mod types;
 mod view;
@@ -50,6 +51,7 @@ use xds::balance::Fleet;
 use xds::status::Status;
 
 use self::page::Kept;
+use self::served::Served;
 use self::types::Consistency;
 use crate::access::AccessState;
 use crate::cluster::members::Members;
@@ -95,6 +97,12 @@ impl Api {
     /// The addresses of the xDS and certificate port of all members.
     fn addresses(&self) -> Vec<String> {
         self.fleet.borrow().addresses().map(str::to_owned).collect()
+    }
+
+    /// The proxies of this member.
+    fn served(&self) -> Served {
+        let (raft, snapshots) = (self.raft.clone(), self.snapshots.clone());
+        Served { raft, snapshots, status: self.status.clone() }
     }
 
     fn snapshot(&self) -> Arc<Snapshot> {

@@ -47,14 +47,16 @@ use api::Api;
 use api::events::Events;
 use api::gate::Gate;
 use api::limits::Rates;
+use api::served::Served;
 use authority::Issuing;
-use cluster::boot::{self, Running, Seat};
+use cluster::boot::{self, Running};
 use cluster::enrol::Serving;
 use cluster::members::Members;
 use cluster::{fleet, keeper};
 use config::Config;
 use join::Joining;
 use liveness::Liveness;
+use ports::Readiness;
 use push::Push;
 use raft::peers::links::Connected;
 use raft::{Raft, RaftThread, Started};
@@ -76,15 +78,25 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> anyhow::Result<
 
     let mut metrics = Registry::default();
     let counted = raft::metrics::Metrics::registered(&mut metrics);
-    let Running { started, seat } = boot::start(&mut config, &counted, &clock, &tasks, &stopped).await?;
-    let raft = started.raft.clone();
-    let member = Member { config: &config, clock: &clock, tasks: &tasks, stop: &stopped };
-    let thread = member.serve(started, seat, metrics).await?;
+    let status = Status::new(xds::status::Metrics::register(&mut metrics));
+    let consul = sources::consul::Metrics::registered(&mut metrics);
+
+    // From the first moment on it can be asked how far it is.
+    let (ready, readiness) = watch::channel(Readiness::Not("its log is being read"));
+    let plain = listen(config.metrics).await?;
+    tracing::info!(metrics = %plain.local_addr()?, "tells how far it is");
+    ports::serve_metrics(plain, metrics, readiness, &tasks, &stopped);
+
+    let running = boot::start(&mut config, &counted, &clock, &tasks, &stopped).await?;
+    let raft = running.started.raft.clone();
+    let member = Member { config: &config, clock: &clock, tasks: &tasks, stop: &stopped, ready: &ready };
+    let thread = member.serve(running, status, &consul).await?;
 
     let fatal = tokio::select! {
         () = stopped.cancelled() => None,
         why = raft.ended() => why,
     };
+    ready.send_replace(Readiness::Not("it is stopping"));
     stopped.cancel();
     tasks.close();
     tasks.wait().await;
@@ -103,6 +115,8 @@ struct Member<'a> {
     /// Where what goes on by itself has its owner.
     tasks: &'a TaskTracker,
     stop: &'a CancellationToken,
+    /// Who asks whether it serves is told this.
+    ready: &'a watch::Sender<Readiness>,
 }
 
 impl Member<'_> {
@@ -110,19 +124,20 @@ impl Member<'_> {
     /// stopped before. Answers the log's thread, to be waited for at the end.
     async fn serve(
         self,
-        started: Started,
-        seat: Option<Seat>,
-        mut metrics: Registry,
+        Running { started, seat }: Running,
+        status: Status,
+        consul: &sources::consul::Metrics,
     ) -> anyhow::Result<RaftThread> {
-        let Self { config, clock, tasks, stop } = self;
-        let status = Status::new(xds::status::Metrics::register(&mut metrics));
+        let Self { config, clock, tasks, stop, ready } = self;
         let serves = seat.as_ref().map(|seat| seat.serving.clone()).unwrap_or_default();
         let key = seat.as_ref().map(|seat| seat.secrets.key.clone());
         let peers = seat.map(|seat| seat.take(&started, config, clock, tasks, stop)).transpose()?;
         // Nobody is served before everything that was acknowledged earlier is applied again: no proxy goes back in time.
+        ready.send_replace(Readiness::Not("what was committed before it started is not applied here yet"));
         if !self.replayed(&started.raft).await? {
             return Ok(started.thread);
         }
+        ready.send_replace(Readiness::Not("it has no authority to sign with yet"));
         let Some((issuing, identity)) = self.identity(key.as_ref(), &started.raft).await? else {
             return Ok(started.thread);
         };
@@ -131,7 +146,7 @@ impl Member<'_> {
         let watched =
             liveness.clone().watch(started.raft.clone(), connected.clone(), clock.clone(), stop.clone());
         tasks.spawn(watched);
-        upkeep::start(config, &started, &mut metrics, clock, tasks, stop);
+        upkeep::start(config, &started, consul, clock, tasks, stop);
 
         // Snapshots to proxies.
         let Started { raft, updates, snapshots, access, thread, .. } = started;
@@ -140,7 +155,7 @@ impl Member<'_> {
         tasks.spawn(push.run(stop.clone()));
 
         // The ports.
-        let [xds, admin, plain] = listen([config.xds, config.admin, config.metrics]).await?;
+        let (xds, admin) = (listen(config.xds).await?, listen(config.admin).await?);
         let advertised =
             config.advertise.clone().map_or_else(|| xds.local_addr().map(|a| a.to_string()), Ok)?;
         let fleet = self.fleet(&raft, connected, &advertised);
@@ -149,7 +164,8 @@ impl Member<'_> {
             let liveness = liveness.clone();
             Box::new(move |within| liveness.spoke(within))
         };
-        if serves.set(Serving { streams: ads.spread.streams(), status: status.clone(), heard }).is_err() {
+        let served = Served { raft: raft.clone(), snapshots: snapshots.clone(), status: status.clone() };
+        if serves.set(Serving { streams: ads.spread.streams(), served, heard }).is_err() {
             tracing::warn!("what this member serves was told twice");
         }
         let joining = Joining {
@@ -188,11 +204,11 @@ impl Member<'_> {
         };
         let gate = Gate::new(ports::access(config)?, access, clock.clone(), Rates::default());
         tasks.spawn(upkeep::note_use(gate.clone(), raft.clone(), clock.clone(), stop.clone()));
-        tracing::info!(xds = %xds.local_addr()?, admin = %admin.local_addr()?, metrics = %plain.local_addr()?, "ready");
+        tracing::info!(xds = %xds.local_addr()?, admin = %admin.local_addr()?, "ready");
         ports::serve_agents(xds, identity.clone(), ads, joining, tasks, stop)?;
         ports::serve_operators(admin, config.admin_tls.then_some(identity), api, &gate, tasks, stop)?;
-        ports::serve_metrics(plain, metrics, tasks, stop);
         tasks.spawn(supervisor::keep(raft, stop.clone()));
+        ready.send_replace(Readiness::Ready);
         Ok(thread)
     }
 
@@ -217,7 +233,7 @@ impl Member<'_> {
         key: Option<&SealingKey>,
         raft: &Raft,
     ) -> anyhow::Result<Option<(Issuing, IdentityWatch)>> {
-        let Self { config, clock, tasks, stop } = self;
+        let Self { config, clock, tasks, stop, .. } = self;
         if let Some(key) = key
             && !shared_root(config, key, raft, stop).await?
         {
@@ -288,13 +304,9 @@ fn sealed_root(config: &Config, key: &SealingKey) -> anyhow::Result<Option<Strin
     Ok(sealed.map(|sealed| STANDARD.encode(sealed)))
 }
 
-/// A socket for each address.
-async fn listen<const N: usize>(addresses: [SocketAddr; N]) -> anyhow::Result<[TcpListener; N]> {
-    let bound = addresses.map(async |address| {
-        TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
-    });
-    let bound = futures::future::try_join_all(bound).await?;
-    bound.try_into().map_err(|_| anyhow::anyhow!("a socket is missing"))
+/// A socket for an address.
+async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
 }
 
 /// The xDS service, which keeps to its share of all streams.

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use anyhow::Context;
-use axum::http::header;
+use axum::http::{StatusCode, header};
 use axum::routing::get;
 use axum::{Extension, Router};
 use ca::service::CertificateService;
@@ -15,6 +15,7 @@ use hyper_util::service::TowerToHyperService;
 use prometheus_client::registry::Registry;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_stream::StreamExt;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -123,10 +124,20 @@ pub fn serve_operators(
     Ok(())
 }
 
+/// Whether a member serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Readiness {
+    /// Not yet or not any more, because of this.
+    Not(&'static str),
+    /// It does, and has all that was acknowledged before it started.
+    Ready,
+}
+
 /// `/metrics` and `/ready`, for everybody.
 pub(crate) fn serve_metrics(
     listener: TcpListener,
     registry: Registry,
+    readiness: watch::Receiver<Readiness>,
     tasks: &TaskTracker,
     stop: &CancellationToken,
 ) {
@@ -139,7 +150,14 @@ pub(crate) fn serve_metrics(
             ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
         }
     });
-    let router = Router::new().route("/metrics", metrics).route("/ready", get(|| async { "ready\n" }));
+    let ready = get(move || {
+        let told = match *readiness.borrow() {
+            Readiness::Ready => (StatusCode::OK, "ready\n".to_owned()),
+            Readiness::Not(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")),
+        };
+        async move { told }
+    });
+    let router = Router::new().route("/metrics", metrics).route("/ready", ready);
     serve(listener, router, tasks, stop);
 }
 

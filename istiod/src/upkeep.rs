@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use ca::renewal::Clock;
 use ca::state::{CaCommand, unix_seconds};
-use prometheus_client::registry::Registry;
 use registry::snapshot::Snapshot;
 use registry::source::file::{self, Folder};
 use registry::state::{Batch, Revision};
@@ -50,14 +49,13 @@ pub(crate) async fn ready(raft: &Raft) -> Result<Revision, ProposeError> {
 pub(crate) fn start(
     config: &Config,
     started: &Started,
-    metrics: &mut Registry,
+    consul: &sources::consul::Metrics,
     clock: &Clock,
     tasks: &TaskTracker,
     stop: &CancellationToken,
 ) {
     tasks.spawn(prune(started.raft.clone(), clock.clone(), stop.clone()));
-    let consul = sources::consul::Metrics::registered(metrics);
-    sources::consul::start(config.consul.as_ref(), &started.raft, clock, &consul, tasks, stop);
+    sources::consul::start(config.consul.as_ref(), &started.raft, clock, consul, tasks, stop);
     for folder in &config.folders {
         let log = (started.raft.clone(), started.snapshots.clone());
         watch_folder(folder.clone(), log, clock.clone(), tasks, stop);

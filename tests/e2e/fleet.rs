@@ -1,6 +1,6 @@
 //! A control plane of three members: who serves whom, and what is lost when one goes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -85,6 +85,36 @@ impl Fleet {
         Ok(revisions)
     }
 
+    /// Whichever member is asked tells of the proxies of all, and previews a change for all.
+    fn told_by_every_member(&self) -> anyhow::Result<()> {
+        let change = tempfile::NamedTempFile::with_suffix(".yaml")?;
+        std::fs::write(change.path(), service("previewed"))?;
+        let file = change.path().display().to_string();
+        let mut told = Vec::new();
+        for place in 0..3 {
+            let json = |args: &[&str]| -> anyhow::Result<Value> {
+                Ok(serde_json::from_str(&self.cluster.member(place)?.istioctl(args)?)?)
+            };
+            let rows = json(&["proxy-status", "-o", "json"])?;
+            let rows = rows.as_array().context("no list")?;
+            let serving: BTreeSet<_> = rows.iter().filter_map(|row| row.get("member")?.as_u64()).collect();
+            ensure!(rows.len() == STREAMS as usize && serving.len() == 3, "{rows:?}");
+            for row in rows {
+                let id = text(row, "/id");
+                let config = json(&["proxy-config", "listener", &id, "-o", "json"])?;
+                ensure!(config.pointer("/listeners/0/name").is_some(), "{id}: {config}");
+            }
+            let preview = json(&["apply", "--dry-run", "-f", &file, "-o", "json"])?;
+            let preview = preview.get("preview").context("no preview")?.clone();
+            let proxies = preview.get("proxies").and_then(Value::as_array).map(Vec::len);
+            let looked = (proxies, preview.get("partial").and_then(Value::as_bool));
+            ensure!(looked == (Some(STREAMS as usize), Some(false)), "{preview}");
+            told.push(preview);
+        }
+        ensure!(told.iter().all(|preview| Some(preview) == told.first()), "{told:?}");
+        Ok(())
+    }
+
     /// Commits a change by a member; when that has waited, every proxy has it.
     async fn change(&self, place: usize, name: &str) -> anyhow::Result<()> {
         let before = self.revisions().await?;
@@ -144,6 +174,7 @@ impl Watched {
 #[expect(clippy::print_stdout, reason = "what was sent again is part of the result")]
 async fn lose_each_in_turn(fleet: &mut Fleet) -> anyhow::Result<()> {
     println!("streams of each member: {:?}", fleet.cluster.spread(STREAMS).await?);
+    fleet.told_by_every_member()?;
     let initial: f64 = fleet.cluster.sums(SENT).await?.iter().sum::<f64>() / f64::from(STREAMS);
     let watched = Watched::start(fleet);
     let load = Load::start(fleet.vip, "echo", RATE);

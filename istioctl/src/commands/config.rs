@@ -150,7 +150,7 @@ async fn wait(client: &Client, revision: u64, timeout: Duration) -> anyhow::Resu
     };
     let total = report.acknowledged.len() + report.pending.len();
     if total == 0 {
-        note("warning: no proxy is connected to this member, so nobody has confirmed the change");
+        note("warning: no proxy is connected, so nobody has confirmed the change");
     }
     if report.pending.is_empty() {
         note(&format!("revision {revision} runs on {total} of {total} proxies"));
@@ -195,7 +195,7 @@ fn show_preview(preview: &PreviewReport) -> anyhow::Result<()> {
     let (touched, of) = (preview.proxies.len() + preview.hidden, preview.connected);
     data(&format!("\n{touched} of {of} proxies would be sent {} bytes\n", preview.bytes))?;
     if preview.partial {
-        note(&format!("only the proxies that are connected to member {} were looked at", preview.member));
+        note("warning: a member of the control plane did not answer; its proxies were not looked at");
     }
     if preview.hidden > 0 {
         note(&format!("{} of them are in namespaces that you may not see", preview.hidden));

@@ -18,7 +18,8 @@ pub(super) async fn status(client: &Client, output: Output) -> anyhow::Result<Ex
     proxies.sort_by(|a, b| a.name.cmp(&b.name));
     print(output, &proxies, |wide| {
         let mut header = vec!["name", "cds", "lds", "eds", "rds", "revision", "version"];
-        header.extend(wide.then_some(["identity", "protocol", "connected", "id"]).into_iter().flatten());
+        let more = ["member", "identity", "protocol", "connected", "id"];
+        header.extend(wide.then_some(more).into_iter().flatten());
         let mut rows = Rows::new(header);
         for proxy in &proxies {
             let state = |kind: &str| proxy.types.get(kind).cloned().unwrap_or_default();
@@ -33,6 +34,7 @@ pub(super) async fn status(client: &Client, output: Output) -> anyhow::Result<Ex
             ];
             if wide {
                 row.extend([
+                    proxy.member.to_string(),
                     proxy.identity.clone(),
                     proxy.protocol.clone(),
                     format!("{}s", proxy.connected_seconds),

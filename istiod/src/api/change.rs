@@ -2,7 +2,6 @@
 //! mesh demands it, and committed in one entry of the log.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
 use registry::config::{Kind, Object, Severity};
 use registry::model::mesh::MeshConfig;
@@ -14,7 +13,6 @@ use registry::state::{
 use super::preview;
 use super::types::{Action, Applied, ApplyReport, Mistake};
 use super::{Api, ApiError, Caller, aside};
-use crate::preview::Foreseen;
 use crate::raft::{Command, Outcome};
 
 /// What shall be different.
@@ -86,9 +84,9 @@ impl Api {
         let limit = self.snapshot().mesh().max_affected_proxies_percent.filter(|_| !mode.force);
         let only_told = mode.dry_run || mode.preview;
         if only_told || limit.is_some() {
-            let (foreseen, base) = self.foresee(batch.clone()).await?;
+            let (foreseen, base) = self.served().foresee(batch.clone()).await?;
             let preview = match mode.preview || limit.is_some() {
-                true => Some(self.preview(foreseen.clone(), base).await?),
+                true => Some(self.preview(foreseen.clone(), base, &batch).await?),
                 false => None,
             };
             let refusal = limit.zip(preview.as_ref()).and_then(|(limit, all)| preview::too_many(all, limit));
@@ -108,20 +106,6 @@ impl Api {
             return Err(ApiError::Internal("not an outcome of the registry".to_owned()));
         };
         report(revision.0, &outcome, warnings)
-    }
-
-    /// Applies a batch to a copy of the state as it is now; also gives the revision of that state.
-    async fn foresee(&self, batch: Batch) -> Result<(Arc<Foreseen>, u64), ApiError> {
-        let state = self.view().await?.registry;
-        let snapshot = self.snapshot();
-        aside(move || {
-            let revision = state.revision();
-            // The newest snapshot may be of a later entry than the state that was looked at.
-            let before =
-                if snapshot.revision() == revision { snapshot } else { Arc::new(snapshot.rebuild(&state)) };
-            Ok((Arc::new(Foreseen::of(&state, before, &batch)), revision.0))
-        })
-        .await
     }
 }
 

@@ -198,7 +198,7 @@ impl Api {
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         let items = self.events.after(since.after.unwrap_or(0), limit, seen);
         let resource_version = self.snapshot().revision().to_string();
-        Ok(Page { items, metadata: ListMeta { resource_version, r#continue: String::new() } })
+        Ok(Page { items, metadata: ListMeta { resource_version, ..ListMeta::default() } })
     }
 }
 

@@ -8,10 +8,13 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use super::page::{After, Wanted, key_of};
+use super::served::Given;
 use super::types::{
     HistoryEntry, Page, ProxyRow, Revisions, Rows, ServiceRow, Version, WaitReport, WorkloadRow,
 };
 use super::{Api, ApiError, Caller, LONGEST_WAIT, aside, view};
+use crate::raft::wire::look_request::At;
+use crate::raft::wire::{AllProxies, GivenTo, LookRequest};
 
 impl Api {
     /// The newest changes in the caller's namespaces, newest first.
@@ -26,37 +29,47 @@ impl Api {
         seen.take(limit).collect()
     }
 
-    /// Connected proxies of the caller's namespaces.
+    /// Connected proxies of the caller's namespaces, whichever member serves them.
     ///
     /// # Errors
     ///
     /// [`ApiError::Invalid`] for a page that is none.
-    pub fn proxies(&self, caller: &Caller, rows: &Rows) -> Result<Page<ProxyRow>, ApiError> {
+    pub async fn proxies(&self, caller: &Caller, rows: &Rows) -> Result<Page<ProxyRow>, ApiError> {
         let wanted = Wanted::parse(rows.limit, rows.r#continue.as_deref())?;
-        let mut statuses = self.status.proxies(Instant::now().into_std());
-        statuses.retain(|status| seen(caller, rows, &status.proxy.namespace));
-        statuses.sort_by(|a, b| a.proxy.id.cmp(&b.proxy.id));
+        let all = At::Proxies(AllProxies::default());
+        let told = self.members.look::<Vec<ProxyRow>>(LookRequest { revision: 0, at: Some(all) }).await;
+        let mut proxies = self.served().rows();
+        proxies.extend(told.answers.into_iter().flatten());
+        proxies.retain(|proxy| seen(caller, rows, &proxy.namespace));
+        // Who went from one member to another is where it came last.
+        proxies.sort_by(|a, b| (&a.id, a.connected_seconds).cmp(&(&b.id, b.connected_seconds)));
+        proxies.dedup_by(|a, b| a.id == b.id);
         let revision = self.snapshot().revision().0;
-        Ok(wanted.page(revision, statuses.iter(), |s| s.proxy.id.clone(), view::proxy_row))
+        let mut page = wanted.page(revision, proxies.into_iter(), |row| row.id.clone(), |row| row);
+        page.metadata.partial = told.partial;
+        Ok(page)
     }
 
-    /// What a proxy was given, of one type or of `all`.
+    /// What a proxy was given, of one type or of `all`, by whichever member serves it.
     ///
     /// # Errors
     ///
     /// When it is not connected, or the type is unknown.
     pub async fn proxy_config(&self, caller: &Caller, id: &str, kind: &str) -> Result<Value, ApiError> {
-        let types = view::types_named(kind).ok_or_else(|| {
-            let detail = format!("`{kind}` is not one of listener, route, cluster, endpoint, all");
-            ApiError::invalid_field("type", detail)
-        })?;
-        let statuses = self.status.proxies(Instant::now().into_std());
-        let known = statuses.iter().any(|s| s.proxy.id == id && caller.covers(&s.proxy.namespace));
-        let resources = if known { self.status.resources(id).await } else { None };
-        let resources = resources
-            .ok_or_else(|| ApiError::NotFound(format!("no proxy `{id}` is connected to this member")))?;
-        aside(move || view::resources(&resources, &types).map_err(|e| ApiError::Internal(e.to_string())))
-            .await
+        let mut partial = false;
+        let mut given = self.served().given(id, kind).await?;
+        if given.is_none() {
+            let asked = At::Given(GivenTo { proxy: id.to_owned(), kind: kind.to_owned() });
+            let told = self.members.look::<Option<Given>>(LookRequest { revision: 0, at: Some(asked) }).await;
+            given = told.answers.into_iter().flatten().next();
+            partial = told.partial;
+        }
+        let shown = given.filter(|given| caller.covers(&given.namespace));
+        let known = shown.map(|given| given.config);
+        known.ok_or_else(|| {
+            let who = if partial { "a member that answers" } else { "any member" };
+            ApiError::NotFound(format!("no proxy `{id}` is connected to {who}"))
+        })
     }
 
     /// Waits until every connected proxy of the caller's namespaces, whichever member serves it, runs `revision` or

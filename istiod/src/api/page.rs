@@ -97,8 +97,8 @@ impl Wanted {
             page.push(show(item));
         }
         let more = rest.peek().is_some().then(|| After { revision, key: last }.to_text());
-        let metadata =
-            ListMeta { resource_version: revision.to_string(), r#continue: more.unwrap_or_default() };
+        let (resource_version, r#continue) = (revision.to_string(), more.unwrap_or_default());
+        let metadata = ListMeta { resource_version, r#continue, partial: false };
         Page { items: page, metadata }
     }
 }

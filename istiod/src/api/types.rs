@@ -51,6 +51,9 @@ pub struct ListMeta {
     /// Where to go on, for the next call's `continue`; empty at the end.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub r#continue: String,
+    /// A member did not answer in time: what it serves is missing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub partial: bool,
 }
 
 /// Body of `POST /api/v1/apply`: all files are one commit.
@@ -182,6 +185,10 @@ pub struct ProxyRow {
     pub id: String,
     /// `name.namespace`
     pub name: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// The member that serves it.
+    pub member: u64,
     /// Cluster id.
     pub cluster: String,
     /// `delta` or `sotw`

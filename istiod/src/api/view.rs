@@ -62,7 +62,7 @@ pub(super) fn history_entry(entry: &Entry) -> HistoryEntry {
     }
 }
 
-pub(super) fn proxy_row(status: &ProxyStatus) -> ProxyRow {
+pub(super) fn proxy_row(status: &ProxyStatus, member: u64) -> ProxyRow {
     let types = status
         .types
         .iter()
@@ -71,6 +71,8 @@ pub(super) fn proxy_row(status: &ProxyStatus) -> ProxyRow {
     ProxyRow {
         id: status.proxy.id.clone(),
         name: format!("{}.{}", status.proxy.name, status.proxy.namespace),
+        namespace: status.proxy.namespace.clone(),
+        member,
         cluster: status.proxy.cluster.clone(),
         protocol: match status.variant {
             Variant::Delta => "delta",

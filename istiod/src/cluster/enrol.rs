@@ -15,10 +15,13 @@ use tonic::{Code, Status};
 use super::secrets::Secrets;
 use super::ticket::Ticket;
 use super::{ClusterCommand, ClusterOutcome, Description};
+use crate::api::served::Served;
 use crate::raft::peers::service::Host;
 use crate::raft::peers::tls;
 use crate::raft::wire::peers_client::PeersClient;
-use crate::raft::wire::{EnrolReply, EnrolRequest, HeardAgent, PeerAddress, PeerDescription, WaitReply};
+use crate::raft::wire::{
+    EnrolReply, EnrolRequest, HeardAgent, LookReply, LookRequest, PeerAddress, PeerDescription, WaitReply,
+};
 use crate::raft::{Command, Outcome, Raft};
 
 /// Pause before all members are asked again.
@@ -56,8 +59,8 @@ pub struct Door {
 pub struct Serving {
     /// Connected xDS streams.
     pub streams: watch::Receiver<u64>,
-    /// What its proxies run.
-    pub status: xds::status::Status,
+    /// Its proxies.
+    pub served: Served,
     /// The agents that it heard within a time.
     pub heard: Box<dyn Fn(Duration) -> Vec<HeardAgent> + Send + Sync>,
 }
@@ -121,8 +124,17 @@ impl Host for Door {
     fn wait(&self, revision: u64, within: Duration) -> BoxFuture<'_, WaitReply> {
         Box::pin(async move {
             let Some(serving) = self.serving.get() else { return WaitReply::default() };
-            let report = serving.status.wait(revision, tokio::time::Instant::now() + within).await;
+            let report = serving.served.status.wait(revision, tokio::time::Instant::now() + within).await;
             crate::api::waited(&report)
+        })
+    }
+
+    fn look(&self, request: LookRequest) -> BoxFuture<'_, Result<LookReply, Status>> {
+        Box::pin(async move {
+            let serving =
+                self.serving.get().ok_or_else(|| Status::unavailable("this member does not serve yet"))?;
+            let looked = serving.served.look(request).await;
+            Ok(LookReply { json: looked.map_err(|error| Status::unknown(error.to_string()))?.into() })
         })
     }
 }

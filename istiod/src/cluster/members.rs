@@ -7,6 +7,7 @@ use ca::authn::Hash;
 use ca::renewal::Clock;
 use ca::state::unix_seconds;
 use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::plan::caught_up;
@@ -16,13 +17,24 @@ use super::{
 };
 use crate::raft::node::{Progress, Status};
 use crate::raft::peers::links::Connected;
-use crate::raft::wire::{LoadRequest, WaitReply, WaitRequest};
+use crate::raft::wire::{LoadRequest, LookRequest, WaitReply, WaitRequest};
 use crate::raft::{Command, Origin, Outcome, ProposeError, Raft};
 
 /// Leadership that has not moved within this time did not.
 const TRANSFER: Duration = Duration::from_secs(10);
 /// A leader that does not say how the members stand within this time is not asked further.
 const ASK: Duration = Duration::from_secs(2);
+
+/// A member that does not tell of its proxies within this time is left out.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// What other members said of the proxies that they serve.
+pub(crate) struct Looked<T> {
+    /// Of each that answered.
+    pub(crate) answers: Vec<T>,
+    /// Some member did not answer.
+    pub(crate) partial: bool,
+}
 
 /// The members of the control plane, for operators. Clones are the same.
 #[derive(Clone)]
@@ -159,6 +171,25 @@ impl Members {
             Some(answer.ok()?.ok()?.into_inner())
         });
         futures::future::join_all(asked).await.into_iter().flatten().collect()
+    }
+
+    /// Asks every other member about the proxies that it serves.
+    pub(crate) async fn look<T: DeserializeOwned>(&self, request: LookRequest) -> Looked<T> {
+        let status = self.raft.status().borrow().clone();
+        let others = status.voters.iter().chain(&status.learners).filter(|id| **id != status.id);
+        let asked = others.map(|id| {
+            let client = self.peers.as_ref().and_then(|peers| peers.connected.client(*id));
+            let request = request.clone();
+            async move {
+                let answer = tokio::time::timeout(LOOK, client?.look(request)).await.ok()?;
+                let refused =
+                    |error: &_| tracing::info!(member = id, %error, "a member does not tell of its proxies");
+                serde_json::from_slice(&answer.inspect_err(refused).ok()?.into_inner().json).ok()
+            }
+        });
+        let told: Vec<Option<T>> = futures::future::join_all(asked).await;
+        let partial = told.iter().any(Option::is_none);
+        Looked { answers: told.into_iter().flatten().collect(), partial }
     }
 
     /// All members, in the order of their numbers.

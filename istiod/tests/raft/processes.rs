@@ -109,6 +109,17 @@ impl Member {
         Some((status, serde_json::from_str(body.get(from..to)?).unwrap_or(Value::Null)))
     }
 
+    /// What it says of itself to whoever asks whether it is ready; nothing if nobody answers.
+    fn readiness(&self) -> Option<(u16, String)> {
+        let mut socket = TcpStream::connect(format!("{}:15014", self.address)).ok()?;
+        socket.set_read_timeout(Some(Duration::from_secs(30))).ok()?;
+        socket.write_all(b"GET /ready HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").ok()?;
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).ok()?;
+        let (head, body) = answer.split_once("\r\n\r\n")?;
+        Some((head.get(9..12)?.parse().ok()?, body.to_owned()))
+    }
+
     /// Number and part of every member, as this one sees them.
     fn parts(&self) -> BTreeMap<u64, String> {
         let Some((200, list)) = self.call("GET", "/members", "") else { return BTreeMap::new() };
@@ -284,4 +295,20 @@ fn three_processes_are_founded_joined_killed_damaged_and_mended() {
     assert!(cluster.members[&hurt].data().join("raft.damaged-1").is_dir());
     assert!(cluster.members[&hurt].log().contains("data is damaged"));
     assert!(!cluster.voters(killed).contains(&u64::from(hurt)), "its old number is gone");
+
+    // A member that cannot know what is committed is not ready, and says why; with a second one it is.
+    for number in [1, 2, 3] {
+        cluster.members.get_mut(&number).expect("is there").kill();
+    }
+    cluster.members.get_mut(&killed).expect("is there").start(None);
+    let waiting = "not ready: what was committed before it started is not applied here yet\n";
+    cluster.until("it says what it waits for", || {
+        let (status, why) = cluster.members[&killed].readiness()?;
+        assert_eq!(status, 503, "{why}");
+        (why == waiting).then_some(())
+    });
+    assert!(cluster.members[&killed].call("GET", "/members", "").is_none(), "it serves nobody");
+    cluster.members.get_mut(&hurt).expect("is there").start(None);
+    cluster.until("it is ready", || (cluster.members[&killed].readiness()?.0 == 200).then_some(()));
+    assert!(cluster.has(killed, "meanwhile9"), "what was committed is here");
 }

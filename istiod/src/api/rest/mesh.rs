@@ -33,7 +33,7 @@ pub(in crate::api) const ROUTES: &[Route] = &[
         .json(schema::<Page<WorkloadRow>>)
         .rpc("Mesh/ListWorkloads"),
     Route::get("/api/v1/proxies", Permission::Read, Scope::Each, || get(proxies))
-        .named("listProxies", "Proxies that are connected to this member, and what each has acknowledged.")
+        .named("listProxies", "Proxies that are connected to any member, and what each has acknowledged.")
         .query(schema::<Rows>)
         .json(schema::<Page<ProxyRow>>)
         .rpc("Mesh/ListProxies"),
@@ -81,7 +81,7 @@ async fn workloads(
 }
 
 async fn proxies(State(api): State<Api>, caller: Caller, Query(rows): Query<Rows>) -> Answer<Page<ProxyRow>> {
-    Ok(Json(api.proxies(&caller, &rows)?))
+    Ok(Json(api.proxies(&caller, &rows).await?))
 }
 
 async fn proxy_config(

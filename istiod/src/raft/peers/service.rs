@@ -22,8 +22,8 @@ use crate::raft::snapshots::Snapshots;
 use crate::raft::wire::peers_server::{Peers, PeersServer};
 use crate::raft::wire::{
     EnrolReply, EnrolRequest, ForwardReply, ForwardRequest, ForwardVerdict, HeardAgent, LoadReply,
-    LoadRequest, Message, MessageType, MessagesEnded, PeerProgress, SnapshotPart, SnapshotProgress,
-    WaitReply, WaitRequest,
+    LoadRequest, LookReply, LookRequest, Message, MessageType, MessagesEnded, PeerProgress, SnapshotPart,
+    SnapshotProgress, WaitReply, WaitRequest,
 };
 
 /// Nobody waits longer for proxies.
@@ -43,6 +43,11 @@ pub trait Host: Send + Sync + 'static {
     /// Waits at most so long until the proxies that this member serves run a revision.
     fn wait(&self, _revision: u64, _within: Duration) -> BoxFuture<'_, WaitReply> {
         Box::pin(async { WaitReply::default() })
+    }
+
+    /// Tells of the proxies that this member serves.
+    fn look(&self, _request: LookRequest) -> BoxFuture<'_, Result<LookReply, Status>> {
+        Box::pin(async { Err(Status::unavailable("this member serves no proxies")) })
     }
 }
 
@@ -232,6 +237,13 @@ impl<M: StateMachine> Peers for Calls<M> {
         let waited = self.service.stop.run_until_cancelled(self.service.host.wait(revision, within));
         let reply = waited.await.ok_or_else(|| Status::unavailable("this member is stopping"))?;
         Ok(Response::new(reply))
+    }
+
+    async fn look(&self, request: Request<LookRequest>) -> Result<Response<LookReply>, Status> {
+        self.service.caller(&request)?;
+        let looking = self.service.host.look(request.into_inner());
+        let looked = self.service.stop.run_until_cancelled(looking).await;
+        Ok(Response::new(looked.ok_or_else(|| Status::unavailable("this member is stopping"))??))
     }
 
     async fn enrol(&self, request: Request<EnrolRequest>) -> Result<Response<EnrolReply>, Status> {
