@@ -4,7 +4,6 @@
 //! [`Changes`] do not touch, so its cost follows the change and not the mesh. All answers are in a fixed order: services
 //! and objects oldest first, then by name, then by namespace; nothing depends on the order of arrival.
 
-mod chunks;
 mod delegate;
 mod destination;
 pub mod host_match;
@@ -22,11 +21,11 @@ use std::sync::Arc;
 use ca::identity::TrustDomain;
 use serde_json::Value;
 
-use self::chunks::Chunks;
 use self::destination::DestinationRules;
 use self::routing::Routing;
 use self::scoped::Collection;
 use self::services::Services;
+use crate::chunks::Chunks;
 use crate::config::{Kind, Object, Spec};
 use crate::merge::declare::Labels;
 use crate::merge::{self, Settings};

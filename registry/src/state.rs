@@ -14,7 +14,6 @@ mod past;
 mod stored;
 mod vip;
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -25,6 +24,7 @@ use self::history::History;
 pub use self::past::{Past, PastError};
 pub use self::stored::StoredCommand;
 use self::vip::VipTable;
+use crate::chunks::Chunks;
 use crate::config::{Kind, Object};
 use crate::model::service::{Endpoint, Hostname, Service, SourceId};
 
@@ -62,21 +62,22 @@ pub enum DecodeError {
     },
 }
 
-/// The mesh as the log made it. A copy shares every value.
+/// The mesh as the log made it. A copy costs next to nothing, and so does a change while there is one: it shares all
+/// but what changes.
 #[derive(Debug, Clone, Default)]
 pub struct State {
     revision: Revision,
-    objects: BTreeMap<ObjectKey, Arc<Object>>,
-    services: BTreeMap<(Hostname, SourceId), Arc<Service>>,
-    endpoints: BTreeMap<(Hostname, SourceId), Arc<[Endpoint]>>,
-    workloads: BTreeMap<WorkloadKey, Arc<Registration>>,
+    objects: Chunks<ObjectKey, Arc<Object>>,
+    services: Chunks<(Hostname, SourceId), Arc<Service>>,
+    endpoints: Chunks<(Hostname, SourceId), Arc<[Endpoint]>>,
+    workloads: Chunks<WorkloadKey, Arc<Registration>>,
     vips: VipTable,
     mesh: Option<Arc<Value>>,
     history: History,
     /// Derived: which `ServiceEntry` objects declare a host.
-    declared: BTreeMap<Hostname, BTreeSet<ObjectKey>>,
-    /// Derived: the `ServiceEntry` objects with a workload selector, by namespace.
-    selecting: BTreeMap<String, BTreeSet<ObjectKey>>,
+    declared: Chunks<(Hostname, ObjectKey), ()>,
+    /// Derived: the `ServiceEntry` objects with a workload selector.
+    selecting: Chunks<ObjectKey, ()>,
 }
 
 impl State {
@@ -99,8 +100,8 @@ impl State {
 
     /// The objects of one kind, by namespace and name.
     pub fn objects_of(&self, kind: Kind) -> impl Iterator<Item = (&ObjectKey, &Arc<Object>)> {
-        let first = ObjectKey { kind, namespace: String::new(), name: String::new() };
-        self.objects.range(first..).take_while(move |(key, _)| key.kind == kind)
+        let first = first_of(kind, "");
+        self.objects.iter_from(&first).take_while(move |(key, _)| key.kind == kind)
     }
 
     /// The objects of one kind in one namespace, by name.
@@ -109,9 +110,11 @@ impl State {
         kind: Kind,
         namespace: &str,
     ) -> impl Iterator<Item = (&'a ObjectKey, &'a Arc<Object>)> + use<'a> {
+        let first = first_of(kind, namespace);
         let namespace = namespace.to_owned();
-        let first = ObjectKey { kind, namespace: namespace.clone(), name: String::new() };
-        self.objects.range(first..).take_while(move |(key, _)| key.kind == kind && key.namespace == namespace)
+        self.objects
+            .iter_from(&first)
+            .take_while(move |(key, _)| key.kind == kind && key.namespace == namespace)
     }
 
     /// What each source says about `host`, by source.
@@ -121,7 +124,7 @@ impl State {
     ) -> impl Iterator<Item = (&'a SourceId, &'a Arc<Service>)> + use<'a> {
         let host = host.to_owned();
         self.services
-            .range((host.clone(), SourceId::Config)..)
+            .iter_from(&(host.clone(), SourceId::Config))
             .take_while(move |((h, _), _)| *h == host)
             .map(|((_, source), service)| (source, service))
     }
@@ -138,7 +141,7 @@ impl State {
     ) -> impl Iterator<Item = (&'a SourceId, &'a Arc<[Endpoint]>)> + use<'a> {
         let host = host.to_owned();
         self.endpoints
-            .range((host.clone(), SourceId::Config)..)
+            .iter_from(&(host.clone(), SourceId::Config))
             .take_while(move |((h, _), _)| *h == host)
             .map(|((_, source), endpoints)| (source, endpoints))
     }
@@ -166,7 +169,7 @@ impl State {
     ) -> impl Iterator<Item = (&'a WorkloadKey, &'a Arc<Registration>)> + use<'a> {
         let namespace = namespace.to_owned();
         let first = WorkloadKey { namespace: namespace.clone(), name: String::new() };
-        self.workloads.range(first..).take_while(move |(key, _)| key.namespace == namespace)
+        self.workloads.iter_from(&first).take_while(move |(key, _)| key.namespace == namespace)
     }
 
     /// The mesh-wide settings as the user wrote them.
@@ -177,7 +180,23 @@ impl State {
 
     /// The `ServiceEntry` objects that declare `host`, by key.
     pub fn declaring(&self, host: &str) -> impl Iterator<Item = &Arc<Object>> {
-        self.declared.get(host).into_iter().flatten().filter_map(|key| self.objects.get(key))
+        self.declarations(host).filter_map(|key| self.objects.get(key))
+    }
+
+    /// The keys of the `ServiceEntry` objects that declare `host`, in order.
+    fn declarations<'a>(&'a self, host: &str) -> impl Iterator<Item = &'a ObjectKey> + use<'a> {
+        let first = (host.to_owned(), first_of(Kind::ServiceEntry, ""));
+        let host = first.0.clone();
+        let declared = self.declared.iter_from(&first).map(|(declared, ())| declared);
+        declared.take_while(move |(declared, _)| *declared == host).map(|(_, key)| key)
+    }
+
+    /// The keys of the `ServiceEntry` objects of a namespace that have a workload selector, in order.
+    fn selecting_in<'a>(&'a self, namespace: &str) -> impl Iterator<Item = &'a ObjectKey> + use<'a> {
+        let first = first_of(Kind::ServiceEntry, namespace);
+        let namespace = namespace.to_owned();
+        let keys = self.selecting.iter_from(&first).map(|(key, ())| key);
+        keys.take_while(move |key| key.namespace == namespace)
     }
 
     /// The stable index of `host` among the automatic virtual addresses, while the host exists.
@@ -196,4 +215,9 @@ impl State {
     pub fn history(&self) -> &History {
         &self.history
     }
+}
+
+/// No key of this kind and namespace comes before this one.
+fn first_of(kind: Kind, namespace: &str) -> ObjectKey {
+    ObjectKey { kind, namespace: namespace.to_owned(), name: String::new() }
 }

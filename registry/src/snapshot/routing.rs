@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::chunks::Chunks;
 use super::scoped::Typed;
 use super::{delegate, host_match};
+use crate::chunks::Chunks;
 use crate::config::{Kind, Object, Spec};
 use crate::merge::Settings;
 use crate::model::traffic::{Destination, HttpRoute, VirtualService};

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
 
-use super::chunks::Chunks;
+use crate::chunks::Chunks;
 use crate::merge::{Candidate, Host};
 use crate::model::service::{Endpoint, Hostname, Service};
 

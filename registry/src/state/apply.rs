@@ -168,8 +168,8 @@ impl Entry<'_> {
         });
         match &new {
             Some(object) => self.state.objects.insert(key.clone(), Arc::clone(object)),
-            None => self.state.objects.remove(key),
-        };
+            None => drop(self.state.objects.remove(key)),
+        }
         self.changes.objects.insert(key.clone());
         self.changes.written.insert(StoreKey::Object(key.clone()));
         if key.kind == Kind::ServiceEntry {
@@ -201,8 +201,8 @@ impl Entry<'_> {
 
     /// The hosts whose selectors match a workload with these labels may have other endpoints.
     fn touch_selecting(&mut self, namespace: &str, labels: &declare::Labels) {
-        let Some(keys) = self.state.selecting.get(namespace) else { return };
-        for object in keys.iter().filter_map(|key| self.state.objects.get(key)) {
+        let keys = self.state.selecting_in(namespace);
+        for object in keys.filter_map(|key| self.state.objects.get(key)) {
             if declare::selects(object, labels) {
                 self.changes.hosts.extend(declare::hosts(object));
             }
@@ -211,7 +211,8 @@ impl Entry<'_> {
 
     /// A host has an index exactly while somebody declares it.
     fn settle_vip(&mut self, host: &str) {
-        let exists = self.state.declared.contains_key(host) || self.state.services_of(host).next().is_some();
+        let exists =
+            self.state.declarations(host).next().is_some() || self.state.services_of(host).next().is_some();
         let changed = if exists { self.state.vips.allocate(host) } else { self.state.vips.release(host) };
         if changed {
             self.changes.written.insert(StoreKey::Vip(host.to_owned()));
@@ -377,23 +378,15 @@ impl State {
         new: Option<&Object>,
     ) {
         for host in old.map(declare::hosts).unwrap_or_default() {
-            if let Some(keys) = self.declared.get_mut(&host) {
-                keys.remove(key);
-                if keys.is_empty() {
-                    self.declared.remove(&host);
-                }
-            }
+            self.declared.remove(&(host, key.clone()));
         }
         for host in new.map(declare::hosts).unwrap_or_default() {
-            self.declared.entry(host).or_default().insert(key.clone());
+            self.declared.insert((host, key.clone()), ());
         }
         if new.is_some_and(declare::has_selector) {
-            self.selecting.entry(key.namespace.clone()).or_default().insert(key.clone());
-        } else if let Some(keys) = self.selecting.get_mut(&key.namespace) {
-            keys.remove(key);
-            if keys.is_empty() {
-                self.selecting.remove(&key.namespace);
-            }
+            self.selecting.insert(key.clone(), ());
+        } else {
+            self.selecting.remove(key);
         }
     }
 }

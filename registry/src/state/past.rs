@@ -59,7 +59,7 @@ impl State {
         if revision < oldest {
             return Err(PastError::Forgotten { asked: revision, oldest });
         }
-        let mut objects = self.objects.clone();
+        let mut objects = self.objects.iter().map(|(key, object)| (key.clone(), object.clone())).collect();
         for entry in self.history.entries().rev().take_while(|entry| entry.revision > revision) {
             for change in entry.changes.iter().rev().filter(|change| change.what != history::MESH) {
                 take_back(&mut objects, entry.revision, change)?;

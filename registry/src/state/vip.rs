@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::chunks::Chunks;
 use crate::model::service::Hostname;
 
 /// Host to index. A new host takes the lowest free one and keeps it while it exists.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct VipTable {
-    index: BTreeMap<Hostname, u32>,
+    index: Chunks<Hostname, u32>,
     /// Free indexes below `next`.
     free: BTreeSet<u32>,
     next: u32,
@@ -21,7 +22,7 @@ impl VipTable {
 
     /// Gives `host` an index if it has none; true when it got one now.
     pub(super) fn allocate(&mut self, host: &str) -> bool {
-        if self.index.contains_key(host) {
+        if self.index.get(host).is_some() {
             return false;
         }
         let index = self.free.pop_first().unwrap_or_else(|| {
@@ -54,7 +55,7 @@ impl VipTable {
         let used: BTreeSet<u32> = index.values().copied().collect();
         let next = used.last().map_or(0, |last| last.saturating_add(1));
         let free = (0..next).filter(|i| !used.contains(i)).collect();
-        Self { index, free, next }
+        Self { index: index.into_iter().collect(), free, next }
     }
 }
 

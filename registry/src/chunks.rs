@@ -10,7 +10,7 @@ type Chunk<K, V> = Arc<Vec<(K, V)>>;
 
 /// A sorted, immutable-when-shared map. A change copies one chunk of at most [`CHUNK`] entries and the list of chunks.
 #[derive(Debug, Clone)]
-pub(super) struct Chunks<K, V> {
+pub(crate) struct Chunks<K, V> {
     /// Never contains an empty chunk.
     chunks: Arc<Vec<Chunk<K, V>>>,
     len: usize,
@@ -24,7 +24,7 @@ impl<K, V> Default for Chunks<K, V> {
 
 impl<K: Ord + Clone, V: Clone> Chunks<K, V> {
     /// How many entries.
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 
@@ -38,7 +38,7 @@ impl<K: Ord + Clone, V: Clone> Chunks<K, V> {
     }
 
     /// The value of `key`.
-    pub(super) fn get<Q: Ord + ?Sized>(&self, key: &Q) -> Option<&V>
+    pub(crate) fn get<Q: Ord + ?Sized>(&self, key: &Q) -> Option<&V>
     where
         K: Borrow<Q>,
     {
@@ -48,7 +48,7 @@ impl<K: Ord + Clone, V: Clone> Chunks<K, V> {
     }
 
     /// Sets the value of `key`.
-    pub(super) fn insert(&mut self, key: K, value: V) {
+    pub(crate) fn insert(&mut self, key: K, value: V) {
         let at = self.chunk_of(&key);
         let chunks = Arc::make_mut(&mut self.chunks);
         let Some(chunk) = chunks.get_mut(at) else {
@@ -75,7 +75,7 @@ impl<K: Ord + Clone, V: Clone> Chunks<K, V> {
     }
 
     /// Removes `key`.
-    pub(super) fn remove<Q: Ord + ?Sized>(&mut self, key: &Q) -> Option<V>
+    pub(crate) fn remove<Q: Ord + ?Sized>(&mut self, key: &Q) -> Option<V>
     where
         K: Borrow<Q>,
     {
@@ -91,13 +91,18 @@ impl<K: Ord + Clone, V: Clone> Chunks<K, V> {
         Some(value)
     }
 
+    /// All keys, in order.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &K> {
+        self.iter().map(|(key, _)| key)
+    }
+
     /// All entries in the order of their keys.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
         self.chunks.iter().flat_map(|chunk| chunk.iter()).map(|(k, v)| (k, v))
     }
 
     /// The entries from `start` on, in the order of their keys.
-    pub(super) fn iter_from<'a, Q: Ord + ?Sized>(
+    pub(crate) fn iter_from<'a, Q: Ord + ?Sized>(
         &'a self,
         start: &Q,
     ) -> impl Iterator<Item = (&'a K, &'a V)> + use<'a, K, V, Q>
@@ -109,6 +114,16 @@ impl<K: Ord + Clone, V: Clone> Chunks<K, V> {
         self.chunks.iter().skip(at).flat_map(|chunk| chunk.iter()).skip(skip).map(|(k, v)| (k, v))
     }
 }
+
+impl<K: PartialEq, V: PartialEq> PartialEq for Chunks<K, V> {
+    /// The same entries, however they lie in chunks.
+    fn eq(&self, other: &Self) -> bool {
+        let [ours, theirs] = [self, other].map(|map| map.chunks.iter().flat_map(|chunk| chunk.iter()));
+        ours.eq(theirs)
+    }
+}
+
+impl<K: Eq, V: Eq> Eq for Chunks<K, V> {}
 
 impl<K: Ord + Clone, V: Clone> FromIterator<(K, V)> for Chunks<K, V> {
     fn from_iter<I: IntoIterator<Item = (K, V)>>(entries: I) -> Self {
