@@ -18,4 +18,6 @@ mod peers;
 #[cfg(test)]
 mod processes;
 #[cfg(test)]
+mod recorded;
+#[cfg(test)]
 mod toy;

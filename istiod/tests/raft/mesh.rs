@@ -275,7 +275,7 @@ fn a_newer_command_halts_and_says_what_to_do() {
     assert!(Command::decode(9, &unknown_kind).expect_err("halts").to_string().contains("unknown kind"));
 }
 
-fn unhex(text: &str) -> Vec<u8> {
+pub(crate) fn unhex(text: &str) -> Vec<u8> {
     let byte = |at: usize| u8::from_str_radix(&text[at..at + 2], 16).expect("is hexadecimal");
     (0..text.len()).step_by(2).map(byte).collect()
 }
