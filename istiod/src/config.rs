@@ -7,11 +7,13 @@
 //! trustDomain: cluster.local
 //! xds: {address: 0.0.0.0:15012, advertise: istiod.example.com:15012}
 //! peers: {address: 0.0.0.0:15019, advertise: mesh-a.example.com:15019}
-//! admin: {address: 127.0.0.1:15080, tls: true, names: [mesh.example.com]}
+//! admin: {address: 127.0.0.1:15080, tls: true, names: [mesh.example.com], callsPerSecond: 1000, callBurst: 2000,
+//!         guessesPerSecond: 5, guessBurst: 50}
 //! metrics: {address: 0.0.0.0:15014}
 //! ca: {directory: /etc/istio/cacerts, leafLifetime: 24h, maxLeafLifetime: 2160h}
 //! push: {debounceQuiet: 10ms, debounceLongest: 1s, workers: 2}
-//! raft: {electionTimeout: 1s, heartbeat: 200ms, snapshotEntries: 20000, snapshotBytes: 67108864, answerWithin: 5s}
+//! raft: {electionTimeout: 1s, heartbeat: 200ms, snapshotEntries: 20000, snapshotBytes: 67108864, answerWithin: 5s,
+//!        slowSync: 1s, slowSyncFor: 10s, leastFreeBytes: 67108864}
 //! workloads: {lease: 60s, removeAfter: 10m}
 //! sources: {files: [/etc/istio/mesh]}
 //! log: {level: info, format: text}
@@ -19,6 +21,7 @@
 
 pub mod consul;
 mod reader;
+mod reference;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -30,6 +33,8 @@ use ca::identity::TrustDomain;
 use xds::debounce::Limits;
 
 use self::reader::{Reader, address, answer, host_port, name, span, whole};
+pub use self::reference::{SETTINGS, Setting};
+use crate::api::limits::{Rate, Rates};
 use crate::{authority, push, raft};
 
 /// The settings of one member.
@@ -59,6 +64,8 @@ pub struct Config {
     pub admin_tls: bool,
     /// Names and addresses by which operators call it, besides those of [`advertise`](Self::advertise).
     pub admin_names: Vec<String>,
+    /// How often operators may call it.
+    pub rates: Rates,
     /// The operator API asks nobody who they are; only in `istiod dev`.
     pub open_admin: bool,
     /// Where `/metrics` is served.
@@ -113,6 +120,12 @@ pub struct Consensus {
     pub snapshot_bytes: u64,
     /// A request without an answer in this time is told so.
     pub answer_within: Duration,
+    /// A disk is slow whose every sync takes at least this long
+    pub slow_sync: Duration,
+    /// for this long: a leader then hands leadership over.
+    pub slow_sync_for: Duration,
+    /// With less than this free on its disk a leader takes no writes.
+    pub least_free_bytes: u64,
 }
 
 impl Default for Consensus {
@@ -123,100 +136,12 @@ impl Default for Consensus {
             snapshot_entries: 20_000,
             snapshot_bytes: 64 << 20,
             answer_within: Duration::from_secs(5),
+            slow_sync: Duration::from_secs(1),
+            slow_sync_for: Duration::from_secs(10),
+            least_free_bytes: 64 << 20,
         }
     }
 }
-
-/// One setting, as the reference shows it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Setting {
-    /// Its name in the file, with a dot between section and name.
-    pub name: &'static str,
-    /// Its default as one would write it; empty if there is none.
-    pub default: &'static str,
-    /// What it is, with its unit.
-    pub meaning: &'static str,
-}
-
-const fn setting(name: &'static str, default: &'static str, meaning: &'static str) -> Setting {
-    Setting { name, default, meaning }
-}
-
-/// All settings of `istiod run`.
-pub const SETTINGS: &[Setting] = &[
-    setting("dataDir", "", "folder of the log, the state and this member's keys; required"),
-    setting(
-        "memberId",
-        "1",
-        "the founder's number, from 1; who joins is given one, and none is used again for another disk",
-    ),
-    setting("name", "", "what people call this member; peers.advertise when not given"),
-    setting("trustDomain", "cluster.local", "trust domain of every identity"),
-    setting("xds.address", "0.0.0.0:15012", "where xDS and certificates are served"),
-    setting(
-        "xds.advertise",
-        "",
-        "how agents reach that, HOST:PORT; required when the address is 0.0.0.0 or [::]",
-    ),
-    setting("peers.address", "0.0.0.0:15019", "where other members reach this one"),
-    setting(
-        "peers.advertise",
-        "",
-        "how they reach that, HOST:PORT; without it this member stands alone and the port is not opened",
-    ),
-    setting("admin.address", "127.0.0.1:15080", "where the operator API is served"),
-    setting("admin.tls", "true", "the operator API is served over TLS; false only on loopback"),
-    setting("admin.names", "", "names and addresses by which operators call it, a list; for its certificate"),
-    setting("metrics.address", "0.0.0.0:15014", "where /metrics is served"),
-    setting("ca.directory", "", "folder with ca-cert.pem, ca-key.pem, cert-chain.pem and root-cert.pem"),
-    setting("ca.leafLifetime", "24h", "how long a certificate is valid if its owner asks for nothing"),
-    setting("ca.maxLeafLifetime", "90d", "the longest that a certificate is valid"),
-    setting("push.debounceQuiet", "10ms", "in a storm a push waits until nothing changed for so long"),
-    setting("push.debounceLongest", "1s", "no change waits longer than this"),
-    setting("push.workers", "0", "translations at the same time; 0: one per core"),
-    setting("raft.electionTimeout", "1s", "a follower that hears nothing for this long asks for votes"),
-    setting("raft.heartbeat", "200ms", "a leader makes itself heard this often"),
-    setting("raft.snapshotEntries", "20000", "a snapshot is taken after so many entries"),
-    setting("raft.snapshotBytes", "67108864", "a snapshot is taken after so many bytes of entries"),
-    setting("raft.answerWithin", "5s", "a request without an answer in this time is told so"),
-    setting("workloads.lease", "60s", "a workload whose agent is silent for this long is sent no traffic"),
-    setting("workloads.removeAfter", "10m", "after this time more a silent workload is removed"),
-    setting("sources.files", "", "folders with files of Istio's objects that are watched, a list"),
-    setting(
-        "sources.consul.addresses",
-        "",
-        "servers of a Consul cluster, as http://HOST:8500 or https://HOST:8501, a list",
-    ),
-    setting(
-        "sources.consul.datacenters",
-        "",
-        "its datacenters, the nearest first, a list; dc1 if there is none",
-    ),
-    setting("sources.consul.cluster", "", "name of the cluster; consul if there is none"),
-    setting("sources.consul.namespace", "", "namespace of its services; consul if there is none"),
-    setting("sources.consul.domain", "", "DNS domain of its services; consul if there is none"),
-    setting("sources.consul.tokenFile", "", "file with the ACL token; read again when it changes"),
-    setting("sources.consul.caFile", "", "PEM of the authorities of the servers' certificates; for https"),
-    setting("sources.consul.certFile", "", "PEM of our certificate, when the servers want one"),
-    setting("sources.consul.keyFile", "", "PEM of its key"),
-    setting(
-        "sources.consul.serverName",
-        "",
-        "the name in the servers' certificates, such as server.dc1.consul",
-    ),
-    setting(
-        "sources.consul.maxWatches",
-        "",
-        "questions that wait at the same time; 150, or 12000 over https",
-    ),
-    setting(
-        "sources.consul.wait",
-        "",
-        "how long a question waits for a change, at most 10m; 60s if there is none",
-    ),
-    setting("log.level", "info", "a level, or levels by module such as info,xds=debug"),
-    setting("log.format", "text", "text or json"),
-];
 
 /// What `istiod dev` is told.
 #[derive(Debug, Clone)]
@@ -329,6 +254,7 @@ impl Config {
             admin: address([127, 0, 0, 1], 15080),
             admin_tls: true,
             admin_names: Vec::new(),
+            rates: Rates::default(),
             open_admin: false,
             metrics: address([0, 0, 0, 0], 15014),
             ca_directory: None,
@@ -368,14 +294,30 @@ impl Config {
 
     /// `seed` makes this member's elections differ from those of others.
     pub(crate) fn raft(&self, seed: u64) -> raft::node::Settings {
-        let Consensus { election_timeout, heartbeat, snapshot_entries, snapshot_bytes, answer_within } =
-            self.consensus;
+        let Consensus {
+            election_timeout,
+            heartbeat,
+            snapshot_entries,
+            snapshot_bytes,
+            answer_within,
+            slow_sync,
+            slow_sync_for,
+            least_free_bytes,
+        } = self.consensus;
         let mut settings = raft::node::Settings::new(self.member_id, seed);
         settings.tick = heartbeat / u32::try_from(settings.heartbeat_ticks).unwrap_or(1);
         let ticks = election_timeout.as_millis() / settings.tick.as_millis().max(1);
         settings.election_ticks =
             usize::try_from(ticks).unwrap_or(usize::MAX).max(settings.heartbeat_ticks + 1);
-        raft::node::Settings { snapshot_entries, snapshot_bytes, answer_within, ..settings }
+        raft::node::Settings {
+            snapshot_entries,
+            snapshot_bytes,
+            answer_within,
+            slow_sync,
+            slow_sync_for,
+            least_free_bytes,
+            ..settings
+        }
     }
 
     pub(crate) fn push(&self) -> push::Settings {
@@ -408,6 +350,7 @@ fn taken(reader: &mut Reader) -> Config {
         admin: reader.take("admin.address", base.admin, address),
         admin_tls: reader.take("admin.tls", base.admin_tls, answer),
         admin_names: reader.take_list("admin.names", name),
+        rates: rates(reader, base.rates),
         open_admin: base.open_admin,
         metrics: reader.take("metrics.address", base.metrics, address),
         ca_directory: reader.take("ca.directory", base.ca_directory, |text| Ok(Some(text.into()))),
@@ -449,7 +392,26 @@ fn consensus(reader: &mut Reader, base: Consensus) -> Consensus {
         snapshot_entries: reader.take("raft.snapshotEntries", base.snapshot_entries, |text| whole(text, 1)),
         snapshot_bytes: reader.take("raft.snapshotBytes", base.snapshot_bytes, |text| whole(text, 1 << 20)),
         answer_within: reader.take("raft.answerWithin", base.answer_within, |text| span(text, least)),
+        slow_sync: reader.take("raft.slowSync", base.slow_sync, |text| span(text, least)),
+        slow_sync_for: reader.take("raft.slowSyncFor", base.slow_sync_for, |text| span(text, least)),
+        least_free_bytes: reader.take("raft.leastFreeBytes", base.least_free_bytes, |text| whole(text, 0)),
     }
+}
+
+fn rates(reader: &mut Reader, base: Rates) -> Rates {
+    let mut rate = |[per_second, burst]: [&str; 2], base: Rate| Rate {
+        per_second: reader.take(per_second, base.per_second, count),
+        burst: reader.take(burst, base.burst, count),
+    };
+    Rates {
+        calls: rate(["admin.callsPerSecond", "admin.callBurst"], base.calls),
+        guesses: rate(["admin.guessesPerSecond", "admin.guessBurst"], base.guesses),
+    }
+}
+
+/// A whole number from 1 to 4 thousand million.
+fn count(text: &str) -> Result<u32, String> {
+    u32::try_from(whole(text, 1)?).map_err(|_| format!("must be at most {}", u32::MAX))
 }
 
 fn level(text: &str) -> Result<String, String> {
@@ -524,6 +486,9 @@ impl fmt::Display for Config {
         if !self.admin_names.is_empty() {
             writeln!(f, "  names: {}", serde_json::Value::from(self.admin_names.clone()))?;
         }
+        let Rates { calls, guesses } = self.rates;
+        writeln!(f, "  callsPerSecond: {}\n  callBurst: {}", calls.per_second, calls.burst)?;
+        writeln!(f, "  guessesPerSecond: {}\n  guessBurst: {}", guesses.per_second, guesses.burst)?;
         writeln!(f, "metrics:\n  address: \"{}\"\nca:", self.metrics)?;
         if let Some(dir) = &self.ca_directory {
             writeln!(f, "  directory: {}", path(dir))?;
@@ -536,8 +501,16 @@ impl fmt::Display for Config {
             "  debounceQuiet: {quiet}\n  debounceLongest: {longest}\n  workers: {}",
             self.push_workers
         )?;
-        let Consensus { election_timeout, heartbeat, snapshot_entries, snapshot_bytes, answer_within } =
-            self.consensus;
+        let Consensus {
+            election_timeout,
+            heartbeat,
+            snapshot_entries,
+            snapshot_bytes,
+            answer_within,
+            slow_sync,
+            slow_sync_for,
+            least_free_bytes,
+        } = self.consensus;
         writeln!(
             f,
             "raft:\n  electionTimeout: {}\n  heartbeat: {}",
@@ -546,6 +519,8 @@ impl fmt::Display for Config {
         )?;
         writeln!(f, "  snapshotEntries: {snapshot_entries}\n  snapshotBytes: {snapshot_bytes}")?;
         writeln!(f, "  answerWithin: {}", Span(answer_within))?;
+        writeln!(f, "  slowSync: {}\n  slowSyncFor: {}", Span(slow_sync), Span(slow_sync_for))?;
+        writeln!(f, "  leastFreeBytes: {least_free_bytes}")?;
         let Silence { lease, remove_after } = self.silence;
         writeln!(f, "workloads:\n  lease: {}\n  removeAfter: {}", Span(lease), Span(remove_after))?;
         if !self.folders.is_empty() || self.consul.is_some() {

@@ -46,7 +46,6 @@ use xds::status::Status;
 use api::Api;
 use api::events::Events;
 use api::gate::Gate;
-use api::limits::Rates;
 use api::served::Served;
 use authority::Issuing;
 use cluster::boot::{self, Running};
@@ -202,7 +201,7 @@ impl Member<'_> {
             members: Members::new(raft.clone(), peers, clock.clone()),
             kept: Arc::default(),
         };
-        let gate = Gate::new(ports::access(config)?, access, clock.clone(), Rates::default());
+        let gate = Gate::new(ports::access(config)?, access, clock.clone(), config.rates);
         tasks.spawn(upkeep::note_use(gate.clone(), raft.clone(), clock.clone(), stop.clone()));
         tracing::info!(xds = %xds.local_addr()?, admin = %admin.local_addr()?, "ready");
         ports::serve_agents(xds, identity.clone(), ads, joining, tasks, stop)?;

@@ -257,7 +257,11 @@ impl World {
         }
         match refusal {
             // Not done.
-            Refusal::NotLeader(_) | Refusal::NoLeader | Refusal::Busy | Refusal::Invalid(_) => {
+            Refusal::NotLeader(_)
+            | Refusal::NoLeader
+            | Refusal::Busy
+            | Refusal::NoSpace(_)
+            | Refusal::Invalid(_) => {
                 self.history.refused(doing.ticket);
             }
             // Done; what came of it is not known.

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 use istiod::raft::disk::memory::MemoryDisk;
 use istiod::raft::disk::{Disk, DiskFile};
@@ -91,5 +92,9 @@ impl DiskFile for SimFile {
         self.power.draw()?;
         self.power.spend_sync();
         if self.forgetful { Ok(()) } else { self.inner.sync() }
+    }
+
+    fn sync_took(&self) -> Duration {
+        self.power.sync_time()
     }
 }

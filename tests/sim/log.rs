@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use istiod::raft::log::{Log, LogError};
 use istiod::raft::wire;
@@ -198,6 +199,14 @@ impl Log for SimLog {
         inner.reset(index, term)?;
         *locked(&self.view.mirror) = Mirror::of(inner.as_ref());
         Ok(())
+    }
+
+    fn take_sync_time(&mut self) -> Option<Duration> {
+        locked(&self.view.inner).take_sync_time()
+    }
+
+    fn free(&self) -> Option<u64> {
+        locked(&self.view.inner).free()
     }
 
     fn bytes(&self) -> u64 {

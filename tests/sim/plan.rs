@@ -180,6 +180,9 @@ fn settings(rng: &mut fastrand::Rng, seed: u64) -> Settings {
         segment_bytes: either(rng, 1 << 10, 8 << 10),
         answer_within: Duration::from_millis(rng.u64(500..3000)),
         read_retry: Duration::from_millis(rng.u64(50..300)),
+        // What a run calls a slow disk takes at least so long, and a run is short.
+        slow_sync: Duration::from_millis(20),
+        slow_sync_for: Duration::from_secs(1),
         ..Settings::new(1, seed)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Every write, sync and message of a member draws on it; when it is cut, whatever comes next fails. What the member
 /// does in memory after that is seen by nobody. Clones share it.
@@ -71,6 +72,11 @@ impl Power {
     pub(crate) fn spend_sync(&self) {
         let mut supply = self.supply();
         supply.spent_us += supply.sync_us;
+    }
+
+    /// How long a sync takes.
+    pub(crate) fn sync_time(&self) -> Duration {
+        Duration::from_micros(self.supply().sync_us)
     }
 
     /// Microseconds spent so far in this step.

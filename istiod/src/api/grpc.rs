@@ -243,7 +243,7 @@ fn code(status: StatusCode) -> Code {
         404 => Code::NotFound,
         409 => Code::Aborted,
         410 => Code::OutOfRange,
-        413 | 429 => Code::ResourceExhausted,
+        413 | 429 | 507 => Code::ResourceExhausted,
         503 => Code::Unavailable,
         504 => Code::DeadlineExceeded,
         _ => Code::Internal,

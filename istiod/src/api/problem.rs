@@ -5,6 +5,7 @@ use axum::response::{IntoResponse, Response};
 
 use super::types::{Mistake, Problem};
 use crate::raft::ProposeError;
+use crate::raft::node::Refusal;
 
 /// Why a call was not answered.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +61,7 @@ impl ApiError {
             Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::Conflict(_) => StatusCode::CONFLICT,
             Self::Gone(_) => StatusCode::GONE,
+            Self::Unavailable(ProposeError::Refused(Refusal::NoSpace(_))) => StatusCode::INSUFFICIENT_STORAGE,
             Self::Busy(_) | Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -75,6 +77,7 @@ impl ApiError {
             Self::Conflict(_) => "conflict",
             Self::Gone(_) => "gone",
             Self::Busy(_) => "busy",
+            Self::Unavailable(ProposeError::Refused(Refusal::NoSpace(_))) => "insufficient storage",
             Self::Unavailable(_) => "unavailable",
             Self::Internal(_) => "internal error",
         };

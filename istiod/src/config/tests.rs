@@ -60,6 +60,8 @@ fn the_settings_in_force_are_a_file_that_gives_them() {
     config.log_json = true;
     config.admin_names = vec!["mesh.example.org".to_owned(), "10.0.0.1".to_owned()];
     config.silence = Silence { lease: Duration::from_secs(5), remove_after: Duration::from_secs(90) };
+    config.rates.guesses = Rate { per_second: 1, burst: 7 };
+    config.consensus.least_free_bytes = 0;
     config.folders = vec!["/etc/mesh: \"odd\"".into()];
     let text = config.to_string();
     assert_eq!(Config::parse("f", &text).unwrap_or_else(|m| panic!("{m:?}\n{text}")), config);
@@ -106,6 +108,7 @@ fn odd_files_are_told_and_not_guessed_at() {
     check("log: {format: [json]}\n", "istiod.yaml:2:15: log.format: must be one value, this is a list");
     check("xds: {advertise: host}\n", "istiod.yaml:2:18: xds.advertise: must be a host and a port");
     check("---\nmemberId: 2\n", "istiod.yaml:3:1: must be one document");
+    check("admin: {callBurst: 0}\n", "istiod.yaml:2:20: admin.callBurst: must be a whole number from 1");
     check("raft: {answerWithin: 0s}\n", "istiod.yaml:2:22: raft.answerWithin: must be at least 10ms");
     check("trustDomain: UPPER\n", "istiod.yaml:2:14: trustDomain: must be a trust domain");
     assert!(Config::parse("f", "dataDir: /d\nraft:\nxds:\n  advertise: a:1\n  address:\n").is_ok());

@@ -9,6 +9,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use prometheus_client::metrics::histogram::Histogram;
 
@@ -83,6 +84,11 @@ pub trait Disk: Send + Sync {
     /// The file system's.
     fn remove(&self, path: &Path) -> io::Result<()>;
 
+    /// Bytes that this process may still write where `path` is; nothing if that is not known.
+    fn free(&self, _path: &Path) -> Option<u64> {
+        None
+    }
+
     /// Makes the names in a directory durable.
     ///
     /// # Errors
@@ -107,6 +113,11 @@ pub trait DiskFile: Send {
     /// The file system's. What is durable then is unknown, for ever, because the kernel may have dropped the
     /// dirty pages: the caller must stop and never try again.
     fn sync(&mut self) -> io::Result<()>;
+
+    /// How long the last [`DiskFile::sync`] took.
+    fn sync_took(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// Writes a whole file so that it is either all there under its name, durably, or not at all.
@@ -190,12 +201,12 @@ impl Disk for RealDisk {
 
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
         let file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
-        Ok(Box::new(RealFile { file, sync_seconds: self.sync_seconds.clone() }))
+        Ok(Box::new(RealFile { file, sync_seconds: self.sync_seconds.clone(), took: Duration::ZERO }))
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
         let file = fs::OpenOptions::new().read(true).write(true).open(path)?;
-        Ok(Box::new(RealFile { file, sync_seconds: self.sync_seconds.clone() }))
+        Ok(Box::new(RealFile { file, sync_seconds: self.sync_seconds.clone(), took: Duration::ZERO }))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -206,6 +217,11 @@ impl Disk for RealDisk {
         fs::remove_file(path)
     }
 
+    fn free(&self, path: &Path) -> Option<u64> {
+        let told = nix::sys::statvfs::statvfs(path).ok()?;
+        Some(told.blocks_available().saturating_mul(told.fragment_size()))
+    }
+
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         fs::File::open(dir)?.sync_all()
     }
@@ -214,6 +230,7 @@ impl Disk for RealDisk {
 struct RealFile {
     file: fs::File,
     sync_seconds: Option<Histogram>,
+    took: Duration,
 }
 
 impl DiskFile for RealFile {
@@ -221,13 +238,18 @@ impl DiskFile for RealFile {
         self.file.write_all_at(bytes, offset)
     }
 
-    #[expect(clippy::disallowed_methods, reason = "measures the disk; nothing is decided by it")]
+    #[expect(clippy::disallowed_methods, reason = "measures the disk")]
     fn sync(&mut self) -> io::Result<()> {
         let before = std::time::Instant::now();
         self.file.sync_data()?;
+        self.took = before.elapsed();
         if let Some(histogram) = &self.sync_seconds {
-            histogram.observe(before.elapsed().as_secs_f64());
+            histogram.observe(self.took.as_secs_f64());
         }
         Ok(())
+    }
+
+    fn sync_took(&self) -> Duration {
+        self.took
     }
 }

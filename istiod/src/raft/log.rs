@@ -15,6 +15,7 @@ pub mod wal;
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use raft::eraftpb::{Entry, HardState};
 
@@ -78,6 +79,13 @@ pub trait Log: Send {
 
     /// Bytes of the entries held.
     fn bytes(&self) -> u64;
+
+    /// The longest that the disk took to make something durable since this was asked last; nothing if it did not have
+    /// to.
+    fn take_sync_time(&mut self) -> Option<Duration>;
+
+    /// Bytes that are free on the log's disk; nothing if that is not known.
+    fn free(&self) -> Option<u64>;
 }
 
 /// What can be wrong with a log.

@@ -21,6 +21,9 @@ pub struct Metrics {
     log_bytes: Gauge,
     snapshot_index: Gauge,
     members: Gauge,
+    free_bytes: Gauge,
+    slow_disk: Gauge,
+    handed_over: Counter,
     commit_seconds: Histogram,
     sync_seconds: Histogram,
     snapshot_seconds: Histogram,
@@ -42,6 +45,9 @@ impl Default for Metrics {
             log_bytes: Gauge::default(),
             snapshot_index: Gauge::default(),
             members: Gauge::default(),
+            free_bytes: Gauge::default(),
+            slow_disk: Gauge::default(),
+            handed_over: Counter::default(),
             commit_seconds: quick(),
             sync_seconds: quick(),
             snapshot_seconds: Histogram::new(exponential_buckets(0.001, 2.0, 16)),
@@ -58,7 +64,7 @@ impl Metrics {
     pub fn registered(registry: &mut Registry) -> Self {
         let metrics = Self::default();
         let raft = registry.sub_registry_with_prefix("istiod_raft");
-        let all: [(&str, &str, Gauge); 8] = [
+        let all: [(&str, &str, Gauge); 10] = [
             ("term", "The current term", metrics.term.clone()),
             ("leading", "1 while this member leads", metrics.leading.clone()),
             ("committed_index", "The highest committed index", metrics.committed_index.clone()),
@@ -71,11 +77,15 @@ impl Metrics {
             ("log_size_bytes", "Bytes of the entries in the log", metrics.log_bytes.clone()),
             ("snapshot_index", "The index of the newest snapshot", metrics.snapshot_index.clone()),
             ("members", "Voters and learners", metrics.members.clone()),
+            ("disk_free_bytes", "Bytes that are free on the disk of the log", metrics.free_bytes.clone()),
+            ("disk_slow", "1 while every sync of the log is slow", metrics.slow_disk.clone()),
         ];
         for (name, help, gauge) in all {
             raft.register(name, help, gauge);
         }
         raft.register("leader_changes", "Leaders seen after the first", metrics.leader_changes.clone());
+        let help = "Leadership handed over because the disk was slow or nearly full";
+        raft.register("disk_handovers", help, metrics.handed_over.clone());
         raft.register("refused_requests", "Requests that were not done", metrics.refused.clone());
         raft.register("messages_dropped", "Messages to peers that were not sent", metrics.dropped.clone());
         let durations = [
@@ -106,6 +116,9 @@ impl Metrics {
         self.log_bytes.set(signed(status.log_bytes));
         self.snapshot_index.set(signed(status.snapshot));
         self.members.set(signed((status.voters.len() + status.learners.len()) as u64));
+        self.free_bytes.set(status.free_bytes.map_or(-1, signed));
+        self.slow_disk.set(i64::from(status.slow_disk));
+        self.handed_over.inc_by(status.handed_over.saturating_sub(self.handed_over.get()));
         if let Some(leader) = status.leader {
             let before = self.last_leader.swap(leader, std::sync::atomic::Ordering::Relaxed);
             if before != 0 && before != leader {

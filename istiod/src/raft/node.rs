@@ -8,6 +8,7 @@ mod appends;
 mod drain;
 mod event;
 pub mod files;
+mod fitness;
 mod members;
 mod proposals;
 mod settings;
@@ -23,6 +24,7 @@ use raft::eraftpb::{Entry, EntryType, Message, Snapshot};
 use raft::{RawNode, SnapshotStatus, StateRole};
 
 pub use self::event::{Answer, Event, Fatal, Forward, Output, Progress, Refusal, Status};
+use self::fitness::Fitness;
 use self::proposals::Proposals;
 pub use self::settings::Settings;
 pub use self::start::{FOUNDING_INDEX, Guard, Parts, found};
@@ -30,7 +32,7 @@ use self::storage::LogStorage;
 use self::waiting::{Reads, Waiting};
 use super::machine::{Frozen, Halt, StateMachine};
 use super::sessions::Sessions;
-use super::snapshots::Snapshots;
+use super::snapshots::{SnapshotError, Snapshots};
 use super::store::{KvStore, Write};
 use super::wire::{self, AppliedMark, SnapshotBody, SnapshotMetadata};
 
@@ -86,6 +88,9 @@ pub struct Driver<M: StateMachine> {
     /// The newest snapshot's index; whether one is being written; bytes applied since.
     snapshot: (u64, bool, u64),
     leading: bool,
+    fitness: Fitness,
+    /// How often leadership was handed over because of the disk.
+    handed_over: u64,
     /// Who is to lead next, because this member led and was removed.
     heir: Option<u64>,
     /// Held while the member lives.
@@ -129,9 +134,10 @@ impl<M: StateMachine> Driver<M> {
         if self.ask_reads(now) {
             self.settle(transport, out)?;
         }
+        self.look_at_syncs(now);
         self.show(now);
         self.reads.answer(self.applied.0, out);
-        self.snapshot_if_due(out);
+        self.snapshot_if_due(now, out);
         Ok(())
     }
 
@@ -235,9 +241,8 @@ impl<M: StateMachine> Driver<M> {
                 let status = if delivered { SnapshotStatus::Finish } else { SnapshotStatus::Failure };
                 self.raw.report_snapshot(to, status);
             }
-            Event::SnapshotSaved(result) => self.snapshot_saved(&result?)?,
+            Event::SnapshotSaved(result) => self.snapshot_ended(result, now)?,
             Event::Transfer(to) => self.raw.transfer_leader(to),
-            Event::StepDown => self.step_down(),
             Event::Removed => return Err(Fatal::Removed(self.settings.id)),
         }
         Ok(())
@@ -249,6 +254,7 @@ impl<M: StateMachine> Driver<M> {
         let timeout = self.settings.election_timeout(self.raw.raft.id, self.raw.raft.term);
         self.raw.raft.set_randomized_election_timeout(timeout);
         self.raw.tick();
+        self.look_at_space(now);
         self.proposals.tick();
         self.proposals.expire(now, out);
         self.waiting.expire(now, out);
@@ -282,6 +288,7 @@ impl<M: StateMachine> Driver<M> {
     /// Puts a proposal into the log that this member leads.
     fn append(&mut self, proposal: &[u8]) -> Result<(), Refusal> {
         self.must_lead()?;
+        self.must_have_space()?;
         match self.raw.propose(Vec::new(), proposal.to_vec()) {
             Ok(()) => Ok(()),
             // The next leader will take it.
@@ -378,13 +385,13 @@ impl<M: StateMachine> Driver<M> {
         }
     }
 
-    fn snapshot_if_due(&mut self, out: &mut Output<M::Answer>) {
+    fn snapshot_if_due(&mut self, now: Instant, out: &mut Output<M::Answer>) {
         let (last, running, bytes) = self.snapshot;
         // A store that lost what it had not synced starts behind the newest snapshot.
         let behind = self.applied.0.saturating_sub(last);
         let wanted = self.raw.store().wanted.replace(false) && behind > 0;
         let due = behind >= self.settings.snapshot_entries || bytes >= self.settings.snapshot_bytes;
-        if running || !(due || wanted) {
+        if running || !(due || wanted) || !self.fitness.has_room(now, &self.settings) {
             return;
         }
         self.snapshot.1 = true;
@@ -403,6 +410,21 @@ impl<M: StateMachine> Driver<M> {
             sessions: self.sessions.to_wire(),
             frozen: self.machine.freeze(),
             snapshots: self.raw.store().snapshots.clone(),
+        }
+    }
+
+    /// Without room for a snapshot a member goes on: it has its log, and takes no writes if that grows too large.
+    fn snapshot_ended(&mut self, result: Result<SnapshotMetadata, Fatal>, now: Instant) -> Result<(), Fatal> {
+        match result {
+            Err(Fatal::Snapshot(SnapshotError::Io { source, .. }))
+                if source.kind() == std::io::ErrorKind::StorageFull =>
+            {
+                tracing::error!(error = %source, "no room for a snapshot: free some space on this member's disk");
+                self.snapshot.1 = false;
+                self.fitness.found_no_room(now);
+                Ok(())
+            }
+            result => self.snapshot_saved(&result?),
         }
     }
 
@@ -454,6 +476,9 @@ impl<M: StateMachine> Driver<M> {
             voters: storage.conf_state.voters.clone(),
             learners: storage.conf_state.learners.clone(),
             outgoing: storage.conf_state.voters_outgoing.clone(),
+            free_bytes: self.fitness.free(),
+            slow_disk: self.fitness.is_slow(),
+            handed_over: self.handed_over,
             progress: self.progress(),
         }
     }

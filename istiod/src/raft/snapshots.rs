@@ -99,6 +99,16 @@ impl Snapshots {
     ///
     /// The disk's. Final: the member must stop.
     pub fn save(&self, metadata: &SnapshotMetadata, data: &[u8]) -> Result<(), SnapshotError> {
+        let temporary = self.dir.join(format!("{}{TEMPORARY}", name(metadata)));
+        let saved = self.write(metadata, data, &temporary);
+        if saved.is_err() {
+            // What is there of it takes room that somebody else may need; at start it would be removed as well.
+            self.disk.remove(&temporary).unwrap_or_default();
+        }
+        saved
+    }
+
+    fn write(&self, metadata: &SnapshotMetadata, data: &[u8], temporary: &Path) -> Result<(), SnapshotError> {
         let head =
             SnapshotHead { metadata: Some(metadata.clone()), length: data.len() as u64 }.encode_to_vec();
         let mut start = Vec::with_capacity(head.len() + 20);
@@ -106,15 +116,13 @@ impl Snapshots {
         start.extend_from_slice(&VERSION.to_le_bytes());
         push_chunk_head(&mut start, &head);
         start.extend_from_slice(&head);
-        let name = name(metadata);
-        let path = self.dir.join(&name);
-        let temporary = self.dir.join(format!("{name}{TEMPORARY}"));
-        let mut file = self.disk.create(&temporary).map_err(io("create", &temporary))?;
+        let path = self.dir.join(name(metadata));
+        let mut file = self.disk.create(temporary).map_err(io("create", temporary))?;
         let mut offset = 0;
         let mut write = |bytes: &[u8]| {
             let result = file.write_at(bytes, offset);
             offset += bytes.len() as u64;
-            result.map_err(io("write", &temporary))
+            result.map_err(io("write", temporary))
         };
         write(&start)?;
         for chunk in data.chunks(CHUNK) {
@@ -123,8 +131,8 @@ impl Snapshots {
             framed.extend_from_slice(chunk);
             write(&framed)?;
         }
-        file.sync().map_err(io("sync", &temporary))?;
-        self.disk.rename(&temporary, &path).map_err(io("rename", &temporary))?;
+        file.sync().map_err(io("sync", temporary))?;
+        self.disk.rename(temporary, &path).map_err(io("rename", temporary))?;
         self.disk.sync_dir(&self.dir).map_err(io("sync folder", &self.dir))?;
         self.remove_all_but(KEEP)
     }

@@ -3,8 +3,9 @@
 use http::Method;
 use istiod::access::Role;
 use istiod::api::limits::{Rate, Rates};
+use istiod::raft::node::Settings;
 
-use crate::member::{Member, PLENTY, Start, root};
+use crate::member::{ADMIN, Member, PLENTY, Start, root};
 
 const FEW: Rate = Rate { per_second: 1, burst: 5 };
 
@@ -51,5 +52,25 @@ async fn a_body_that_is_too_large_is_refused_before_it_is_read() {
     let token = Some(crate::member::ADMIN);
     let answer = member.call(Method::POST, "/api/v1/access/tokens", token, &large).await;
     assert_eq!(answer.status, 413, "{answer:?}");
+    member.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_that_the_disk_has_no_room_for_is_refused_with_the_reason_and_reads_go_on() {
+    let (root, clock) = root();
+    // No disk has so much.
+    let log = Settings { least_free_bytes: u64::MAX, ..Settings::new(1, 1) };
+    let member = Member::start_as(Start { log, ..Start::default() }, root, clock).await;
+    let mut status = member.api.raft.status();
+    status.wait_for(|status| status.free_bytes.is_some()).await.unwrap();
+    let yaml =
+        "{apiVersion: networking.istio.io/v1, kind: DestinationRule, metadata: {name: a}, spec: {host: a}}";
+    let body = serde_json::json!({ "files": [{ "name": "a.yaml", "text": yaml }] }).to_string();
+    let answer = member.call(Method::POST, "/api/v1/apply", Some(ADMIN), &body).await;
+    assert_eq!((answer.status, &answer.json()["title"]), (507, &serde_json::json!("insufficient storage")));
+    let why = answer.json()["errors"][0].to_string();
+    assert!(why.contains("nearly full") && why.contains("free some space"), "{why}");
+    let read = member.call(Method::GET, "/api/v1/config/destinationrule", Some(ADMIN), "").await;
+    assert_eq!(read.status, 200, "{read:?}");
     member.stop().await;
 }

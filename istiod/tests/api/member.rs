@@ -10,8 +10,9 @@ use ca::authority::{Lifetimes, Serial, SigningRoot};
 use ca::identity::TrustDomain;
 use ca::renewal::Clock;
 use ca::tls::IdentityWatch;
-use http::{Method, Request, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use istiod::access::Role;
 use istiod::api::events::Events;
@@ -77,6 +78,7 @@ pub(crate) struct Start {
     pub(crate) access: Access,
     pub(crate) rates: Rates,
     pub(crate) identity: Option<IdentityWatch>,
+    pub(crate) log: Settings,
 }
 
 impl Default for Start {
@@ -85,6 +87,7 @@ impl Default for Start {
             access: Access::Bearer(ADMIN.into()),
             rates: Rates { calls: PLENTY, guesses: PLENTY },
             identity: None,
+            log: Settings::new(1, 1),
         }
     }
 }
@@ -102,7 +105,7 @@ impl Member {
             let place = Place { data_dir: folder.path(), trust_domain: &TrustDomain::default() };
             let metrics = Metrics::registered(&mut Registry::default());
             let (mut random, now) = (fastrand::Rng::new(), tokio::time::Instant::now().into_std());
-            Raft::start(place, Settings::new(1, 1), metrics, &mut random, now, stop.clone()).unwrap()
+            Raft::start(place, start.log, metrics, &mut random, now, stop.clone()).unwrap()
         };
         while started.raft.read_index().await.is_err() {
             tokio::task::yield_now().await;
@@ -156,16 +159,34 @@ impl Member {
     }
 
     pub(crate) async fn send(&self, request: Request<Full<Bytes>>) -> Answer {
+        let read = async |response: Response<Incoming>| {
+            let (parts, body) = response.into_parts();
+            let body = body.collect().await.unwrap().to_bytes();
+            Answer { status: parts.status.as_u16(), headers: parts.headers, body }
+        };
+        self.exchange(request, read).await
+    }
+
+    /// The status of a call whose answer may never end: the rest of it is not awaited.
+    pub(crate) async fn status(&self, method: Method, path: &str, token: Option<&str>) -> u16 {
+        let request = Request::builder().method(method).uri(path).header("host", self.address.to_string());
+        let authorized = token.map(|token| format!("Bearer {token}"));
+        let request =
+            authorized.into_iter().fold(request, |request, value| request.header("authorization", value));
+        let request = request.body(Full::default()).unwrap();
+        self.exchange(request, async |response: Response<Incoming>| response.status().as_u16()).await
+    }
+
+    async fn exchange<T>(
+        &self,
+        request: Request<Full<Bytes>>,
+        read: impl AsyncFnOnce(Response<Incoming>) -> T,
+    ) -> T {
         let exchange = async {
             let tcp = TcpStream::connect(self.address).await.unwrap();
             let (mut sender, connection) =
                 hyper::client::conn::http1::handshake(TokioIo::new(tcp)).await.unwrap();
-            let answer = async {
-                let response = sender.send_request(request).await.unwrap();
-                let (parts, body) = response.into_parts();
-                let body = body.collect().await.unwrap().to_bytes();
-                Answer { status: parts.status.as_u16(), headers: parts.headers, body }
-            };
+            let answer = async { read(sender.send_request(request).await.unwrap()).await };
             tokio::select! {
                 answer = answer => answer,
                 _ = async { connection.await.unwrap_or_default(); std::future::pending::<()>().await } => unreachable!(),

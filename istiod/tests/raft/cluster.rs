@@ -254,6 +254,80 @@ fn three_members_elect_replicate_and_change_their_leader() {
 }
 
 #[test]
+fn a_leader_whose_disk_stays_slow_hands_over_and_one_that_is_slow_for_a_moment_does_not() {
+    let mut cluster = Cluster::new(11, &[1, 2, 3]);
+    cluster.write("a=0");
+    let slow = cluster.elect();
+    let settings = busy(slow, 9);
+    for (after, leads) in [(settings.slow_sync_for / 2, true), (settings.slow_sync_for * 2, false)] {
+        cluster.members[&slow].disk.slow_down(settings.slow_sync);
+        let began = cluster.now;
+        while cluster.now < began + after && cluster.leader() == Some(slow) {
+            cluster.write("a=1");
+            cluster.tick();
+        }
+        let status = cluster.members[&slow].driver.as_ref().expect("runs").status();
+        assert_eq!((status.slow_disk, status.handed_over == 0), (!leads, leads), "{status:?}");
+        if leads {
+            cluster.members[&slow].disk.slow_down(Duration::ZERO);
+            cluster.write("a=2");
+        }
+    }
+    cluster.settle();
+    assert_ne!(cluster.elect(), slow);
+    cluster.write("a=3");
+    cluster.settle();
+    assert_eq!(cluster.map(slow)["a"].1, "3");
+}
+
+#[test]
+fn nothing_is_written_by_a_leader_whose_disk_is_nearly_full_and_another_one_leads_if_it_can() {
+    let mut cluster = Cluster::new(12, &[1, 2, 3]);
+    cluster.write("a=1");
+    let full = cluster.elect();
+    let least = busy(full, 9).least_free_bytes;
+    cluster.members[&full].disk.leave_free(least - 1);
+    for _ in 0..30 {
+        cluster.tick();
+    }
+    assert_ne!(cluster.elect(), full, "somebody with more space leads");
+    cluster.write("a=2");
+    // Where nobody has space, writes are refused with the reason, and reads go on.
+    cluster.members.values().for_each(|member| member.disk.leave_free(least - 1));
+    cluster.tick();
+    for id in [1, 2, 3] {
+        let sequence = cluster.propose(id, "a=3");
+        cluster.settle();
+        let answer = cluster.answers.get(&(id, sequence));
+        let Some(Answer::Refused(Refusal::NoSpace(why))) = answer else { panic!("{id}: {answer:?}") };
+        assert!(why.contains("is nearly full (63 MiB are free, less than 64)"), "{why}");
+    }
+    cluster.members.values().for_each(|member| member.disk.leave_free(least));
+    cluster.tick();
+    cluster.write("a=4");
+    cluster.settle();
+    assert_eq!(cluster.map(full)["a"].1, "4");
+}
+
+#[test]
+fn a_member_without_room_for_a_snapshot_goes_on_and_takes_it_later() {
+    let mut cluster = Cluster::new(13, &[1]);
+    cluster.write("a=1");
+    let before = cluster.members[&1].driver.as_ref().expect("runs").status().snapshot;
+    cluster.members[&1].disk.refuse_room(Some(".snapshot"));
+    for number in 0..100 {
+        cluster.write(&format!("a={number}"));
+    }
+    let snapshot = |cluster: &Cluster| cluster.members[&1].driver.as_ref().expect("runs").status().snapshot;
+    assert_eq!(snapshot(&cluster), before, "there was no room");
+    cluster.members[&1].disk.refuse_room(None);
+    for _ in 0..700 {
+        cluster.tick();
+    }
+    assert!(snapshot(&cluster) > before + 50);
+}
+
+#[test]
 fn what_a_parted_leader_was_told_is_acknowledged_by_the_next_one_or_not_at_all() {
     let mut cluster = Cluster::new(2, &[1, 2, 3]);
     cluster.write("a=1");

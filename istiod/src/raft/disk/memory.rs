@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::{Disk, DiskFile};
 
@@ -26,6 +27,9 @@ struct Inner {
     fail_sync_at: Option<u64>,
     writes: u64,
     fail_write_at: Option<u64>,
+    slow: Duration,
+    free: Option<u64>,
+    no_room: Option<String>,
 }
 
 #[derive(Default, Clone)]
@@ -63,6 +67,21 @@ impl MemoryDisk {
     /// Lets the `nth` write from now fail (0 is the next one) as on a full disk.
     pub fn fail_write(&self, nth: u64) {
         self.with(|inner| inner.fail_write_at = Some(inner.writes + nth));
+    }
+
+    /// From now on each sync takes so long.
+    pub fn slow_down(&self, took: Duration) {
+        self.with(|inner| inner.slow = took);
+    }
+
+    /// From now on so many bytes are free.
+    pub fn leave_free(&self, bytes: u64) {
+        self.with(|inner| inner.free = Some(bytes));
+    }
+
+    /// There is no room for new files with this in their names.
+    pub fn refuse_room(&self, name: Option<&str>) {
+        self.with(|inner| inner.no_room = name.map(str::to_owned));
     }
 
     /// No more failures.
@@ -194,6 +213,10 @@ impl Disk for MemoryDisk {
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
         self.with(|inner| {
             inner.write_allowed()?;
+            let refused = inner.no_room.as_ref();
+            if refused.is_some_and(|name| path.to_string_lossy().contains(name.as_str())) {
+                return Err(io::Error::from(io::ErrorKind::StorageFull));
+            }
             inner.next += 1;
             let file = inner.next;
             inner.files.insert(file, Content::default());
@@ -217,6 +240,10 @@ impl Disk for MemoryDisk {
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.with(|inner| inner.names.remove(path).map(drop).ok_or_else(|| missing(path)))
+    }
+
+    fn free(&self, _path: &Path) -> Option<u64> {
+        self.with(|inner| inner.free)
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
@@ -246,6 +273,10 @@ impl DiskFile for MemoryFile {
             }
             Ok(())
         })
+    }
+
+    fn sync_took(&self) -> Duration {
+        self.disk.with(|inner| inner.slow)
     }
 
     fn sync(&mut self) -> io::Result<()> {

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use raft::eraftpb::{Entry, HardState};
 
@@ -39,6 +40,8 @@ pub struct Wal {
     hard_state: HardState,
     pending: Pending,
     failed: bool,
+    /// The longest that a sync took of late.
+    took: Option<Duration>,
 }
 
 /// A file of the log.
@@ -133,6 +136,7 @@ impl Wal {
             hard_state: replay.hard_state,
             pending: Pending { start: empty, hard_state: empty, ..Pending::default() },
             failed: false,
+            took: None,
         })
     }
 
@@ -160,6 +164,7 @@ impl Wal {
             hard_state: HardState::default(),
             pending: Pending { start: true, hard_state: true, ..Pending::default() },
             failed: false,
+            took: None,
         })
     }
 
@@ -187,6 +192,7 @@ impl Wal {
         let path = path(&self.dir, self.current.number);
         self.file.write_at(&bytes, self.end).map_err(io("write", &path))?;
         self.file.sync().map_err(io("sync", &path))?;
+        self.took = self.took.max(Some(self.file.sync_took()));
         self.end = end;
         let last = batch.entries.last().map_or(0, |entry| entry.index);
         self.current.last_index = self.current.last_index.max(last);
@@ -338,6 +344,14 @@ impl Log for Wal {
             wal.current.last_index = 0;
             wal.remove_segments()
         })
+    }
+
+    fn take_sync_time(&mut self) -> Option<Duration> {
+        self.took.take()
+    }
+
+    fn free(&self) -> Option<u64> {
+        self.disk.free(&self.dir)
     }
 
     fn bytes(&self) -> u64 {

@@ -65,8 +65,6 @@ pub enum Event {
     SnapshotSaved(Result<SnapshotMetadata, Fatal>),
     /// Leadership is to move.
     Transfer(u64),
-    /// Leadership is to move to whoever is the furthest, because this member is not fit to lead.
-    StepDown,
     /// A peer says that this member was removed from the cluster.
     Removed,
 }
@@ -125,6 +123,9 @@ pub enum Refusal {
     /// Not done: too much is waiting to be committed.
     #[error("the control plane is overloaded, try again")]
     Busy,
+    /// Not done: the leader's disk is nearly full.
+    #[error("{0}")]
+    NoSpace(String),
     /// Not done: another change of members, or a refusal by Raft.
     #[error("refused: {0}")]
     Invalid(String),
@@ -200,6 +201,12 @@ pub struct Status {
     pub learners: Vec<u64>,
     /// The voters of the other side while a change of members is under way.
     pub outgoing: Vec<u64>,
+    /// Bytes that are free on the disk of the log, where that is known.
+    pub free_bytes: Option<u64>,
+    /// Every sync of the log has been slow for some time.
+    pub slow_disk: bool,
+    /// How often this member has handed leadership over because of its disk.
+    pub handed_over: u64,
     /// On the leader: how far each other member is.
     pub progress: BTreeMap<u64, Progress>,
 }

@@ -1,5 +1,7 @@
 //! Who the members are: changes of them, and what becomes of leadership with them.
 
+use std::time::Instant;
+
 use prost::Message as _;
 use raft::StateRole;
 use raft::eraftpb::{ConfState, Entry, EntryType, Message, MessageType};
@@ -9,17 +11,64 @@ use crate::raft::machine::{Halt, StateMachine};
 use crate::raft::wire;
 
 impl<M: StateMachine> Driver<M> {
-    /// Hands leadership to the voter that is the furthest among those that were heard of late.
-    pub(super) fn step_down(&mut self) {
-        let raft = &self.raw.raft;
-        if raft.state != StateRole::Leader {
+    /// A leader whose disk is not fit hands leadership to the voter that is the furthest among those that were heard of
+    /// late, if there is one.
+    fn step_down_if_unfit(&mut self, now: Instant) {
+        if self.raw.raft.state != StateRole::Leader {
             return;
         }
-        let (id, next) = (raft.id, self.heir());
-        if let Some(next) = next {
-            tracing::info!(member = id, to = next, "leadership is handed over");
+        let Some(next) = self.heir() else { return };
+        if self.fitness.hands_over(now, &self.settings) {
+            let (slow, free) = (self.fitness.is_slow(), self.fitness.free());
+            tracing::warn!(
+                member = self.settings.id,
+                to = next,
+                slow,
+                free,
+                "the disk is not fit: leadership is handed over"
+            );
+            self.handed_over += 1;
             self.raw.transfer_leader(next);
         }
+    }
+
+    /// Notices how long the log's disk took in the step that began at `now`.
+    pub(super) fn look_at_syncs(&mut self, now: Instant) {
+        let Some(took) = self.raw.mut_store().log.take_sync_time() else { return };
+        self.fitness.synced(took, now, &self.settings);
+        self.step_down_if_unfit(now);
+    }
+
+    /// Notices how much is free on the log's disk.
+    pub(super) fn look_at_space(&mut self, now: Instant) {
+        let free = self.raw.store().log.free();
+        if self.fitness.has_free(free, &self.settings) {
+            let least = self.settings.least_free_bytes;
+            if self.fitness.is_full(&self.settings) {
+                tracing::error!(
+                    free,
+                    least,
+                    "the disk is nearly full: no writes are taken until some space is freed"
+                );
+            } else {
+                tracing::info!(free, least, "the disk has space again");
+            }
+        }
+        self.step_down_if_unfit(now);
+    }
+
+    /// The log must not be what fills the disk.
+    pub(super) fn must_have_space(&self) -> Result<(), Refusal> {
+        if !self.fitness.is_full(&self.settings) {
+            return Ok(());
+        }
+        let [free, least] =
+            [self.fitness.free().unwrap_or(0), self.settings.least_free_bytes].map(|b| b >> 20);
+        Err(Refusal::NoSpace(format!(
+            "the disk of member {}, which leads, is nearly full ({free} MiB are free, less than {least}): free some \
+             space there",
+            self.settings.id
+        )))
     }
 
     /// A leader that does not vote any more stops leading at once: the raft crate would look in vain for its own

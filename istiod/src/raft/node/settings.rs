@@ -37,6 +37,12 @@ pub struct Settings {
     pub read_retry: Duration,
     /// Messages that announce a snapshot carry it; otherwise only its point, and the transport reads the file.
     pub inline_snapshots: bool,
+    /// A disk is slow whose every sync takes at least this long
+    pub slow_sync: Duration,
+    /// for this long: a leader then hands leadership over.
+    pub slow_sync_for: Duration,
+    /// With less than this free on its disk a leader takes no proposals: the log must not be what fills it.
+    pub least_free_bytes: u64,
     /// Where the spread of election timeouts comes from.
     pub election_seed: u64,
 }
@@ -61,6 +67,9 @@ impl Settings {
             answer_within: Duration::from_secs(5),
             read_retry: Duration::from_millis(200),
             inline_snapshots: true,
+            slow_sync: Duration::from_secs(1),
+            slow_sync_for: Duration::from_secs(10),
+            least_free_bytes: 64 << 20,
             election_seed,
         }
     }

@@ -6,6 +6,7 @@ use std::time::Instant;
 use prost::Message as _;
 use raft::RawNode;
 
+use super::fitness::Fitness;
 use super::storage::LogStorage;
 use super::{
     Driver, Fatal, MACHINE_KEYS, Proposals, Reads, SESSION_KEYS, Settings, Waiting, decode_body, drain,
@@ -119,6 +120,8 @@ impl<M: StateMachine> Driver<M> {
             reads: Reads::new(client),
             snapshot: (newest.map_or(0, |(index, _)| index), false, 0),
             leading: false,
+            fitness: Fitness::default(),
+            handed_over: 0,
             heir: None,
             _guard: guard,
         };

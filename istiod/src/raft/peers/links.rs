@@ -356,6 +356,7 @@ fn verdict(verdict: ForwardVerdict, leader: u64, reason: String) -> Result<(), R
         ForwardVerdict::NotLeader => Err(Refusal::NotLeader(Some(leader).filter(|id| *id != 0))),
         ForwardVerdict::Busy => Err(Refusal::Busy),
         ForwardVerdict::Refused => Err(Refusal::Invalid(reason)),
+        ForwardVerdict::NoSpace => Err(Refusal::NoSpace(reason)),
         ForwardVerdict::Unknown => Err(Refusal::Unknown),
     }
 }

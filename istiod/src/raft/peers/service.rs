@@ -262,5 +262,6 @@ fn verdict(refusal: &Refusal) -> ForwardVerdict {
         Refusal::Busy => ForwardVerdict::Busy,
         Refusal::Unknown | Refusal::Duplicate => ForwardVerdict::Unknown,
         Refusal::Invalid(_) => ForwardVerdict::Refused,
+        Refusal::NoSpace(_) => ForwardVerdict::NoSpace,
     }
 }
