@@ -101,7 +101,7 @@ impl Fleet {
             ensure!(rows.len() == STREAMS as usize && serving.len() == 3, "{rows:?}");
             for row in rows {
                 let id = text(row, "/id");
-                let config = json(&["proxy-config", "listener", &id, "-o", "json"])?;
+                let config = json(&["proxy-config", "listener", id, "-o", "json"])?;
                 ensure!(config.pointer("/listeners/0/name").is_some(), "{id}: {config}");
             }
             let preview = json(&["apply", "--dry-run", "-f", &file, "-o", "json"])?;

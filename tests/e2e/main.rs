@@ -3,6 +3,7 @@
 mod commands;
 mod demo;
 mod fleet;
+mod garbage;
 mod member;
 mod operate;
 mod refusal;

@@ -67,6 +67,12 @@ impl Istiod {
         }
     }
 
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.program.pid()
+    }
+
     /// `kill -9`.
     ///
     /// # Errors
