@@ -2,7 +2,8 @@
 
 use std::io::IsTerminal;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -43,7 +44,7 @@ enum Command {
 #[derive(Debug, Clone, Args)]
 struct InitArgs {
     /// File to be written
-    #[arg(long, default_value = "/etc/istiod/istiod.yaml")]
+    #[arg(long, default_value = "/etc/istio/istiod.yaml")]
     config: PathBuf,
     /// Folder for the member's data
     #[arg(long, default_value = "/var/lib/istiod")]
@@ -60,9 +61,9 @@ struct InitArgs {
     /// What people call this member
     #[arg(long)]
     name: Option<String>,
-    /// The member will join a cluster with a ticket, and does not found one
+    /// Ticket of `istioctl members add`: the member joins that cluster at its first start, and founds none
     #[arg(long)]
-    joins: bool,
+    join: Option<String>,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -146,6 +147,9 @@ fn founded(args: &InitArgs) -> Result<(), Vec<String>> {
     }
     let name = args.config.display().to_string();
     let config = Config::parse(&name, &text)?;
+    if let Some(ticket) = &args.join {
+        Ticket::parse(ticket).map_err(|error| vec![format!("--join: {error}")])?;
+    }
     let io = |error: std::io::Error| vec![format!("cannot write {name}: {error}")];
     if let Some(folder) = args.config.parent() {
         std::fs::create_dir_all(folder).map_err(io)?;
@@ -153,17 +157,29 @@ fn founded(args: &InitArgs) -> Result<(), Vec<String>> {
     // A file that is there was written by somebody with something in mind.
     let mut file = std::fs::File::create_new(&args.config).map_err(io)?;
     std::io::Write::write_all(&mut file, text.as_bytes()).and_then(|()| file.sync_all()).map_err(io)?;
-    if !args.joins {
-        let made = std::fs::create_dir_all(&config.data_dir).map_err(|error| error.to_string());
-        let kept = made.and_then(|()| Kept::open(&config.data_dir).map_err(|error| error.to_string()));
-        let founded = kept.and_then(|kept| {
-            kept.found(config.member_id, (crate::clock())()).map_err(|error| error.to_string())
-        });
-        founded.map_err(|error| vec![format!("cannot make the keys of the cluster: {error}")])?;
-    }
-    let ticket = if args.joins { " --join TICKET (of `istioctl members add`)" } else { "" };
-    tracing::info!(config = name, next = format!("istiod run --config {name}{ticket}"), "initialized");
+    keys(args, &config).map_err(|error| vec![format!("cannot keep what makes a member: {error:#}")])?;
+    tracing::info!(config = name, next = format!("istiod run --config {name}"), "initialized");
     Ok(())
+}
+
+/// Makes the keys of a cluster, or keeps the ticket for another. Root makes them for whom the data folder is.
+fn keys(args: &InitArgs, config: &Config) -> anyhow::Result<()> {
+    std::fs::create_dir_all(&config.data_dir)?;
+    let kept = Kept::open(&config.data_dir)?;
+    match &args.join {
+        None => kept.found(config.member_id, (crate::clock())())?,
+        Some(ticket) => kept.keep_ticket(ticket)?,
+    }
+    let owner = std::fs::metadata(&config.data_dir)?;
+    for made in [kept.folder().to_owned()].into_iter().chain(files(kept.folder())?) {
+        // Nothing changes for who is not root, as the folder is their own then.
+        std::os::unix::fs::lchown(made, Some(owner.uid()), Some(owner.gid()))?;
+    }
+    Ok(())
+}
+
+fn files(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
+    std::fs::read_dir(folder)?.map(|entry| entry.map(|entry| entry.path())).collect()
 }
 
 /// The settings, and a folder that is removed when it is dropped.

@@ -49,7 +49,7 @@ async fn add(
         return print(output, &ticket, |_| Rows::new([]));
     }
     data(&format!("{}\n", ticket.command))?;
-    note("run it once on the new machine, whose settings `istiod init --joins` writes");
+    note("run it on the new machine with the HOST that others reach it by, then start istiod there");
     Ok(())
 }
 

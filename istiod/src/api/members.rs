@@ -53,7 +53,7 @@ impl Api {
         };
         let origin = self.origin(caller, "members add");
         let ticket = self.members.add(new, Some(&origin)).await?.to_text();
-        let command = format!("istiod run --config /etc/istiod/istiod.yaml --join {ticket}");
+        let command = format!("istiod init --peer HOST:15019 --xds HOST:15012 --join {ticket}");
         Ok(MemberTicket { ticket, command })
     }
 

@@ -160,7 +160,8 @@ async fn membership(config: &Config, kept: &Kept, clock: &Clock) -> anyhow::Resu
         }
         return Ok(membership);
     }
-    if let Some(ticket) = &config.join {
+    let kept_ticket = kept.ticket()?;
+    if let Some(ticket) = config.join.as_ref().or(kept_ticket.as_ref()) {
         let description = description(config);
         let instance = kept.instance(&ticket.id)?;
         tracing::info!(members = ?ticket.peers, "joining a cluster");
@@ -178,7 +179,7 @@ async fn membership(config: &Config, kept: &Kept, clock: &Clock) -> anyhow::Resu
     // A member that stood alone until now becomes the founder of a cluster.
     anyhow::ensure!(
         has_log(&config.data_dir),
-        "there is no member in {} yet: `istiod init` founds a cluster, `istiod run --join TICKET` joins one",
+        "there is no member in {} yet: `istiod init` founds a cluster, `istiod init --join TICKET` joins one",
         config.data_dir.display()
     );
     kept.found(config.member_id, clock())?;

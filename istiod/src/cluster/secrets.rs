@@ -17,6 +17,7 @@ use ca::x509;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+use super::ticket::Ticket;
 use crate::raft::peers::tls;
 use crate::raft::wire::EnrolReply;
 
@@ -26,6 +27,7 @@ const CERT: &str = "ca-cert.pem";
 const KEY: &str = "ca-key.pem";
 const CLUSTER_KEY: &str = "cluster-key";
 const MEMBERSHIP: &str = "membership.json";
+const TICKET: &str = "ticket";
 
 /// Which member lives here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,6 +89,12 @@ impl Kept {
     /// [`SecretsError::Store`].
     pub fn open(data_dir: &Path) -> Result<Self, SecretsError> {
         Ok(Self { store: KeyStore::open(data_dir.join(FOLDER))? })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.store.dir()
     }
 
     /// Which member lives here; nothing before it has founded or joined a cluster.
@@ -177,6 +185,26 @@ impl Kept {
         let drawn = Secret::random()?;
         self.store.store(&name, drawn.expose().as_bytes())?;
         Ok(drawn.expose().to_owned())
+    }
+
+    /// Keeps the ticket with which this machine will join, for its first start.
+    ///
+    /// # Errors
+    ///
+    /// [`SecretsError::Store`].
+    pub fn keep_ticket(&self, ticket: &str) -> Result<(), SecretsError> {
+        Ok(self.store.store(TICKET, ticket.as_bytes())?)
+    }
+
+    /// The ticket that was kept. It stays when it was used: who is a member never looks at it.
+    ///
+    /// # Errors
+    ///
+    /// [`SecretsError`].
+    pub fn ticket(&self) -> Result<Option<Ticket>, SecretsError> {
+        let Some(bytes) = self.store.load(TICKET)? else { return Ok(None) };
+        let text = std::str::from_utf8(&bytes).map_err(|_| self.damaged(TICKET))?;
+        Ticket::parse(text).map(Some).map_err(|_| self.damaged(TICKET))
     }
 
     fn damaged(&self, name: &str) -> SecretsError {
