@@ -33,6 +33,8 @@ use crate::xds::listener::hcm::Codec;
 /// How long an idle HTTP/1 connection outlives the order to end. A request may be on its way to us; HTTP/1 has no
 /// word to say beforehand that it would not be answered.
 const IDLE_LINGER: Duration = Duration::from_secs(1);
+/// How many headers hyper reads from a head unless it is told another number; Envoy's default too.
+const HYPER_HEADERS: usize = 100;
 
 /// Serves a connection until it ends, is idle for too long, or is cut.
 pub async fn serve(http: Rc<Http>, place: Place, connection: Rc<Connection>, mut io: Io) {
@@ -257,9 +259,13 @@ async fn serve_h1(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
     };
     let mut builder = http1::Builder::new();
     builder
-        .max_headers(usize::try_from(http.config.max_headers_count).unwrap_or(100))
         .max_buf_size(http.config.max_request_headers.max(8192))
         .title_case_headers(http.config.http1.proper_case);
+    // Another number than hyper's own is room that it makes anew for each head.
+    let most = usize::try_from(http.config.max_headers_count).unwrap_or(HYPER_HEADERS);
+    if most != HYPER_HEADERS {
+        builder.max_headers(most);
+    }
     let io = Noted::new(io, std::sync::Arc::clone(&connection.head));
     let server = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
     let mut server = pin!(server);
