@@ -153,7 +153,8 @@ pub fn host(state: &State, settings: &Settings, host: &str) -> Option<Host> {
         }
     }
     let index = state.vip_index(host).unwrap_or_default();
-    let candidates: Vec<_> = chosen.into_iter().map(|d| candidate(d, index, settings)).collect();
+    let candidates = chosen.into_iter().map(|d| shared(state, host, candidate(d, index, settings)));
+    let candidates: Vec<_> = candidates.collect();
     (!candidates.is_empty()).then_some(Host { candidates, conflicts })
 }
 
@@ -181,6 +182,15 @@ fn candidate(declaration: Declaration, vip_index: u32, settings: &Settings) -> C
         endpoints: endpoints.into_iter().collect(),
         identities: Arc::new(identities),
     }
+}
+
+/// Endpoints that are just what one source says are the state's own: most are, and they are most of a mesh.
+fn shared(state: &State, host: &str, mut candidate: Candidate) -> Candidate {
+    let mut said = state.endpoints_of(host).map(|(_, endpoints)| endpoints);
+    if let Some(same) = said.find(|endpoints| **endpoints == candidate.endpoints) {
+        candidate.endpoints = Arc::clone(same);
+    }
+    candidate
 }
 
 /// The SPIFFE ids of a service account: one per trust domain that counts as ours.

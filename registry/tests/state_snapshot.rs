@@ -66,6 +66,17 @@ fn clusters_of_one_platform_share_their_endpoints() {
 }
 
 #[test]
+fn endpoints_that_are_what_one_source_says_are_in_memory_once() {
+    let source = SourceId::Consul("dc1".into());
+    let service = service("x.com", "a", source.clone());
+    let endpoints = vec![endpoint("10.0.0.2"), endpoint("10.0.0.1")];
+    let replace = Command::ReplaceEndpoints { host: "x.com".into(), source, endpoints };
+    let mesh = Mesh::default().and(Command::PutService { service: Arc::new(service) }).and(replace);
+    let (_, said) = mesh.state.endpoints_of("x.com").next().unwrap();
+    assert!(said.len() == 2 && Arc::ptr_eq(said, mesh.snapshot.endpoints("x.com")));
+}
+
+#[test]
 fn service_entries_are_merged_only_when_all_but_ports_and_endpoints_is_equal() {
     let with = |port: u16, extra: Value| {
         let mut spec = json!({"hosts": ["x.com"], "ports": [{"number": port, "name": format!("http-{port}")}],
