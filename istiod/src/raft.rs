@@ -29,7 +29,7 @@ use std::fs::{File, TryLockError};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ca::identity::TrustDomain;
 use registry::snapshot::Snapshot;
@@ -54,6 +54,11 @@ use crate::publish::{Publisher, Updates};
 pub(crate) const FOLDER: &str = "raft";
 /// Locked while a member runs on the folder.
 const LOCK: &str = "lock";
+/// How often the lock is tried. A process that was started by the last holder has it too, until it runs a program of its
+/// own.
+const LOOKS: u32 = 20;
+/// Pause between two tries.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// The way into the log. Clones lead to the same one.
 #[derive(Clone)]
@@ -357,9 +362,12 @@ impl Raft {
 fn lock(path: &Path) -> Result<File, StartError> {
     let io = |source| StartError::Io { path: path.to_owned(), source };
     let file = File::options().create(true).truncate(false).write(true).open(path).map_err(io)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(StartError::InUse { path: path.to_owned() }),
-        Err(TryLockError::Error(source)) => Err(io(source)),
+    for _ in 0..LOOKS {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) => std::thread::park_timeout(PAUSE),
+            Err(TryLockError::Error(source)) => return Err(io(source)),
+        }
     }
+    Err(StartError::InUse { path: path.to_owned() })
 }
