@@ -132,13 +132,13 @@ impl CaCommand {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RedeemRefused {
     /// There is no such token, or the secret is wrong: a caller is not told which.
-    #[error("unknown join token")]
+    #[error("unknown join token: it was revoked, has ended long ago, or is another mesh's")]
     Unknown,
     /// The token's time is over.
-    #[error("the join token has expired")]
+    #[error("the join token has expired; make another one with `istioctl token create`")]
     Expired,
     /// The token was used by another key.
-    #[error("the join token is used up")]
+    #[error("the join token is used up by another machine; make another one with `istioctl token create`")]
     UsedUp,
 }
 

@@ -4,6 +4,7 @@ mod commands;
 mod demo;
 mod fleet;
 mod garbage;
+mod joining;
 mod member;
 mod operate;
 mod refusal;

@@ -197,3 +197,63 @@ async fn a_workload_that_vanishes_is_no_longer_sent_requests() -> anyhow::Result
     .await?;
     mesh.finish(&["echo-v2", "workload", "xds", "stream"])
 }
+
+/// When a workload's last good configuration was written.
+fn kept(mesh: &Mesh, workload: &str) -> anyhow::Result<std::time::SystemTime> {
+    Ok(std::fs::metadata(mesh.of(workload)?.data.join("configuration"))?.modified()?)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workloads_that_start_without_the_control_plane_serve_as_before() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start(&[], &["echo-v1"], &["client"]).await?;
+    mesh.istiod.apply_and_wait(strict()).await?;
+    mesh.answers("client", "echo").await?;
+    let workloads = ["client", "echo-v1"];
+    let mut before = Vec::new();
+    for workload in workloads {
+        let first = eventually(PATIENCE, "it is kept", || async { kept(&mesh, workload) }).await?;
+        before.push((workload, first));
+    }
+    // What is written after this change has all that came before it.
+    let address = mesh.address("client", "echo", 80).await?;
+    mesh.istiod
+        .apply_and_wait(
+            &(service("more") + &routes("echo", "  - name: last\n    route: [{destination: {host: echo}}]")),
+        )
+        .await?;
+    for (workload, first) in before {
+        eventually(PATIENCE, "the change is kept", || async {
+            ensure!(kept(&mesh, workload)? != first, "{workload} was not written");
+            Ok(())
+        })
+        .await?;
+    }
+    mesh.istiod.kill()?;
+    for workload in workloads {
+        let workload = mesh.of_mut(workload)?;
+        workload.agent.kill()?;
+        workload.restart()?;
+    }
+    let answer = eventually(PATIENCE, "it serves as before", || async {
+        let answer = tests::http::get(address, "echo", "/", &[]).await?;
+        ensure!(answer.status == 200, "{answer:?}");
+        Ok(answer)
+    })
+    .await?;
+    let seen: tests::echo::Seen = answer.json()?;
+    ensure!(seen.header("x-forwarded-client-cert").contains("sa/client"), "{seen:?}");
+
+    // The control plane is no other to them than before, and tells what is new.
+    mesh.istiod.restart().await?;
+    for workload in workloads {
+        mesh.istiod.synced(&format!("{workload}.default")).await?;
+    }
+    mesh.istiod.apply_and_wait(&routes("echo", "  - directResponse: {status: 299}")).await?;
+    eventually(PATIENCE, "what is new counts", || async {
+        let answer = tests::http::get(address, "echo", "/", &[]).await?;
+        ensure!(answer.status == 299, "{answer:?}");
+        Ok(())
+    })
+    .await?;
+    mesh.finish(&[])
+}

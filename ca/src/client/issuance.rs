@@ -117,7 +117,11 @@ impl Issuance for Remote {
         // the next attempt asks the next member, also after an answer: members share the work
         self.next = self.next.wrapping_add(1);
         let (tls, bearer) = self.credentials(presented)?;
-        let channel = connect(&endpoint, tls).await.map_err(|e| RequestError::Unavailable(e.into()))?;
+        let channel = connect(&endpoint, tls).await.map_err(|e| match (presented, e) {
+            // What a token is pinned to does not change; a control plane may be restored in the course of time.
+            (Presented::Initial, ConnectError::Stranger(text)) => RequestError::Refused(text),
+            (_, e) => RequestError::Unavailable(e.into()),
+        })?;
         let seconds = lifetime.map_or(0, |lifetime| lifetime.as_secs());
         let mut request = Request::new(IstioCertificateRequest {
             csr: x509::to_pem("CERTIFICATE REQUEST", csr),
@@ -150,12 +154,20 @@ fn renewal_tls(identity: Arc<Identity>) -> Result<Arc<ClientConfig>, rustls::Err
 
 /// Why there is no connection to the control plane; names the address and the cause.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct ConnectError(String);
+pub enum ConnectError {
+    /// Nobody could be reached, or nothing was agreed on.
+    #[error("{0}")]
+    Failed(String),
+    /// Who answers is not who should: its certificate says so.
+    #[error("{0}")]
+    Stranger(String),
+}
 
 impl From<ConnectError> for String {
     fn from(error: ConnectError) -> Self {
-        error.0
+        match error {
+            ConnectError::Failed(text) | ConnectError::Stranger(text) => text,
+        }
     }
 }
 
@@ -167,12 +179,13 @@ impl From<ConnectError> for String {
 pub async fn connect(endpoint: &str, tls: Arc<ClientConfig>) -> Result<Channel, ConnectError> {
     let told = |e: &dyn std::error::Error| {
         let mut text = format!("{endpoint}: {e}");
-        let mut cause = e.source();
+        let (mut cause, mut stranger) = (e.source(), false);
         while let Some(error) = cause {
             text = format!("{text}: {error}");
+            stranger |= is_stranger(error);
             cause = error.source();
         }
-        ConnectError(text)
+        if stranger { ConnectError::Stranger(text) } else { ConnectError::Failed(text) }
     };
     let uri = Endpoint::from_shared(format!("http://{endpoint}")).map_err(|e| told(&e))?;
     let address = endpoint.to_owned();
@@ -190,8 +203,13 @@ pub async fn connect(endpoint: &str, tls: Arc<ClientConfig>) -> Result<Channel, 
     match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
         Ok(Ok(channel)) => Ok(channel),
         Ok(Err(error)) => Err(told(&error)),
-        Err(_) => Err(ConnectError(format!("{endpoint}: no connection in time"))),
+        Err(_) => Err(ConnectError::Failed(format!("{endpoint}: no connection in time"))),
     }
+}
+
+fn is_stranger(error: &(dyn std::error::Error + 'static)) -> bool {
+    let of_tls = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+    of_tls.and_then(|e| e.downcast_ref()).is_some_and(|e| matches!(e, rustls::Error::InvalidCertificate(_)))
 }
 
 #[expect(clippy::wildcard_enum_match_arm, reason = "all other codes may pass")]

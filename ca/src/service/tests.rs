@@ -224,6 +224,12 @@ async fn a_connection_that_fails_names_the_address_and_the_cause() {
     let tls = bootstrap_tls(Hash::of(b"another root"), &domain()).unwrap();
     let text = crate::client::connect(&fixture.address, tls).await.unwrap_err().to_string();
     assert!(text.starts_with(&fixture.address) && text.contains("expected fingerprint"), "{text}");
+    // Who joins does not try again: that is not the control plane which made the token.
+    let mut token = fixture.token(1);
+    token.root_sha256 = Hash::of(b"another root");
+    let csr = PrivateKey::generate().unwrap().request().unwrap();
+    let refused = Remote::with_token(token).request(csr.der(), &Presented::Initial, None).await.unwrap_err();
+    assert!(matches!(refused, RequestError::Refused(_)), "{refused}");
     fixture.end().await;
 }
 
