@@ -82,6 +82,8 @@ pub struct Plan {
     pub outbound_port: u16,
     /// Where the proxy takes what comes to the machine.
     pub inbound_port: u16,
+    /// Where the agent answers DNS queries; they are left alone when `None`.
+    pub dns: Option<u16>,
     /// Ports of the machine that are not captured.
     pub exclude_inbound: BTreeSet<u16>,
     /// Ports elsewhere that are not captured.
@@ -122,7 +124,12 @@ impl Plan {
 
     fn outbound(&self) -> Vec<String> {
         let Self { user, inbound_port, outbound_port, .. } = self;
-        let mut rules = vec!["meta l4proto != tcp return".to_owned()];
+        // The agent itself asks other servers.
+        let to_agent =
+            |port, protocol: &str| format!("meta skuid != {user} {protocol} dport 53 redirect to :{port}");
+        let dns =
+            self.dns.into_iter().flat_map(|port| ["udp", "tcp"].map(|protocol| to_agent(port, protocol)));
+        let mut rules: Vec<String> = dns.chain(["meta l4proto != tcp return".to_owned()]).collect();
         if !self.exclude_outbound.is_empty() {
             rules.push(format!("tcp dport {} return", set(&self.exclude_outbound)));
         }
@@ -209,6 +216,7 @@ mod tests {
             user: 1337,
             outbound_port: 15001,
             inbound_port: INBOUND_PORT,
+            dns: None,
             exclude_inbound: [2222].into(),
             exclude_outbound: BTreeSet::new(),
             include: Vec::new(),
@@ -256,6 +264,14 @@ table inet istio {
         );
         assert!(text.contains("tcp dport { 25, 587 } return\n"));
         assert!(!text.contains("\t\tmeta l4proto tcp redirect to :15001\n"));
+    }
+
+    #[test]
+    fn queries_go_to_the_agent_and_its_own_to_others() {
+        let text = Plan { dns: Some(15053), ..plan() }.text();
+        let rules = "policy accept;\n\t\tmeta skuid != 1337 udp dport 53 redirect to :15053\n\
+                     \t\tmeta skuid != 1337 tcp dport 53 redirect to :15053\n\t\tmeta l4proto != tcp return\n";
+        assert!(text.contains(rules), "{text}");
     }
 
     #[test]

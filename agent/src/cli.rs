@@ -19,6 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::Orders;
 use crate::capture::{Block, CaptureError, INBOUND_PORT, Plan};
 use crate::config::{Config, ProxySeat, Seat};
+use crate::dns::Dns;
 use crate::join;
 use crate::register::Workload;
 
@@ -77,6 +78,9 @@ struct Rules {
     /// Port elsewhere that is not captured; may be repeated
     #[arg(long)]
     exclude_outbound: Vec<u16>,
+    /// Redirect DNS queries, UDP and TCP, to the agent at this port
+    #[arg(long)]
+    dns: Option<u16>,
     /// Addresses that are captured, `10.0.0.0/8`; all when not given; may be repeated
     #[arg(long)]
     include: Vec<Block>,
@@ -124,6 +128,12 @@ struct Member {
     /// Lifetime of certificates in seconds; the control plane's default when not given
     #[arg(long)]
     certificate_lifetime: Option<u64>,
+    /// Address at which names of the mesh are answered, `127.0.0.1:15053`; may be repeated
+    #[arg(long)]
+    dns: Vec<SocketAddr>,
+    /// DNS server for all other names, in place of those in /etc/resolv.conf; may be repeated
+    #[arg(long)]
+    dns_upstream: Vec<SocketAddr>,
     /// There is no application: do not become an endpoint
     #[arg(long)]
     no_register: bool,
@@ -218,6 +228,7 @@ impl Rules {
             user: self.user,
             outbound_port: self.outbound_port,
             inbound_port: self.inbound_port,
+            dns: self.dns,
             exclude_inbound: self.exclude_inbound.into_iter().collect(),
             exclude_outbound: self.exclude_outbound.into_iter().collect(),
             include: self.include,
@@ -264,6 +275,7 @@ impl Member {
             endpoints: self.endpoints.clone(),
             node: format!("{}@{}", self.name, self.address()?),
             certificate_lifetime: self.certificate_lifetime.map(Duration::from_secs),
+            dns: Dns::new(self.dns.clone(), self.dns_upstream.clone()).context("/etc/resolv.conf")?,
             workload: if self.no_register { None } else { Some(self.workload(seat.is_captured())?) },
             seat,
         })

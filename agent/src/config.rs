@@ -16,7 +16,9 @@ use proxy::xds::client::Protocol;
 use proxy::xds::decode::Address;
 use proxy::xds::transport::{ServerTls, Settings};
 use tokio::sync::watch;
+use wire::mesh::WatchNamesRequest;
 
+use crate::dns::Dns;
 use crate::register::Workload;
 
 /// Name that is sent to the control plane (SNI); who answers is decided by its identity.
@@ -35,10 +37,28 @@ pub struct Config {
     pub node: String,
     /// Lifetime to ask certificates for; the control plane's default when `None`.
     pub certificate_lifetime: Option<Duration>,
+    /// What is answered to DNS queries.
+    pub dns: Dns,
     /// What to register; `None` for a proxy without an application.
     pub workload: Option<Workload>,
     /// What sits in the data plane's seat.
     pub seat: Seat,
+}
+
+impl Config {
+    /// Which names are asked for.
+    #[must_use]
+    pub fn names(&self) -> WatchNamesRequest {
+        match &self.seat {
+            Seat::Proxy(proxy) => WatchNamesRequest {
+                labels: proxy.labels.clone().into_iter().collect(),
+                loopback_block: proxy
+                    .loopback_block
+                    .map_or_else(String::new, |(base, prefix)| format!("{base}/{prefix}")),
+            },
+            Seat::Secrets { .. } => WatchNamesRequest::default(),
+        }
+    }
 }
 
 /// What sits in the data plane's seat.

@@ -2,13 +2,14 @@
 //!
 //! [`cli`] says what can be asked of it, [`settings`] what files say; [`join`] gets the identity, with a token the first
 //! time, and keeps it in the [`vault`]; [`members`] follows who the members of the control plane are; [`register`] makes the workload an endpoint and
-//! says when it may be sent traffic, in a [`session`]; [`secrets`] hands the certificate to a stock Envoy;
+//! says when it may be sent traffic, in a [`session`]; [`dns`] answers its applications; [`secrets`] hands the certificate to a stock Envoy;
 //! [`capture`] redirects a machine's traffic to the proxy.
 //! The proxy itself is the crate `proxy`, run in this process.
 
 pub mod capture;
 pub mod cli;
 pub mod config;
+pub mod dns;
 pub mod join;
 pub mod members;
 pub mod register;
@@ -17,6 +18,7 @@ pub mod session;
 pub mod settings;
 pub mod vault;
 
+use anyhow::Context;
 use ca::keystore::KeyStore;
 use proxy::Proxy;
 use proxy::supervisor::Supervised;
@@ -60,10 +62,19 @@ pub async fn run(config: Config, log: Option<LogLevel>, orders: Orders) -> anyho
     let members = joined.members.list();
     let control_plane = register::ControlPlane::new(members.clone(), joined.identity.clone());
     tasks.spawn(joined.members.follow(control_plane.clone(), ended.clone()));
-    let registration = config.workload.map(|mut workload| {
+    let asked = control_plane.clone();
+    let registration = config.workload.clone().map(|mut workload| {
         workload.session = session::take(&joined.store).unwrap_or(workload.session);
         register::Registration::new(workload, control_plane)
     });
+
+    if !config.dns.listen.is_empty() {
+        let names = dns::names::Followed::remembered(config.names(), joined.store.clone());
+        let server =
+            dns::server::Server::bind(&config.dns, names.table()).await.context("cannot answer DNS")?;
+        server.start(&tasks, &ended);
+        tasks.spawn(names.follow(asked, ended.clone()));
+    }
 
     let mut ending = Ending { orders, registration, store: joined.store, proxy: None };
     let data_plane = CancellationToken::new();

@@ -9,6 +9,8 @@
 //! admin: 127.0.0.1:15000
 //! stats: 0.0.0.0:15090
 //! readiness: 0.0.0.0:15021
+//! dns: ["127.0.0.1:15053", "[::1]:15053"]   # where names of the mesh are answered
+//! dnsUpstreams: []             # who answers all others; by default the servers in /etc/resolv.conf
 //! workers: 0                   # 0: one for each core
 //! drainSeconds: 5
 //! locality: region/zone/subzone
@@ -25,10 +27,12 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+
+use crate::dns;
 
 /// The settings of an agent.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -48,6 +52,10 @@ pub struct Settings {
     pub stats: SocketAddr,
     /// Address of `/healthz/ready`.
     pub readiness: SocketAddr,
+    /// Addresses at which names of the mesh are answered, UDP and TCP.
+    pub dns: Vec<SocketAddr>,
+    /// DNS servers for all other names; those of `/etc/resolv.conf` when there is none.
+    pub dns_upstreams: Vec<SocketAddr>,
     /// Worker threads; 0: one for each core.
     pub workers: usize,
     /// How long open requests may take to finish at the end, in seconds.
@@ -68,6 +76,10 @@ impl Default for Settings {
             admin: SocketAddr::from(([127, 0, 0, 1], 15000)),
             stats: SocketAddr::from(([0, 0, 0, 0], 15090)),
             readiness: SocketAddr::from(([0, 0, 0, 0], 15021)),
+            dns: [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()]
+                .map(|address| SocketAddr::new(address, dns::AGENT_PORT))
+                .to_vec(),
+            dns_upstreams: Vec::new(),
             workers: 0,
             drain_seconds: 5,
             locality: String::new(),

@@ -24,13 +24,14 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use wire::mesh::workload_service_server::WorkloadService;
 use wire::mesh::{
-    DeregisterRequest, DeregisterResponse, HealthRequest, HealthResponse, Members, RegisterRequest,
-    RegisterResponse, WatchMembersRequest,
+    DeregisterRequest, DeregisterResponse, HealthRequest, HealthResponse, Members, Names, RegisterRequest,
+    RegisterResponse, WatchMembersRequest, WatchNamesRequest,
 };
 use xds::balance::Fleet;
 
 use crate::authority::Issuing;
 use crate::liveness::Liveness;
+use crate::names::{Asker, Basis};
 use crate::raft::{Command, Outcome, ProposeError, Raft};
 
 /// The most registrations of one service account.
@@ -38,6 +39,9 @@ const MOST: usize = 1000;
 
 /// An agent that leaves waits at most this long for the proxies that may still send to it.
 const LEAVING: Duration = Duration::from_secs(3);
+
+/// How long changes are gathered before agents are told other names.
+const GATHER: Duration = Duration::from_millis(200);
 
 /// Label that names the workload to telemetry; the entry's own name has the address in it.
 const WORKLOAD_NAME_LABEL: &str = "service.istio.io/workload-name";
@@ -163,10 +167,13 @@ impl Joining {
 
 /// The members, and again whenever they change; `UNAVAILABLE` when this member stops.
 type MembersStream = Pin<Box<dyn Stream<Item = Result<Members, Status>> + Send>>;
+/// The names, and again whenever they change; `UNAVAILABLE` when this member stops.
+type NamesStream = Pin<Box<dyn Stream<Item = Result<Names, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl WorkloadService for Joining {
     type WatchMembersStream = MembersStream;
+    type WatchNamesStream = NamesStream;
 
     async fn watch_members(
         &self,
@@ -181,6 +188,30 @@ impl WorkloadService for Joining {
         });
         let end = futures::stream::once(async { Err(Status::unavailable("the server is shutting down")) });
         Ok(Response::new(Box::pin(told.take_until(stop.cancelled_owned()).chain(end))))
+    }
+
+    async fn watch_names(
+        &self,
+        request: Request<WatchNamesRequest>,
+    ) -> Result<Response<NamesStream>, Status> {
+        let (namespace, _) = self.caller(&request)?;
+        let WatchNamesRequest { labels, loopback_block } = request.into_inner();
+        let block =
+            (!loopback_block.is_empty()).then(|| loopback_block.parse()).transpose().map_err(|_| {
+                Status::invalid_argument(format!(
+                    "loopback_block: `{loopback_block}` is not a block of addresses"
+                ))
+            })?;
+        let asker = Arc::new(Asker { namespace, labels: labels.into_iter().collect(), block });
+        let told = futures::stream::unfold((self.snapshots.clone(), None), move |(mut snapshots, told)| {
+            let asker = Arc::clone(&asker);
+            async move {
+                let (names, basis) = other_names(&asker, &mut snapshots, told).await?;
+                Some((Ok(names), (snapshots, Some(basis))))
+            }
+        });
+        let end = futures::stream::once(async { Err(Status::unavailable("the server is shutting down")) });
+        Ok(Response::new(Box::pin(told.take_until(self.stop.clone().cancelled_owned()).chain(end))))
     }
 
     async fn register(
@@ -276,6 +307,24 @@ impl WorkloadService for Joining {
         self.status.decided(revision, Instant::now() + LEAVING).await;
         let (revision, _) = self.change(&author, Change::RemoveWorkload { key, session }).await?;
         Ok(Response::new(DeregisterResponse { revision }))
+    }
+}
+
+/// Waits until there are other names than those that were told; nothing when this member ends.
+async fn other_names(
+    asker: &Asker,
+    snapshots: &mut watch::Receiver<Arc<Snapshot>>,
+    told: Option<Basis>,
+) -> Option<(Names, Basis)> {
+    loop {
+        let snapshot = Arc::clone(&snapshots.borrow_and_update());
+        let basis = asker.basis(&snapshot);
+        if told.as_ref() != Some(&basis) {
+            return Some((asker.names(&basis, snapshot.domain_suffix()), basis));
+        }
+        snapshots.changed().await.ok()?;
+        // Changes come in bursts, and whoever asks for a name a moment earlier does not know it either.
+        tokio::time::sleep(GATHER).await;
     }
 }
 

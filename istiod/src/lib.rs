@@ -14,6 +14,7 @@ pub mod cluster;
 pub mod config;
 mod join;
 mod liveness;
+mod names;
 pub mod ports;
 pub mod preview;
 pub mod publish;

@@ -83,7 +83,7 @@ async fn applications_that_know_nothing_speak_mtls_over_ipv4_and_ipv6() -> anyho
         return Ok(());
     }
     let (lan, folder) = (Lan::new(4)?, folder()?);
-    let control_plane = ControlPlane::start(&lan, folder.path()).await?;
+    let control_plane = ControlPlane::start(&lan, folder.path(), "").await?;
     control_plane.apply(&(strict().to_owned() + &service("four", 4) + &service("six", 6)))?;
 
     // Two servers, one of each family, and a client that has both.

@@ -21,18 +21,18 @@ pub(crate) struct ControlPlane {
 }
 
 impl ControlPlane {
-    /// Starts `istiod run` and waits until it answers.
-    pub(crate) async fn start(lan: &Lan, folder: &Path) -> anyhow::Result<Self> {
+    /// Starts `istiod run`, with these settings besides, and waits until it answers.
+    pub(crate) async fn start(lan: &Lan, folder: &Path, settings: &str) -> anyhow::Result<Self> {
         let machine = lan.machine(0)?.clone();
-        let settings = folder.join("istiod.yaml");
+        let file = folder.join("istiod.yaml");
         let yaml = format!(
             "dataDir: {}\nxds: {{address: '0.0.0.0:15012', advertise: '{}:15012'}}\n\
-             admin: {{address: '127.0.0.1:15080', tls: false}}\nmetrics: {{address: '127.0.0.1:15014'}}\n",
+             admin: {{address: '127.0.0.1:15080', tls: false}}\nmetrics: {{address: '127.0.0.1:15014'}}\n{settings}",
             folder.join("istiod-data").display(),
             machine.v4
         );
-        std::fs::write(&settings, yaml)?;
-        let args = ["run".to_owned(), "--config".to_owned(), settings.display().to_string()];
+        std::fs::write(&file, yaml)?;
+        let args = ["run".to_owned(), "--config".to_owned(), file.display().to_string()];
         let program =
             machine.inside(|| Program::start(&program::ours("istiod")?, folder, "istiod", &args))?;
         let started = Self { machine, folder: folder.to_owned(), program };
@@ -84,10 +84,16 @@ impl Captured {
         if !program.exists() {
             std::fs::copy(program::ours("istio-agent")?, &program)?;
         }
-        machine.run(&program.display().to_string(), &["capture", "on", "--user", &PROXY.to_string()])?;
+        let user = PROXY.to_string();
+        let capture = ["capture", "on", "--user", &user, "--dns", "15053"];
+        machine.run(&program.display().to_string(), &capture)?;
         let mut args =
             ["run", "--name", name, "--workers", "1", "--token", token.trim()].map(str::to_owned).to_vec();
         args.extend(["--data-dir".to_owned(), data.display().to_string()]);
+        for dns in ["127.0.0.1:15053", "[::1]:15053"] {
+            args.extend(["--dns".to_owned(), dns.to_owned()]);
+        }
+        args.extend(["--dns-upstream".to_owned(), format!("{}:53", control_plane.machine.v4)]);
         for address in addresses {
             args.extend(["--address".to_owned(), address.to_string()]);
         }

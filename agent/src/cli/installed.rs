@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 use super::{block, new_session};
 use crate::capture::INBOUND_PORT;
 use crate::config::{Config, ProxySeat, Seat};
+use crate::dns::Dns;
 use crate::join;
 use crate::register::Workload;
 use crate::settings::{Service, Settings};
@@ -100,6 +101,7 @@ fn config(settings: &Settings, token: Option<JoinToken>) -> anyhow::Result<Confi
         endpoints: Vec::new(),
         node: format!("{name}@{address}"),
         certificate_lifetime: None,
+        dns: Dns::new(settings.dns.clone(), settings.dns_upstreams.clone()).context("/etc/resolv.conf")?,
         workload: service.map(|service| workload(service, address, settings)),
         seat: Seat::Proxy(Box::new(ProxySeat {
             name,
