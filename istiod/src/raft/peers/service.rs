@@ -135,12 +135,17 @@ impl<M: StateMachine> PeerService<M> {
 
     async fn take_messages(&self, from: u64, messages: &mut Streaming<Message>) -> Result<(), Status> {
         let mut directory = self.directory.clone();
-        let removed = directory.wait_for(|directory| directory.retired.contains(&from));
+        let removed = async {
+            // Whoever keeps the directory has gone: this member is stopping, and nobody is removed any more.
+            if directory.wait_for(|directory| directory.retired.contains(&from)).await.is_err() {
+                std::future::pending().await
+            }
+        };
         let mut removed = std::pin::pin!(removed);
         loop {
             let message = tokio::select! {
                 () = self.stop.cancelled() => return Err(Status::unavailable("this member is stopping")),
-                Ok(_) = &mut removed => return Err(Status::permission_denied(REMOVED)),
+                () = &mut removed => return Err(Status::permission_denied(REMOVED)),
                 message = messages.message() => message?,
             };
             let Some(message) = message else { return Ok(()) };
