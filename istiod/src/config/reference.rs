@@ -51,7 +51,7 @@ pub const SETTINGS: &[Setting] = &[
     setting("push.debounceQuiet", "10ms", "in a storm a push waits until nothing changed for so long"),
     setting("push.debounceLongest", "1s", "no change waits longer than this"),
     setting("push.workers", "0", "translations at the same time; 0: one per core"),
-    setting("raft.electionTimeout", "1s", "a follower that hears nothing for this long asks for votes"),
+    setting("raft.electionTimeout", "800ms", "a follower that hears nothing for this long asks for votes"),
     setting("raft.heartbeat", "200ms", "a leader makes itself heard this often"),
     setting("raft.snapshotEntries", "20000", "a snapshot is taken after so many entries"),
     setting("raft.snapshotBytes", "67108864", "a snapshot is taken after so many bytes of entries"),
