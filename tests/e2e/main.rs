@@ -2,6 +2,7 @@
 
 mod commands;
 mod demo;
+mod failover;
 mod fleet;
 mod garbage;
 mod joining;

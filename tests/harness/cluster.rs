@@ -1,15 +1,19 @@
-//! A control plane of several members, each a process with a loopback address of its own.
+//! A control plane of several members, each a process with a loopback address of its own, or on a machine of its own.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
+use crate::admin::Door;
+use crate::http::Answer;
 use crate::istiod::sum;
+use crate::netns::Machine;
 use crate::program::{self, Program};
 use crate::workload::{free_block, own_address};
-use crate::{PATIENCE, eventually, http, text};
+use crate::{PATIENCE, eventually, text};
 
 /// The members; the first founded the cluster.
 #[derive(Debug)]
@@ -23,9 +27,40 @@ pub struct Cluster {
 pub struct Member {
     /// Its name, and that of its log.
     pub name: String,
-    own: Ipv4Addr,
+    site: Site,
     folder: PathBuf,
     program: Program,
+}
+
+/// Where a member is.
+#[derive(Debug, Clone)]
+struct Site {
+    /// Where peers and proxies reach it.
+    own: Ipv4Addr,
+    machine: Option<Machine>,
+}
+
+impl Site {
+    fn loopback() -> anyhow::Result<Self> {
+        Ok(Self { own: own_address(free_block()?), machine: None })
+    }
+
+    fn of(machine: &Machine) -> Self {
+        Self { own: machine.v4, machine: Some(machine.clone()) }
+    }
+
+    /// Where operators reach it: on its machine only, because the admin API is plain.
+    fn admin(&self, port: u16) -> SocketAddr {
+        let address = if self.machine.is_some() { Ipv4Addr::LOCALHOST } else { self.own };
+        SocketAddr::from((address, port))
+    }
+
+    fn inside<T: Send>(&self, work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
+        match &self.machine {
+            Some(machine) => machine.inside(work),
+            None => work(),
+        }
+    }
 }
 
 impl Cluster {
@@ -35,19 +70,59 @@ impl Cluster {
     ///
     /// When a member does not start, or does not become a voter.
     pub async fn start(folder: &Path, members: usize) -> anyhow::Result<Self> {
-        let first = Member::found(folder)?;
-        first.ready().await?;
-        let mut cluster = Self { members: vec![first] };
-        for number in 2..=members {
-            let first = cluster.member(0)?;
-            let command = first.istioctl(&["members", "add"])?;
-            let ticket = command.split_whitespace().last().context("no ticket")?.to_owned();
-            let member = Member::join(folder, &format!("istiod-{number}"), &ticket)?;
+        let sites: anyhow::Result<Vec<Site>> = (0..members).map(|_| Site::loopback()).collect();
+        Self::start_at(folder, sites?).await
+    }
+
+    /// As [`Cluster::start`], with a member on each of these machines.
+    ///
+    /// # Errors
+    ///
+    /// When a member does not start, or does not become a voter.
+    pub async fn start_on(folder: &Path, machines: &[Machine]) -> anyhow::Result<Self> {
+        Self::start_at(folder, machines.iter().map(Site::of).collect()).await
+    }
+
+    async fn start_at(folder: &Path, sites: Vec<Site>) -> anyhow::Result<Self> {
+        let mut cluster = Self { members: Vec::new() };
+        for (number, site) in (1..).zip(sites) {
+            let name = format!("istiod-{number}");
+            let member = match cluster.members.first() {
+                None => Member::found(folder, &name, site)?,
+                Some(first) => {
+                    let command = first.istioctl(&["members", "add"])?;
+                    let ticket = command.split_whitespace().last().context("no ticket")?;
+                    Member::launch(folder, &name, site, &["--join", ticket])?
+                }
+            };
             member.ready().await?;
             cluster.members.push(member);
         }
-        cluster.voting(members).await?;
+        cluster.voting(cluster.members.len()).await?;
         Ok(cluster)
+    }
+
+    /// The place of the member that leads, as `asked` knows it.
+    ///
+    /// # Errors
+    ///
+    /// When it does not answer, or knows none.
+    pub async fn leader(&self, asked: usize) -> anyhow::Result<usize> {
+        let answer = self.member(asked)?.door()?.call("GET", "/api/v1/members", None).await?;
+        let page: Value = answer.json()?;
+        let rows = page.get("items").and_then(Value::as_array).context("no list")?;
+        let leader = rows.iter().find(|row| text(row, "/part") == "leader").context("no leader")?;
+        let place = self.members.iter().position(|member| member.name == text(leader, "/name"));
+        place.with_context(|| format!("{leader} is no member"))
+    }
+
+    /// The ways to the members' admin APIs.
+    ///
+    /// # Errors
+    ///
+    /// When a member has no operator.
+    pub fn doors(&self) -> anyhow::Result<Vec<Door>> {
+        self.members.iter().map(Member::door).collect()
     }
 
     /// A member by its place.
@@ -129,19 +204,13 @@ impl Cluster {
     }
 
     fn last_words(&self) -> String {
-        let tail = |member: &Member| {
-            let log = member.program.output();
-            let lines: Vec<&str> = log.lines().collect();
-            lines.get(lines.len().saturating_sub(8)..).unwrap_or_default().join("\n")
-        };
-        self.members.iter().map(tail).collect::<Vec<_>>().join("\n--\n")
+        self.members.iter().map(Member::last_words).collect::<Vec<_>>().join("\n--\n")
     }
 }
 
 impl Member {
-    fn found(folder: &Path) -> anyhow::Result<Self> {
-        let own = own_address(free_block()?);
-        let name = "istiod-1";
+    fn found(folder: &Path, name: &str, site: Site) -> anyhow::Result<Self> {
+        let own = site.own;
         let data = folder.join(name);
         let settings = folder.join(format!("{name}.init.yaml"));
         let args =
@@ -150,26 +219,24 @@ impl Member {
         let args = [&args[..], &["--peer", &peer, "--xds", &xds]].concat();
         let (code, out, err) = program::run("istiod", &[], &args)?;
         ensure!(code == 0, "{code}: {out}{err}");
-        Self::launch(folder, name, own, &[])
+        Self::launch(folder, name, site, &[])
     }
 
-    fn join(folder: &Path, name: &str, ticket: &str) -> anyhow::Result<Self> {
-        Self::launch(folder, name, own_address(free_block()?), &["--join", ticket])
-    }
-
-    fn launch(folder: &Path, name: &str, own: Ipv4Addr, flags: &[&str]) -> anyhow::Result<Self> {
+    fn launch(folder: &Path, name: &str, site: Site, flags: &[&str]) -> anyhow::Result<Self> {
         let settings = folder.join(format!("{name}.yaml"));
+        let (own, admin, metrics) = (site.own, site.admin(15080), site.admin(15014));
         let yaml = format!(
             "dataDir: {}\nname: {name}\npeers: {{address: '{own}:15019', advertise: '{own}:15019'}}\n\
-             xds: {{address: '{own}:15012', advertise: '{own}:15012'}}\nadmin: {{address: '{own}:15080', tls: false}}\n\
-             metrics: {{address: '{own}:15014'}}\n",
+             xds: {{address: '{own}:15012', advertise: '{own}:15012'}}\nadmin: {{address: '{admin}', tls: false}}\n\
+             metrics: {{address: '{metrics}'}}\n",
             folder.join(name).display()
         );
         std::fs::write(&settings, yaml)?;
         let mut args = ["run", "--config", &settings.display().to_string()].map(str::to_owned).to_vec();
         args.extend(flags.iter().map(|flag| (*flag).to_owned()));
-        let program = Program::start(&program::ours("istiod")?, folder, name, &args)?;
-        Ok(Self { name: name.to_owned(), own, folder: folder.to_owned(), program })
+        let binary = program::ours("istiod")?;
+        let program = site.inside(|| Program::start(&binary, folder, name, &args))?;
+        Ok(Self { name: name.to_owned(), site, folder: folder.to_owned(), program })
     }
 
     /// Waits until it serves.
@@ -179,16 +246,54 @@ impl Member {
     /// When it does not.
     pub async fn ready(&self) -> anyhow::Result<()> {
         eventually(PATIENCE, "a member is ready", || async {
-            let ready = http::get(self.at(15080), "istiod", "/ready", &[]).await?;
+            let ready = self.get(15080, "/ready").await?;
             ensure!(ready.status == 200, "{ready:?}");
             Ok(())
         })
         .await
-        .with_context(|| self.program.output())
+        .with_context(|| self.last_words())
     }
 
-    fn at(&self, port: u16) -> SocketAddr {
-        SocketAddr::from((self.own, port))
+    fn last_words(&self) -> String {
+        let log = self.program.output();
+        let lines: Vec<&str> = log.lines().collect();
+        lines.get(lines.len().saturating_sub(8)..).unwrap_or_default().join("\n")
+    }
+
+    async fn get(&self, port: u16, path: &str) -> anyhow::Result<Answer> {
+        let (address, machine) = (self.site.admin(port), self.site.machine.clone());
+        let open = Door { member: self.name.clone(), address, machine, token: String::new() };
+        open.call("GET", path, None).await
+    }
+
+    /// The way to its admin API, for an administrator.
+    ///
+    /// # Errors
+    ///
+    /// When there is no token yet.
+    pub fn door(&self) -> anyhow::Result<Door> {
+        let token = std::fs::read_to_string(self.token())?.trim().to_owned();
+        let (address, machine) = (self.site.admin(15080), self.site.machine.clone());
+        Ok(Door { member: self.name.clone(), address, machine, token })
+    }
+
+    fn token(&self) -> PathBuf {
+        self.folder.join(&self.name).join("operator/admin-token")
+    }
+
+    /// Where proxies reach it.
+    #[must_use]
+    pub fn xds(&self) -> SocketAddr {
+        SocketAddr::from((self.site.own, 15012))
+    }
+
+    /// Its machine, if it has one of its own.
+    ///
+    /// # Errors
+    ///
+    /// When it has none.
+    pub fn machine(&self) -> anyhow::Result<&Machine> {
+        self.site.machine.as_ref().context("the member is on this machine")
     }
 
     /// `kill -9`.
@@ -198,6 +303,15 @@ impl Member {
     /// When it cannot be signalled.
     pub fn kill(&mut self) -> anyhow::Result<()> {
         self.program.kill()
+    }
+
+    /// Stops it where it stands, or lets it go on.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be signalled.
+    pub fn freeze(&self, frozen: bool) -> anyhow::Result<()> {
+        self.program.signal(if frozen { Signal::SIGSTOP } else { Signal::SIGCONT })
     }
 
     /// Asks it to end, and waits until it has.
@@ -217,7 +331,7 @@ impl Member {
     ///
     /// When it does not start.
     pub async fn restart(&mut self) -> anyhow::Result<()> {
-        *self = Self::launch(&self.folder, &self.name, self.own, &[])?;
+        *self = Self::launch(&self.folder, &self.name, self.site.clone(), &[])?;
         self.ready().await
     }
 
@@ -233,11 +347,12 @@ impl Member {
     ///
     /// When it does not, with what it said.
     pub fn istioctl(&self, args: &[&str]) -> anyhow::Result<String> {
-        let url = format!("http://{}", self.at(15080));
-        let token = self.folder.join(&self.name).join("operator/admin-token").display().to_string();
+        let url = format!("http://{}", self.site.admin(15080));
+        let token = self.token().display().to_string();
         let envs = [("ISTIOCTL_SERVER", url.as_str()), ("ISTIOCTL_TOKEN_FILE", token.as_str())];
         // Whatever else goes on goes on.
-        let (code, out, err) = tokio::task::block_in_place(|| program::run("istioctl", &envs, args))?;
+        let (code, out, err) =
+            tokio::task::block_in_place(|| self.site.inside(|| program::run("istioctl", &envs, args)))?;
         ensure!(code == 0, "istioctl {args:?} at {}: {code}: {err}{out}", self.name);
         Ok(out)
     }
@@ -259,7 +374,7 @@ impl Member {
     ///
     /// When it does not tell its metrics.
     pub async fn metric(&self, name: &str) -> anyhow::Result<f64> {
-        let answer = http::get(self.at(15014), "istiod", "/metrics", &[]).await?;
+        let answer = self.get(15014, "/metrics").await?;
         ensure!(answer.status == 200, "{}: {}", answer.status, answer.text());
         Ok(sum(&answer.text(), name, ""))
     }

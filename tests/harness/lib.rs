@@ -5,11 +5,16 @@
 //! [`echo`] is the application behind a proxy;
 //! [`envoy`] puts a stock Envoy into a proxy's seat;
 //! [`http`] and [`tls`] ask, rightly and wrongly; [`load`] sends requests at a rate and keeps every failure;
-//! [`peers`] finds what `tests/run` installed; [`netns`] makes several machines of one.
+//! [`peers`] finds what `tests/run` installed; [`netns`] makes several machines of one;
+//! [`failover`] takes leaders away while clients use [`registers`] through [`admin`] APIs, which [`history`] judges, and
+//! simulated [`proxies`] hold streams.
 
+pub mod admin;
 pub mod cluster;
 pub mod echo;
 pub mod envoy;
+pub mod failover;
+pub mod history;
 pub mod http;
 pub mod istiod;
 pub mod load;
@@ -17,6 +22,8 @@ pub mod mesh;
 pub mod netns;
 pub mod peers;
 pub mod program;
+pub mod proxies;
+pub mod registers;
 pub mod tls;
 pub mod workload;
 

@@ -101,6 +101,16 @@ impl Machine {
         self.ip(&["addr", "add", &format!("{}/64", self.v6), "dev", device, "nodad"])
     }
 
+    /// Lets nothing from this machine reach another one, or all of it again. Only one way: the other end does the same.
+    ///
+    /// # Errors
+    ///
+    /// When this is not root.
+    pub fn cut_off(&self, from: &Self, cut: bool) -> anyhow::Result<()> {
+        let action = if cut { "add" } else { "delete" };
+        self.ip(&["route", action, "blackhole", &format!("{}/32", from.v4)])
+    }
+
     /// Its address of a family.
     #[must_use]
     pub fn address_of(&self, v6: bool) -> IpAddr {

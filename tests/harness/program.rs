@@ -123,8 +123,17 @@ impl Program {
     ///
     /// When it cannot be signalled, or does not end.
     pub async fn stop(&mut self) -> anyhow::Result<ExitStatus> {
-        kill(Pid::from_raw(i32::try_from(self.child.id())?), Signal::SIGTERM)?;
+        self.signal(Signal::SIGTERM)?;
         self.ended().await
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be signalled.
+    pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        Ok(kill(Pid::from_raw(i32::try_from(self.child.id())?), signal)?)
     }
 
     /// Waits until it has ended.

@@ -1,5 +1,7 @@
-//! Machines whose traffic is captured: network namespaces with nftables. Needs root; without, it says so.
+//! Machines whose traffic is captured, and members that do not reach each other: network namespaces, with nftables and
+//! routes. Needs root; without, it says so.
 
 mod captured;
 mod machines;
+mod partition;
 mod wire;

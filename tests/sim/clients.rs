@@ -5,9 +5,9 @@ use istiod::raft::{Command, Outcome, View};
 use registry::config::{Kind, Object};
 use registry::state::{Batch, Command as Change, Delete, ObjectKey, Put, Revision};
 use serde_json::json;
+use tests::history::{Act, Swap, Ticket};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::history::{Act, Swap, Ticket};
 use crate::ledger::{Broken, Check};
 use crate::member::Waiter;
 use crate::mistake::Mistake;

@@ -3,7 +3,7 @@
 //!
 //! What runs is istiod's own: its driver, its log, its snapshots, its state machine and its messages as bytes. Around
 //! them, from the outside in: [`plan`] is what a seed decides beforehand, [`world`] is the queue of what happens when,
-//! [`faults`] is what goes wrong, [`clients`] ask and [`history`] judges what they were told, [`proxies`]
+//! [`faults`] is what goes wrong, [`clients`] ask and [`tests::history`] judges what they were told, [`proxies`]
 //! hold streams, [`member`] is one member,
 //! and [`power`], [`disk`], [`store`], [`log`], [`machine`] and [`network`] are what its driver stands on. [`ledger`]
 //! holds the invariants, and [`mistake`] the known mistakes that prove that the rig finds some.
@@ -17,8 +17,6 @@ mod clients;
 mod disk;
 #[cfg(test)]
 mod faults;
-#[cfg(test)]
-mod history;
 #[cfg(test)]
 mod journal;
 #[cfg(test)]

@@ -11,9 +11,9 @@ use istiod::raft::node::files::{self, Beginning};
 use istiod::raft::node::{Driver, Event, Settings};
 use istiod::raft::store::KvStore as _;
 use istiod::raft::store::memory::MemoryStore;
+use tests::history::Ticket;
 
 use crate::disk::SimDisk;
-use crate::history::Ticket;
 use crate::journal::Journal;
 use crate::ledger::Broken;
 use crate::log::{LogView, SimLog};

@@ -96,7 +96,7 @@ fn whole(world: &mut World) -> Check {
     world.come_together()?;
     world.run_until(world.now + PROXIES_US)?;
     world.proxies_agree()?;
-    world.history.check()
+    world.history.check().map_err(|seen| Broken::new("linearizability", seen))
 }
 
 impl World {

@@ -7,10 +7,10 @@ use istiod::raft::node::{
     Answer, Event, Fatal, Forward, Output, Refusal, SnapshotJob, Status, Transport as _,
 };
 use istiod::raft::{Outcome, View};
+use tests::history::{History, Ticket};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::clients::Client;
-use crate::history::{History, Ticket};
 use crate::ledger::{Broken, Check, Ledger};
 use crate::member::{Member, Start, Waiter};
 use crate::mistake::Mistake;

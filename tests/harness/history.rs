@@ -1,4 +1,5 @@
-//! What clients asked and were told, and whether one register per key could have told them so.
+//! What clients asked and were told, and whether one register per key could have told them so. For clients of the
+//! simulation and of real processes alike.
 
 use std::collections::BTreeMap;
 
@@ -6,11 +7,9 @@ use todc_utils::linearizability::WGLChecker;
 use todc_utils::linearizability::history::{Action, History as Actions};
 use todc_utils::specifications::Specification;
 
-use crate::ledger::{Broken, Check};
-
 /// How a conditional write ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Swap {
+pub enum Swap {
     /// The condition held.
     Done,
     /// It did not.
@@ -21,7 +20,7 @@ pub(crate) enum Swap {
 
 /// One operation on a key, with its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Act {
+pub enum Act {
     /// Read this.
     Get(Option<u64>),
     /// Wrote this value; no other operation writes it.
@@ -51,11 +50,11 @@ struct Operation {
 
 /// Names an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Ticket(usize);
+pub struct Ticket(usize);
 
 /// Everything that clients did, in the order in which it began and ended.
-#[derive(Default)]
-pub(crate) struct History {
+#[derive(Debug, Default)]
+pub struct History {
     operations: Vec<Operation>,
     moments: usize,
 }
@@ -67,14 +66,14 @@ impl History {
     }
 
     /// An operation begins.
-    pub(crate) fn invoke(&mut self, key: usize, act: Act) -> Ticket {
+    pub fn invoke(&mut self, key: usize, act: Act) -> Ticket {
         let invoked = self.moment();
         self.operations.push(Operation { key, act, invoked, returned: None, void: false });
         Ticket(self.operations.len() - 1)
     }
 
     /// An operation ends, with its answer.
-    pub(crate) fn returned(&mut self, ticket: Ticket, act: Act) {
+    pub fn returned(&mut self, ticket: Ticket, act: Act) {
         let now = self.moment();
         if let Some(operation) = self.operations.get_mut(ticket.0) {
             (operation.act, operation.returned) = (act, Some(now));
@@ -82,24 +81,30 @@ impl History {
     }
 
     /// An operation was refused: it has no effect.
-    pub(crate) fn refused(&mut self, ticket: Ticket) {
+    pub fn refused(&mut self, ticket: Ticket) {
         if let Some(operation) = self.operations.get_mut(ticket.0) {
             operation.void = true;
         }
     }
 
     /// What an operation asked for.
-    pub(crate) fn act(&self, ticket: Ticket) -> Option<Act> {
+    #[must_use]
+    pub fn act(&self, ticket: Ticket) -> Option<Act> {
         self.operations.get(ticket.0).map(|operation| operation.act)
     }
 
     /// How many operations were answered.
-    pub(crate) fn answered(&self) -> usize {
+    #[must_use]
+    pub fn answered(&self) -> usize {
         self.operations.iter().filter(|operation| operation.returned.is_some()).count()
     }
 
     /// Linearizability (Herlihy and Wing): it holds for the whole if it holds for each key.
-    pub(crate) fn check(&self) -> Check {
+    ///
+    /// # Errors
+    ///
+    /// The first key whose operations no order explains, with all of them.
+    pub fn check(&self) -> Result<(), String> {
         let mut keys: BTreeMap<usize, Vec<&Operation>> = BTreeMap::new();
         for operation in self.operations.iter().filter(|operation| operation.counts()) {
             keys.entry(operation.key).or_default().push(operation);
@@ -107,8 +112,7 @@ impl History {
         for (key, operations) in keys {
             if !WGLChecker::<Register>::is_linearizable(Actions::from_actions(actions(&operations))) {
                 let shown: Vec<String> = operations.iter().map(|operation| operation.show()).collect();
-                let seen = format!("key {key}: no order explains\n  {}", shown.join("\n  "));
-                return Err(Broken::new("linearizability", seen));
+                return Err(format!("key {key}: no order explains\n  {}", shown.join("\n  ")));
             }
         }
         Ok(())
