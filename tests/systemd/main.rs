@@ -46,6 +46,7 @@ impl Mesh {
     fn start() -> anyhow::Result<Self> {
         let mut machine = Machine::boot(&packages())?;
         machine.run("dpkg --install /packages/old/istiod_*.deb /packages/old/istioctl_*.deb")?;
+        machine.run("istiod init --name here --peer 127.0.0.1:15019 --xds 127.0.0.1:15012")?;
         machine.run("systemctl enable --now istiod")?;
         machine.wait("istiod has its root", |m| m.run("test -s /var/lib/istiod/root-cert.pem"))?;
         machine.write("/tmp/mesh.yaml", &format!("{}{}", mesh::service("billing"), mesh::strict()))?;

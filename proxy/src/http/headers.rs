@@ -45,7 +45,8 @@ names! {
 /// What one look over a request's headers found.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Found {
-    hop_by_hop: bool,
+    connection: bool,
+    other_hop_by_hop: bool,
     internal: bool,
 }
 
@@ -54,8 +55,10 @@ pub struct Found {
 pub fn look_over(headers: &HeaderMap) -> Found {
     let mut found = Found::default();
     for name in headers.keys() {
-        if is_hop_by_hop(name) {
-            found.hop_by_hop = true;
+        if *name == header::CONNECTION {
+            found.connection = true;
+        } else if is_hop_by_hop(name) {
+            found.other_hop_by_hop = true;
         } else if name.as_str().starts_with("x-envoy-") {
             found.internal = true;
         }
@@ -64,8 +67,7 @@ pub fn look_over(headers: &HeaderMap) -> Found {
 }
 
 fn is_hop_by_hop(name: &HeaderName) -> bool {
-    *name == header::CONNECTION
-        || *name == header::TE
+    *name == header::TE
         || *name == header::TRANSFER_ENCODING
         || *name == header::UPGRADE
         || *name == header::PROXY_AUTHENTICATE
@@ -76,9 +78,37 @@ fn is_hop_by_hop(name: &HeaderName) -> bool {
 /// Takes away what is meant for one hop, with the headers that `connection` names. `te: trailers` stays, because
 /// gRPC needs it end to end; upgrade headers stay when an upgrade is on its way.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap, found: Found, upgrade: bool) {
-    if !found.hop_by_hop {
-        return;
+    if found.connection && !is_about_the_connection_alone(headers) {
+        strip_named(headers);
     }
+    if found.other_hop_by_hop {
+        let trailers =
+            headers.get_all(header::TE).iter().any(|v| v.as_bytes().eq_ignore_ascii_case(b"trailers"));
+        for name in [header::TE, header::TRANSFER_ENCODING, KEEP_ALIVE, PROXY_CONNECTION] {
+            headers.remove(name);
+        }
+        if trailers {
+            headers.insert(header::TE, HeaderValue::from_static("trailers"));
+        }
+        if !upgrade {
+            headers.remove(header::UPGRADE);
+        }
+    }
+    if upgrade && (found.connection || found.other_hop_by_hop) {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    } else if found.connection {
+        headers.remove(header::CONNECTION);
+    }
+}
+
+/// `connection: keep-alive` or `close`, as nearly every peer says it, names no header.
+fn is_about_the_connection_alone(headers: &HeaderMap) -> bool {
+    let mut values = headers.get_all(header::CONNECTION).iter().map(HeaderValue::as_bytes);
+    values.all(|value| value.eq_ignore_ascii_case(b"keep-alive") || value.eq_ignore_ascii_case(b"close"))
+}
+
+/// Takes away the headers that `connection` names.
+fn strip_named(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> = headers
         .get_all(header::CONNECTION)
         .iter()
@@ -89,19 +119,6 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap, found: Found, upgrade: bool) {
         .collect();
     for name in named {
         headers.remove(name);
-    }
-    let trailers = headers.get_all(header::TE).iter().any(|v| v.as_bytes().eq_ignore_ascii_case(b"trailers"));
-    for name in [header::TE, header::TRANSFER_ENCODING, KEEP_ALIVE, PROXY_CONNECTION] {
-        headers.remove(name);
-    }
-    if trailers {
-        headers.insert(header::TE, HeaderValue::from_static("trailers"));
-    }
-    headers.remove(header::CONNECTION);
-    if upgrade {
-        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-    } else {
-        headers.remove(header::UPGRADE);
     }
 }
 
