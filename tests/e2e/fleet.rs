@@ -115,6 +115,21 @@ impl Fleet {
         Ok(())
     }
 
+    /// While a member is away, the others tell of all proxies that they serve, and that some may be missing.
+    fn told_without_a_member(&self, survivor: usize) -> anyhow::Result<()> {
+        let member = self.cluster.member(survivor)?;
+        let rows: Value = serde_json::from_str(&member.istioctl(&["proxy-status", "-o", "json"])?)?;
+        ensure!(rows.as_array().is_some_and(|rows| rows.len() == STREAMS as usize), "{rows}");
+        let change = tempfile::NamedTempFile::with_suffix(".yaml")?;
+        std::fs::write(change.path(), service("foretold"))?;
+        let file = change.path().display().to_string();
+        let preview: Value =
+            serde_json::from_str(&member.istioctl(&["apply", "--dry-run", "-f", &file, "-o", "json"])?)?;
+        let partial = preview.pointer("/preview/partial").and_then(Value::as_bool);
+        ensure!(partial == Some(true), "{preview}");
+        Ok(())
+    }
+
     /// Commits a change by a member; when that has waited, every proxy has it.
     async fn change(&self, place: usize, name: &str) -> anyhow::Result<()> {
         let before = self.revisions().await?;
@@ -174,7 +189,8 @@ impl Watched {
 #[expect(clippy::print_stdout, reason = "what was sent again is part of the result")]
 async fn lose_each_in_turn(fleet: &mut Fleet) -> anyhow::Result<()> {
     println!("streams of each member: {:?}", fleet.cluster.spread(STREAMS).await?);
-    fleet.told_by_every_member()?;
+    // A proxy that just moves is nobody's for a moment.
+    eventually(PATIENCE, "every member tells of all", || async { fleet.told_by_every_member() }).await?;
     let initial: f64 = fleet.cluster.sums(SENT).await?.iter().sum::<f64>() / f64::from(STREAMS);
     let watched = Watched::start(fleet);
     let load = Load::start(fleet.vip, "echo", RATE);
@@ -193,6 +209,8 @@ async fn lose_each_in_turn(fleet: &mut Fleet) -> anyhow::Result<()> {
         );
         ensure!(again < initial * 0.02, "{again} bytes were sent again, {initial} to a new proxy");
         fleet.change(survivor, &format!("late-{place}")).await?;
+        let told = || async { fleet.told_without_a_member(survivor) };
+        eventually(PATIENCE, "a survivor tells of all that are served", told).await?;
         load.more(100).await?;
         fleet.cluster.member_mut(killed)?.restart().await?;
         fleet.cluster.voting(3).await?;
