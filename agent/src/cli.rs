@@ -22,6 +22,7 @@ use crate::config::{Config, ProxySeat, Seat};
 use crate::dns::Dns;
 use crate::join;
 use crate::register::Workload;
+use crate::vault;
 
 /// The node agent.
 #[derive(Debug, Clone, Parser)]
@@ -271,6 +272,7 @@ impl Member {
         let token = text.map(|text| JoinToken::parse(&text)).transpose()?;
         Ok(Config {
             data_dir: self.data_dir.clone(),
+            key: vault::handed_over()?,
             token,
             endpoints: self.endpoints.clone(),
             node: format!("{}@{}", self.name, self.address()?),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use ca::authn::JoinToken;
 use ca::identity::SpiffeId;
+use ca::seal::SealingKey;
 use ca::tls::{ExpectedIdentities, IdentityWatch};
 use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::google::protobuf::{Struct, Value, value::Kind};
@@ -29,6 +30,8 @@ const CONTROL_PLANE_NAME: &str = "istiod.istio-system.svc";
 pub struct Config {
     /// Folder for key, certificate and membership; only its owner may read it.
     pub data_dir: PathBuf,
+    /// Key under which the folder is sealed, when somebody hands it over; otherwise the folder has its own.
+    pub key: Option<SealingKey>,
     /// Join token; not needed after the first start.
     pub token: Option<JoinToken>,
     /// Addresses of the control plane that replace the token's, until it tells its members.

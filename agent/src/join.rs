@@ -9,6 +9,7 @@ use ca::authn::JoinToken;
 use ca::client::{CertificateSource, Remote};
 use ca::identity::{SpiffeId, TrustDomain};
 use ca::keystore::KeyStore;
+use ca::seal::SealingKey;
 use ca::tls::IdentityWatch;
 use proxy::xds::last_good::LastGood;
 use serde::{Deserialize, Serialize};
@@ -70,8 +71,8 @@ pub fn is_member(data_dir: &Path) -> bool {
 /// # Errors
 ///
 /// It has not joined, or the folder cannot be read.
-pub fn endpoints(data_dir: &Path) -> anyhow::Result<Vec<String>> {
-    Ok(remembered(&vault::open(data_dir)?)?.endpoints)
+pub fn endpoints(data_dir: &Path, key: Option<SealingKey>) -> anyhow::Result<Vec<String>> {
+    Ok(remembered(&vault::open(data_dir, key)?)?.endpoints)
 }
 
 /// Gets the identity and keeps renewing it on `tasks` until `stop`.
@@ -84,7 +85,7 @@ pub async fn identity(
     tasks: &TaskTracker,
     stop: CancellationToken,
 ) -> anyhow::Result<Joined> {
-    let store = vault::open(&config.data_dir)?;
+    let store = vault::open(&config.data_dir, config.key.clone())?;
     let membership = match &config.token {
         Some(token) => {
             let membership = Membership::of(token);

@@ -20,15 +20,15 @@ const NO_CREDENTIAL: &[u8] = b"none";
 /// The key in the folder.
 const FILE: &str = "sealing-key";
 
-/// Opens the folder, and makes it when it is not there.
+/// Opens the folder, and makes it when it is not there. `key` is the one that was handed over.
 ///
 /// # Errors
 ///
 /// The folder or its key cannot be used.
-pub fn open(folder: &Path) -> anyhow::Result<KeyStore> {
+pub fn open(folder: &Path, key: Option<SealingKey>) -> anyhow::Result<KeyStore> {
     let store = KeyStore::open(folder)?;
-    let key = match handed_over()? {
-        Some(key) => SealingKey::from_bytes(&key).with_context(|| format!("the credential {CREDENTIAL}"))?,
+    let key = match key {
+        Some(key) => key,
         None => own(&store)?,
     };
     Ok(store.sealed(key))
@@ -43,9 +43,13 @@ fn own(store: &KeyStore) -> anyhow::Result<SealingKey> {
     Ok(key)
 }
 
-/// The key that the service manager hands to the service; who joins by hand asks the manager's tool for it.
+/// The key that the service manager hands to the service; root, who joins by hand, asks the manager's tool for it.
+///
+/// # Errors
+///
+/// It cannot be read, or is no key.
 #[expect(clippy::disallowed_methods, reason = "where credentials are, as systemd.exec(5) has it")]
-fn handed_over() -> anyhow::Result<Option<Zeroizing<Vec<u8>>>> {
+pub fn handed_over() -> anyhow::Result<Option<SealingKey>> {
     let key = match std::env::var("CREDENTIALS_DIRECTORY") {
         Ok(folder) => match std::fs::read(Path::new(&folder).join(CREDENTIAL)) {
             Ok(key) => Zeroizing::new(key),
@@ -55,7 +59,10 @@ fn handed_over() -> anyhow::Result<Option<Zeroizing<Vec<u8>>>> {
         Err(_) if Path::new(ENCRYPTED).exists() => decrypted()?,
         Err(_) => return Ok(None),
     };
-    Ok((*key != NO_CREDENTIAL).then_some(key))
+    if *key == NO_CREDENTIAL {
+        return Ok(None);
+    }
+    SealingKey::from_bytes(&key).map(Some).with_context(|| format!("the credential {CREDENTIAL}"))
 }
 
 fn decrypted() -> anyhow::Result<Zeroizing<Vec<u8>>> {
@@ -74,12 +81,12 @@ mod tests {
     #[test]
     fn what_is_stored_is_sealed_and_there_at_the_next_start() {
         let folder = tempfile::tempdir().unwrap();
-        open(folder.path()).unwrap().store("a", b"secret").unwrap();
-        assert_eq!(open(folder.path()).unwrap().load("a").unwrap().unwrap().as_slice(), b"secret");
+        open(folder.path(), None).unwrap().store("a", b"secret").unwrap();
+        assert_eq!(open(folder.path(), None).unwrap().load("a").unwrap().unwrap().as_slice(), b"secret");
         assert!(!std::fs::read(folder.path().join("a")).unwrap().ends_with(b"secret"));
         std::fs::remove_file(folder.path().join(FILE)).unwrap();
-        assert!(open(folder.path()).unwrap().load("a").is_err(), "another key opens nothing");
+        assert!(open(folder.path(), None).unwrap().load("a").is_err(), "another key opens nothing");
         std::fs::write(folder.path().join(FILE), b"short").unwrap();
-        assert!(open(folder.path()).unwrap_err().to_string().contains(FILE));
+        assert!(open(folder.path(), None).unwrap_err().to_string().contains(FILE));
     }
 }

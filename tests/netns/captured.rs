@@ -13,13 +13,13 @@ use crate::machines::{Captured, ControlPlane, folder, get};
 use crate::wire::{SETTLE, Tap};
 
 /// Addresses of the service with this number, of each family.
-fn vip(v6: bool, number: u8) -> IpAddr {
+pub(crate) fn vip(v6: bool, number: u8) -> IpAddr {
     if v6 { format!("fd00:200::{number}").parse() } else { format!("10.200.0.{number}").parse() }
         .unwrap_or(IpAddr::from([0, 0, 0, 0]))
 }
 
 /// A service of HTTP on port 80, which the application serves on 8080, and of bytes on port 9000.
-fn service(name: &str, number: u8) -> String {
+pub(crate) fn service(name: &str, number: u8) -> String {
     format!(
         "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: {name}}}\nspec:\n  \
          hosts: [{name}.default.svc.cluster.local]\n  addresses: ['{}', '{}']\n  location: MESH_INTERNAL\n  \

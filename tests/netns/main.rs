@@ -2,6 +2,8 @@
 //! routes. Needs root; without, it says so.
 
 mod captured;
+mod dns;
+mod five;
 mod machines;
 mod partition;
 mod wire;

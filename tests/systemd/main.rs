@@ -2,9 +2,10 @@
 //!
 //! Needs root, and what `tests/run` brings for it: `debian-root`, `packages` and `debian` in its folder.
 #![expect(
+    clippy::disallowed_methods,
     clippy::expect_used,
     clippy::print_stdout,
-    reason = "a step that cannot be taken has failed; what was measured is told"
+    reason = "a step that cannot be taken has failed; what was measured, by the real clock, is told"
 )]
 
 mod machine;
@@ -25,6 +26,9 @@ const CALLER: Ipv4Addr = Ipv4Addr::new(127, 192, 16, 0);
 
 /// Where the application of the machine listens, before and after it boots again.
 const APPLICATION: u16 = 8080;
+
+/// Where an administrator puts what the service manager hands over.
+const CREDENTIALS: &str = "/etc/credstore.encrypted";
 
 /// `istioctl` with what a member's folder says.
 const ISTIOCTL: &str = "ISTIOCTL_SERVER=https://127.0.0.1:15080 ISTIOCTL_CA=/var/lib/istiod/root-cert.pem \
@@ -48,7 +52,8 @@ impl Mesh {
         machine.run("dpkg --install /packages/old/istiod_*.deb /packages/old/istioctl_*.deb")?;
         machine.run("istiod init --name here --peer 127.0.0.1:15019 --xds 127.0.0.1:15012")?;
         machine.run("systemctl enable --now istiod")?;
-        machine.wait("istiod has its root", |m| m.run("test -s /var/lib/istiod/root-cert.pem"))?;
+        let rooted = machine.wait("istiod has its root", |m| m.run("test -s /var/lib/istiod/root-cert.pem"));
+        rooted.with_context(|| machine.journal("istiod").unwrap_or_default())?;
         machine.write("/tmp/mesh.yaml", &format!("{}{}", mesh::service("billing"), mesh::strict()))?;
         machine.run(&format!("{ISTIOCTL} apply --filename /tmp/mesh.yaml"))?;
         let mesh = Self { machine };
@@ -146,6 +151,8 @@ fn a_machine_joins_with_three_commands_is_upgraded_under_load_rebooted_and_purge
 
     rebooted_without_a_control_plane(&mut mesh).unwrap();
     told("serves again after a reboot without the control plane, and with it");
+    sealed_under_the_managers_key(&mesh).unwrap();
+    told("serves with a key of the service manager");
     purged(&mut mesh).unwrap();
     told("purged");
 }
@@ -227,6 +234,24 @@ fn hardened(mesh: &Mesh) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The same from the beginning, with the agent's folder sealed under a key that the service manager hands over.
+fn sealed_under_the_managers_key(mesh: &Mesh) -> anyhow::Result<()> {
+    let machine = &mesh.machine;
+    machine.run("dpkg --purge istio-agent")?;
+    machine.run(&format!(
+        "mkdir --parents {CREDENTIALS}; head --bytes=32 /dev/urandom \
+         | systemd-creds encrypt --with-key=host --name=istio-agent.key - {CREDENTIALS}/istio-agent.key"
+    ))?;
+    machine.inside(async || {
+        let application = application()?;
+        mesh.install_and_join(application.address).await?;
+        machine.run("test -s /var/lib/istio-agent/identity && test ! -e /var/lib/istio-agent/sealing-key")?;
+        machine.run("systemctl restart istio-agent")?;
+        mesh.answered(mesh.service()?).await
+    })?;
+    machine.run(&format!("rm {CREDENTIALS}/istio-agent.key")).map(drop)
+}
+
 /// Nothing of the packages is left: no file, no user, no rule, no process.
 fn purged(mesh: &mut Mesh) -> anyhow::Result<()> {
     let machine = &mut mesh.machine;
@@ -242,9 +267,12 @@ fn purged(mesh: &mut Mesh) -> anyhow::Result<()> {
     ensure!(tables.is_empty(), "left: {tables}");
     let processes = machine.run("pgrep --list-full istio || true")?;
     ensure!(processes.is_empty(), "left: {processes}");
-    let listed = machine.run("systemctl list-units --all --no-legend '*istio*'")?;
-    ensure!(listed.is_empty(), "left: {listed}");
-    Ok(())
+    // A unit that is gone is forgotten a moment later.
+    machine.wait("systemd knows no unit of them", |machine| {
+        let listed = machine.run("systemctl list-units --all --no-legend '*istio*'")?;
+        ensure!(listed.is_empty(), "left: {listed}");
+        Ok(())
+    })
 }
 
 /// Runs a linter over all packages of a kind, in the root that has it.

@@ -21,6 +21,7 @@ use crate::dns::Dns;
 use crate::join;
 use crate::register::Workload;
 use crate::settings::{Service, Settings};
+use crate::vault;
 
 /// Flags of `serve`.
 #[derive(Debug, Clone, Args)]
@@ -72,13 +73,15 @@ impl Join {
 
 /// The agent that the files describe.
 fn config(settings: &Settings, token: Option<JoinToken>) -> anyhow::Result<Config> {
+    // Whoever joins is still root here.
+    let key = vault::handed_over()?;
     let service = settings.service()?;
     let address = match settings.address {
         Some(address) => address,
         None => {
             let members = match &token {
                 Some(token) => token.endpoints.clone(),
-                None => join::endpoints(&settings.data_dir)?,
+                None => join::endpoints(&settings.data_dir, key.clone())?,
             };
             own_address(&members)?
         }
@@ -97,6 +100,7 @@ fn config(settings: &Settings, token: Option<JoinToken>) -> anyhow::Result<Confi
     };
     Ok(Config {
         data_dir: settings.data_dir.clone(),
+        key,
         token,
         endpoints: Vec::new(),
         node: format!("{name}@{address}"),

@@ -220,7 +220,7 @@ pub(crate) mod tests {
     #[tokio::test]
     async fn what_was_told_last_is_there_at_the_next_start() {
         let folder = tempfile::tempdir().unwrap();
-        let store = || crate::vault::open(folder.path()).unwrap();
+        let store = || crate::vault::open(folder.path(), None).unwrap();
         let followed = Followed::remembered(WatchNamesRequest::default(), store());
         assert!(followed.table().borrow().is_empty());
         followed.on_names(told(&[("a", "10.0.0.1")])).await;

@@ -386,11 +386,13 @@ impl Upstream {
     }
 
     async fn connect_tcp(&self, address: std::net::SocketAddr) -> std::io::Result<TcpStream> {
-        let stream = match self.config.source_address {
+        let sources = &self.config.source_addresses;
+        let fits = sources.iter().find(|source| source.is_ipv4() == address.is_ipv4());
+        let stream = match fits.or_else(|| sources.first()) {
             None => TcpStream::connect(address).await?,
             Some(source) => {
                 let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-                socket.bind((source, 0).into())?;
+                socket.bind((*source, 0).into())?;
                 socket.connect(address).await?
             }
         };

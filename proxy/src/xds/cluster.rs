@@ -43,8 +43,8 @@ pub struct Cluster {
     pub tls: Option<Arc<UpstreamTls>>,
     /// Transport by endpoint metadata (`envoy.transport_socket_match`); the first that fits.
     pub transport_matches: Box<[TransportMatch]>,
-    /// Bind upstream sockets to this address first.
-    pub source_address: Option<std::net::IpAddr>,
+    /// Bind upstream sockets to the first of these that is of the endpoint's family.
+    pub source_addresses: Box<[std::net::IpAddr]>,
     /// TCP keepalive of upstream connections.
     pub keepalive: Option<TcpKeepalive>,
     /// How many bytes of one connection may wait in memory.
@@ -257,7 +257,7 @@ fn cluster(mut pb: pb::Cluster) -> Result<Cluster, Invalid> {
         http: upstream_http(&mut pb)?,
         tls: upstream(pb.transport_socket.take()).under("transport_socket")?,
         transport_matches,
-        source_address: source_address(pb.upstream_bind_config.take()).under("upstream_bind_config")?,
+        source_addresses: source_addresses(pb.upstream_bind_config.take()).under("upstream_bind_config")?,
         keepalive: pb.upstream_connection_options.and_then(|o| o.tcp_keepalive).map(keepalive),
         buffer_limit: u32_or(pb.per_connection_buffer_limit_bytes, 1 << 20),
         metadata: Metadata::new(pb.metadata),
@@ -378,15 +378,17 @@ fn transport_match(pb: pb::cluster::TransportSocketMatch) -> Result<TransportMat
     })
 }
 
-fn source_address(pb: Option<core::BindConfig>) -> Result<Option<std::net::IpAddr>, Invalid> {
-    let Some(pb) = pb else { return Ok(None) };
-    if !pb.extra_source_addresses.is_empty() || !pb.socket_options.is_empty() {
-        return Err(Invalid::unsupported("extra_source_addresses"));
+fn source_addresses(pb: Option<core::BindConfig>) -> Result<Box<[std::net::IpAddr]>, Invalid> {
+    let Some(pb) = pb else { return Ok(Box::default()) };
+    if !pb.socket_options.is_empty() || pb.extra_source_addresses.iter().any(|e| e.socket_options.is_some()) {
+        return Err(Invalid::unsupported("socket_options"));
     }
-    let Some(source) = pb.source_address else { return Ok(None) };
-    let ip = source.address.parse();
-    ip.map(Some)
-        .map_err(|_| Invalid::new("source_address", format!("`{}` is not an IP address", source.address)))
+    let extra = pb.extra_source_addresses.into_iter().filter_map(|extra| extra.address);
+    let parse = |source: core::SocketAddress| {
+        let wrong = |_| Invalid::new("source_address", format!("`{}` is not an IP address", source.address));
+        source.address.parse().map_err(wrong)
+    };
+    pb.source_address.into_iter().chain(extra).map(parse).collect()
 }
 
 fn keepalive(pb: core::TcpKeepalive) -> TcpKeepalive {

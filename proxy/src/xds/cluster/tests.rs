@@ -165,3 +165,16 @@ fn requests_are_not_dropped_at_the_word_of_discovery_without_being_told() {
         "{cluster_name: c, policy: {drop_overloads: [{category: x, drop_percentage: {numerator: 5}}]}}";
     refused(endpoints(yaml), "policy.drop_overloads: not supported");
 }
+
+#[test]
+fn endpoints_of_each_family_have_their_own_source() {
+    let bound = |extra: &str| {
+        parse(&format!(
+            "{EDS}, upstream_bind_config: {{source_address: {{address: 127.0.0.6, port_value: 0}}, \
+             extra_source_addresses: [{{address: {{address: '{extra}', port_value: 0}}}}]}}"
+        ))
+    };
+    let sources: [std::net::IpAddr; 2] = ["127.0.0.6".parse().unwrap(), "::6".parse().unwrap()];
+    assert_eq!(*bound("::6").unwrap().source_addresses, sources);
+    refused(bound("x"), "`x` is not an IP address");
+}
