@@ -127,6 +127,8 @@ impl World {
             if let Some(leader) = self.leader().filter(|_| self.together()) {
                 let (_, members) = self.ledger.members();
                 if members.voters_outgoing.is_empty() {
+                    // A proxy of a removed member learns nothing new until that member is told and ends.
+                    self.retire_removed();
                     return self.compare();
                 }
                 if !members.auto_leave {
