@@ -3,6 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, ensure};
 use tests::http::{self, Answer};
@@ -82,7 +83,10 @@ impl Captured {
         // Where every user may run it.
         let program = folder.join("istio-agent");
         if !program.exists() {
-            std::fs::copy(program::ours("istio-agent")?, &program)?;
+            // By a process of its own: a file that this one writes is busy for as long as a program that another test
+            // starts meanwhile has inherited it.
+            let copied = Command::new("cp").arg(program::ours("istio-agent")?).arg(&program).status()?;
+            ensure!(copied.success(), "cp: {copied}");
         }
         let user = PROXY.to_string();
         let capture = ["capture", "on", "--user", &user, "--dns", "15053"];
