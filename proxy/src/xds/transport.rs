@@ -35,6 +35,8 @@ const REQUESTS: usize = 64;
 const MAX_MESSAGE: usize = 512 << 20;
 /// How long connecting may take, TLS and all.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a server may take from the call until it begins to answer; one that has hung is left for another.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
 /// A stream that lived so long has worked, though nothing came on it: whoever has everything is sent nothing.
 const WORKED: Duration = Duration::from_secs(5);
 
@@ -97,6 +99,9 @@ pub enum StreamError {
     /// The server ended it without an error.
     #[error("the server ended the stream")]
     Ended,
+    /// The server took the call, and says nothing.
+    #[error("{0} does not answer")]
+    Silent(Address),
     /// What came is older than what is held.
     #[error("the server sent revision {sent}, and {held} is held")]
     Older {
@@ -113,7 +118,7 @@ impl StreamError {
         match self {
             Self::Closed(status) => Hint::from_metadata(status.metadata()),
             Self::Older { .. } => Some(Hint::Behind),
-            Self::Connect { .. } | Self::Authority(_) | Self::Ended => None,
+            Self::Connect { .. } | Self::Authority(_) | Self::Silent(_) | Self::Ended => None,
         }
     }
 
@@ -121,7 +126,11 @@ impl StreamError {
     fn members(&self) -> Option<Vec<String>> {
         match self {
             Self::Closed(status) => members::told(status.metadata()),
-            Self::Older { .. } | Self::Connect { .. } | Self::Authority(_) | Self::Ended => None,
+            Self::Older { .. }
+            | Self::Connect { .. }
+            | Self::Authority(_)
+            | Self::Silent(_)
+            | Self::Ended => None,
         }
     }
 }
@@ -248,9 +257,11 @@ impl Transport {
         progress: &mut Progress,
     ) -> StreamError {
         let opening = self.client.on_connect();
-        let (mut session, told) = match self.open(server, opening, choice).await {
-            Ok(opened) => opened,
-            Err(e) => return e,
+        let opened = tokio::time::timeout(OPEN_TIMEOUT, self.open(server, opening, choice));
+        let (mut session, told) = match opened.await {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(e)) => return e,
+            Err(_) => return StreamError::Silent(server.clone()),
         };
         progress.opened = Some(Instant::now());
         choice.on_open();
