@@ -84,6 +84,10 @@ impl Choice {
         if !told.is_empty() {
             self.told = told;
         }
+        if self.next().is_none() {
+            // Whom this round had left is no member any more.
+            self.tried.clear();
+        }
     }
 
     /// A member has accepted a stream.
@@ -220,6 +224,19 @@ mod tests {
             choice.on_end(&next, &Ended::Failed, &mut rng);
         }
         assert_eq!(choice.next(), Some(address("istiod.example.com:15012")), "the last resort");
+    }
+
+    #[test]
+    fn somebody_is_called_though_all_members_that_are_left_were_tried() {
+        let (mut choice, mut rng) = (of(&[]), rng());
+        choice.on_members(&THREE.map(str::to_owned));
+        for _ in 0..2 {
+            let next = choice.next().unwrap();
+            choice.on_end(&next, &Ended::Refused(Hint::Surplus), &mut rng);
+        }
+        let tried: Vec<String> = choice.tried.iter().cloned().collect();
+        choice.on_members(&tried);
+        assert!(choice.next().is_some_and(|next| tried.contains(&next.to_string())));
     }
 
     #[test]

@@ -203,8 +203,14 @@ impl Transport {
         if let Some(revision) = self.status.borrow().revision {
             choice.on_revision(revision);
         }
+        if let Some(members) = &mut self.settings.members {
+            members.mark_changed();
+        }
         loop {
-            if let Some(members) = &mut self.settings.members {
+            // Only what is news: a member may have told more with its refusal.
+            if let Some(members) = &mut self.settings.members
+                && members.has_changed().unwrap_or_default()
+            {
                 choice.on_members(&members.borrow_and_update());
             }
             let Some(server) = choice.next() else { return };

@@ -135,9 +135,9 @@ struct Member {
 }
 
 impl Member {
-    /// `hint`: why it refuses everybody who has not been refused by somebody else.
+    /// `hint`: why it refuses everybody who has not been refused by somebody else, and whom it names then.
     async fn start(
-        hint: Option<Hint>,
+        hint: Option<(Hint, Vec<String>)>,
         tasks: &tokio_util::task::TaskTracker,
         stop: &CancellationToken,
     ) -> Self {
@@ -149,11 +149,12 @@ impl Member {
             let number = |key: &str| request.metadata().get(key)?.to_str().ok()?.parse::<u64>().ok();
             let said = (number(members::REFUSALS), number(members::REVISION));
             seen.lock().unwrap().push(said);
-            match hint.filter(|_| said.0 == Some(0)) {
+            match hint.as_ref().filter(|_| said.0 == Some(0)) {
                 None => Ok(request),
-                Some(hint) => {
+                Some((hint, named)) => {
                     let mut refusal = GrpcStatus::unavailable("go elsewhere");
                     refusal.metadata_mut().insert(members::MOVE, hint.word().parse().unwrap());
+                    members::tell(refusal.metadata_mut(), named.iter().map(String::as_str));
                     Err(refusal)
                 }
             }
@@ -167,15 +168,15 @@ impl Member {
     }
 }
 
-#[tokio::test]
-async fn who_is_refused_asks_the_next_member_at_once_and_says_so() {
-    let (stop, tasks) = (CancellationToken::new(), tokio_util::task::TaskTracker::new());
-    // Both refuse at first, whichever is preferred: one of them is asked again by who was refused.
-    let first = Member::start(Some(Hint::Surplus), &tasks, &stop).await;
-    let second = Member::start(Some(Hint::Surplus), &tasks, &stop).await;
+/// Who takes the stream of a client that is told of these members by somebody who follows them.
+async fn served_by(
+    told: &[&Member],
+    tasks: &tokio_util::task::TaskTracker,
+    stop: &CancellationToken,
+) -> String {
     let (_tables, writer) = TableStore::new(1);
     let (status, mut watch) = watch::channel(Status::default());
-    let told = watch::Sender::new(vec![first.address.to_string(), second.address.to_string()]);
+    let told = watch::Sender::new(told.iter().map(|member| member.address.to_string()).collect());
     let transport = Transport {
         settings: Settings {
             servers: Vec::new(),
@@ -191,14 +192,35 @@ async fn who_is_refused_asks_the_next_member_at_once_and_says_so() {
         clock: || jiff::Timestamp::UNIX_EPOCH,
     };
     tasks.spawn(transport.run(stop.clone()));
-    let patience = Duration::from_secs(20);
-    let connected = tokio::time::timeout(patience, watch.wait_for(|status| status.connected.is_some())).await;
+    let connected = tokio::time::timeout(PATIENCE, watch.wait_for(|status| status.connected.is_some())).await;
     let server = connected.unwrap().unwrap().connected.clone().unwrap();
+    stop.cancel();
+    tasks.close();
+    tokio::time::timeout(PATIENCE, tasks.wait()).await.unwrap();
+    server
+}
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+#[tokio::test]
+async fn who_is_refused_asks_the_next_member_at_once_and_says_so() {
+    let (stop, tasks) = (CancellationToken::new(), tokio_util::task::TaskTracker::new());
+    // Both refuse at first, whichever is preferred: one of them is asked again by who was refused.
+    let first = Member::start(Some((Hint::Surplus, Vec::new())), &tasks, &stop).await;
+    let second = Member::start(Some((Hint::Surplus, Vec::new())), &tasks, &stop).await;
+    let server = served_by(&[&first, &second], &tasks, &stop).await;
     let (refused, served) =
         if server == first.address.to_string() { (&second, &first) } else { (&first, &second) };
     assert_eq!(refused.asked.lock().unwrap().first(), Some(&(Some(0), None)));
     assert_eq!(served.asked.lock().unwrap().first(), Some(&(Some(1), None)), "one has refused");
-    stop.cancel();
-    tasks.close();
-    tokio::time::timeout(patience, tasks.wait()).await.unwrap();
+}
+
+#[tokio::test]
+async fn who_is_refused_asks_a_member_of_whom_the_refusal_is_the_first_to_tell() {
+    let (stop, tasks) = (CancellationToken::new(), tokio_util::task::TaskTracker::new());
+    let second = Member::start(None, &tasks, &stop).await;
+    let named = vec![second.address.to_string()];
+    let first = Member::start(Some((Hint::Surplus, named)), &tasks, &stop).await;
+    assert_eq!(served_by(&[&first], &tasks, &stop).await, second.address.to_string());
+    assert_eq!(second.asked.lock().unwrap().first(), Some(&(Some(1), None)));
 }
