@@ -1,14 +1,16 @@
 //! The node agent: what runs beside an application so that it is a member of the mesh.
 //!
 //! [`cli`] says what can be asked of it, [`settings`] what files say; [`join`] gets the identity, with a token the first
-//! time, and keeps it in the [`vault`]; [`members`] follows who the members of the control plane are; [`register`] makes the workload an endpoint and
-//! says when it may be sent traffic, in a [`session`]; [`dns`] answers its applications; [`secrets`] hands the certificate to a stock Envoy;
-//! [`capture`] redirects a machine's traffic to the proxy.
+//! time, and keeps it in the [`vault`]; [`members`] follows who the members of the control plane are, and [`control_plane`]
+//! calls them; [`register`] makes the workload an endpoint and says when it may be sent traffic, in a [`session`]; [`dns`]
+//! answers its applications; [`secrets`] hands the certificate to a stock Envoy; [`capture`] redirects a machine's traffic
+//! to the proxy.
 //! The proxy itself is the crate `proxy`, run in this process.
 
 pub mod capture;
 pub mod cli;
 pub mod config;
+pub mod control_plane;
 pub mod dns;
 pub mod join;
 pub mod members;
@@ -60,7 +62,7 @@ pub async fn run(config: Config, log: Option<LogLevel>, orders: Orders) -> anyho
     let ended = CancellationToken::new();
     let joined = join::identity(&config, &tasks, ended.clone()).await?;
     let members = joined.members.list();
-    let control_plane = register::ControlPlane::new(members.clone(), joined.identity.clone());
+    let control_plane = control_plane::ControlPlane::new(members.clone(), joined.identity.clone());
     tasks.spawn(joined.members.follow(control_plane.clone(), ended.clone()));
     let asked = control_plane.clone();
     let registration = config.workload.clone().map(|mut workload| {

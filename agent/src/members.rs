@@ -2,8 +2,6 @@
 //! and kept on disk for the next start. Everything that calls the control plane reads the list here, in the order in
 //! which this agent prefers them.
 
-use std::time::Duration;
-
 use ca::keystore::KeyStore;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -11,12 +9,10 @@ use tonic::Status;
 use wire::members::{is_address, order};
 use wire::mesh::WatchMembersRequest;
 
-use crate::register::ControlPlane;
+use crate::control_plane::{ControlPlane, Turns};
 
 /// File of the key store with the last list that a member told.
 const FILE: &str = "members.json";
-/// The shortest and the longest pause after a member could not be asked.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 
 /// The list of members, and where it is kept.
 #[derive(Debug)]
@@ -62,21 +58,16 @@ impl Followed {
 
     /// Asks one member after the other who the members are, and listens to it for as long as it answers; until `stop`.
     pub async fn follow(self, control_plane: ControlPlane, stop: CancellationToken) {
-        let mut rng = fastrand::Rng::new();
-        let (mut turn, mut pause) = (0_usize, PAUSE.0);
+        let (mut turns, mut rng) = (Turns::new(), fastrand::Rng::new());
         loop {
             let mut heard = false;
-            let Some(ended) = stop.run_until_cancelled(self.listen(&control_plane, turn, &mut heard)).await
-            else {
-                return;
-            };
+            let listening = self.listen(&control_plane, turns.turn(), &mut heard);
+            let Some(ended) = stop.run_until_cancelled(listening).await else { return };
             if let Err(status) = ended {
                 tracing::debug!(error = status.message(), "nobody tells the members of the control plane");
             }
-            (turn, pause) =
-                if heard { (0, PAUSE.0) } else { (turn.wrapping_add(1), (pause * 2).min(PAUSE.1)) };
-            let jittered = pause.mul_f64(0.5 + rng.f64() / 2.0);
-            if stop.run_until_cancelled(tokio::time::sleep(jittered)).await.is_none() {
+            let pause = tokio::time::sleep(turns.ended(heard, &mut rng));
+            if stop.run_until_cancelled(pause).await.is_none() {
                 return;
             }
         }

@@ -5,16 +5,12 @@ use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use ca::identity::SpiffeId;
-use ca::tls::{ExpectedIdentities, IdentityWatch};
 use tokio::net::TcpStream;
-use tokio::sync::watch;
-use tonic::transport::Channel;
 use tonic::{Code, Status};
-use wire::mesh::workload_service_client::WorkloadServiceClient;
 use wire::mesh::{DeregisterRequest, HealthRequest, RegisterRequest};
 
 use crate::Orders;
+use crate::control_plane::{Client, ControlPlane};
 
 /// A call to the control plane that takes longer is given up.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -71,43 +67,6 @@ pub struct Workload {
     pub awaited_ports: Vec<u16>,
     /// Random identifier of this start.
     pub session: String,
-}
-
-/// The control plane, called with the current certificate.
-#[derive(Debug, Clone)]
-pub struct ControlPlane {
-    members: watch::Receiver<Vec<String>>,
-    identity: IdentityWatch,
-}
-
-impl ControlPlane {
-    /// A control plane of these members (`host:port`), the preferred one first.
-    #[must_use]
-    pub fn new(members: watch::Receiver<Vec<String>>, identity: IdentityWatch) -> Self {
-        Self { members, identity }
-    }
-
-    /// A connection to the member whose turn it is.
-    pub(crate) async fn client(&self, turn: usize) -> Result<WorkloadServiceClient<Channel>, Status> {
-        let endpoint = {
-            let members = self.members.borrow();
-            turn.checked_rem(members.len()).and_then(|index| members.get(index)).cloned()
-        };
-        let endpoint =
-            &endpoint.ok_or_else(|| Status::failed_precondition("no address of a control plane"))?;
-        let control_plane = SpiffeId::control_plane(&self.identity.borrow().spiffe_id.trust_domain());
-        let tls =
-            ca::tls::client_config(self.identity.clone(), ExpectedIdentities::one(control_plane), &[b"h2"])
-                .map_err(|e| Status::internal(e.to_string()))?;
-        let channel = ca::client::connect(endpoint, tls).await.map_err(Status::unavailable)?;
-        Ok(WorkloadServiceClient::new(channel))
-    }
-
-    fn namespace_and_account(&self) -> (String, String) {
-        let identity = self.identity.borrow();
-        let (namespace, account) = identity.spiffe_id.workload_parts().unwrap_or_default();
-        (namespace.to_owned(), account.to_owned())
-    }
 }
 
 /// One workload's registration.
@@ -196,7 +155,7 @@ impl Registration {
         &self,
         said: (&str, bool),
         turn: usize,
-        held: &mut Option<WorkloadServiceClient<Channel>>,
+        held: &mut Option<Client>,
     ) -> Result<Known, Status> {
         let client = match held {
             Some(client) => client,
@@ -254,11 +213,7 @@ impl Registration {
         self.tell(&mut self.control_plane.client(turn).await?, (entry, true)).await
     }
 
-    async fn tell(
-        &self,
-        client: &mut WorkloadServiceClient<Channel>,
-        (entry, healthy): (&str, bool),
-    ) -> Result<Known, Status> {
+    async fn tell(&self, client: &mut Client, (entry, healthy): (&str, bool)) -> Result<Known, Status> {
         let (namespace, _) = self.control_plane.namespace_and_account();
         let (name, session) = (entry.to_owned(), self.workload.session.clone());
         match client.report_health(HealthRequest { name, namespace, session, healthy }).await {

@@ -501,26 +501,14 @@ impl fmt::Display for Config {
             "  debounceQuiet: {quiet}\n  debounceLongest: {longest}\n  workers: {}",
             self.push_workers
         )?;
-        let Consensus {
-            election_timeout,
-            heartbeat,
-            snapshot_entries,
-            snapshot_bytes,
-            answer_within,
-            slow_sync,
-            slow_sync_for,
-            least_free_bytes,
-        } = self.consensus;
-        writeln!(
-            f,
-            "raft:\n  electionTimeout: {}\n  heartbeat: {}",
-            Span(election_timeout),
-            Span(heartbeat)
-        )?;
-        writeln!(f, "  snapshotEntries: {snapshot_entries}\n  snapshotBytes: {snapshot_bytes}")?;
-        writeln!(f, "  answerWithin: {}", Span(answer_within))?;
-        writeln!(f, "  slowSync: {}\n  slowSyncFor: {}", Span(slow_sync), Span(slow_sync_for))?;
-        writeln!(f, "  leastFreeBytes: {least_free_bytes}")?;
+        let raft = &self.consensus;
+        let (election, beat) = (Span(raft.election_timeout), Span(raft.heartbeat));
+        writeln!(f, "raft:\n  electionTimeout: {election}\n  heartbeat: {beat}")?;
+        let (entries, bytes) = (raft.snapshot_entries, raft.snapshot_bytes);
+        writeln!(f, "  snapshotEntries: {entries}\n  snapshotBytes: {bytes}")?;
+        writeln!(f, "  answerWithin: {}", Span(raft.answer_within))?;
+        writeln!(f, "  slowSync: {}\n  slowSyncFor: {}", Span(raft.slow_sync), Span(raft.slow_sync_for))?;
+        writeln!(f, "  leastFreeBytes: {}", raft.least_free_bytes)?;
         let Silence { lease, remove_after } = self.silence;
         writeln!(f, "workloads:\n  lease: {}\n  removeAfter: {}", Span(lease), Span(remove_after))?;
         if !self.folders.is_empty() || self.consul.is_some() {

@@ -155,7 +155,7 @@ pub async fn run(folder: &Path, lan: Option<&Lan>, plan: &Plan) -> anyhow::Resul
         next = Instant::now() + plan.every;
         let before = registers.acknowledged();
         trial.strike(*fault).await.with_context(|| format!("after {:?}", trial.failovers))?;
-        ensure!(registers.acknowledged() > before, "nobody writes");
+        ensure!(registers.acknowledged() > before, "nobody writes after {:?}", trial.failovers);
     }
     trial.proxies.all_open().await?;
     let verdict = registers.finish().await?;

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::time::Duration;
 
 use ca::keystore::KeyStore;
 use prost::Message as _;
@@ -12,12 +11,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use wire::mesh::{Names, WatchNamesRequest};
 
-use crate::register::ControlPlane;
+use crate::control_plane::{ControlPlane, Turns};
 
 /// File of the key store with what was told last.
 const FILE: &str = "names";
-/// The shortest and the longest pause after a member could not be asked.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 
 /// The largest message that is taken, in bytes: hundreds of thousands of names are smaller.
 const MAX_MESSAGE: usize = 64 << 20;
@@ -124,19 +121,16 @@ impl Followed {
 
     /// Asks one member after the other, and listens to it for as long as it answers; until `stop`.
     pub async fn follow(self, control_plane: ControlPlane, stop: CancellationToken) {
-        let mut rng = fastrand::Rng::new();
-        let (mut turn, mut pause) = (0_usize, PAUSE.0);
+        let (mut turns, mut rng) = (Turns::new(), fastrand::Rng::new());
         loop {
             let mut heard = false;
-            let listening = self.listen(&control_plane, turn, &mut heard);
+            let listening = self.listen(&control_plane, turns.turn(), &mut heard);
             let Some(ended) = stop.run_until_cancelled(listening).await else { return };
             if let Err(status) = ended {
                 tracing::debug!(error = status.message(), "nobody tells the names of the mesh");
             }
-            (turn, pause) =
-                if heard { (0, PAUSE.0) } else { (turn.wrapping_add(1), (pause * 2).min(PAUSE.1)) };
-            let jittered = pause.mul_f64(0.5 + rng.f64() / 2.0);
-            if stop.run_until_cancelled(tokio::time::sleep(jittered)).await.is_none() {
+            let pause = tokio::time::sleep(turns.ended(heard, &mut rng));
+            if stop.run_until_cancelled(pause).await.is_none() {
                 return;
             }
         }

@@ -22,6 +22,8 @@ const LARGEST: usize = 65_535;
 const WAITING: usize = 1024;
 /// How long another server is waited for.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// Pause after a connection could not be accepted, for example because there are too many open files.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// How long a connection may say nothing.
 const IDLE: Duration = Duration::from_secs(10);
 
@@ -130,13 +132,17 @@ impl Shared {
 
     async fn tcp(self: Arc<Self>, socket: TcpListener, tasks: TaskTracker, stop: CancellationToken) {
         loop {
-            // An error is of one connection, or of too many: the next may be fine.
-            let (Ok((stream, _)), Ok(permit)) =
-                (socket.accept().await, Arc::clone(&self.waiting).acquire_owned().await)
-            else {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
+            let stream = match socket.accept().await {
+                Ok((stream, _)) => stream,
+                // Of one connection, or of too many: the next may be fine.
+                Err(error) => {
+                    tracing::warn!(%error, "dns connection not accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
             };
+            // An error means that the server has ended, and this with it.
+            let Ok(permit) = Arc::clone(&self.waiting).acquire_owned().await else { return };
             let (shared, stop) = (Arc::clone(&self), stop.clone());
             tasks.spawn(async move {
                 let _permit = permit;

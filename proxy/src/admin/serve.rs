@@ -22,6 +22,8 @@ use crate::xds::decode::Address;
 const CONNECTIONS: usize = 128;
 /// How long a client may take for its request's headers.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pause after a connection could not be accepted, for example because there are too many open files.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Which of the ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,7 +114,7 @@ pub async fn serve(socket: Socket, port: Port, admin: Admin, stop: CancellationT
             }
             Err(error) => {
                 tracing::warn!(?port, %error, "cannot accept");
-                tokio::time::sleep(Duration::from_millis(50)).await;
+                tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
     }
