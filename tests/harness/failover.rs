@@ -155,7 +155,11 @@ pub async fn run(folder: &Path, lan: Option<&Lan>, plan: &Plan) -> anyhow::Resul
         next = Instant::now() + plan.every;
         let before = registers.acknowledged();
         trial.strike(*fault).await.with_context(|| format!("after {:?}", trial.failovers))?;
-        ensure!(registers.acknowledged() > before, "nobody writes after {:?}", trial.failovers);
+        eventually(PATIENCE, "somebody writes", || async {
+            ensure!(registers.acknowledged() > before, "nobody, after {:?}", trial.failovers);
+            Ok(())
+        })
+        .await?;
     }
     trial.proxies.all_open().await?;
     let verdict = registers.finish().await?;
