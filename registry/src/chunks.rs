@@ -1,4 +1,4 @@
-//! A sorted map that is cheap to copy: copies share all but the chunk that changes.
+//! A sorted map that is cheap to copy: copies share all entries, and all chunks but the one that changes.
 
 use std::borrow::Borrow;
 use std::sync::Arc;
@@ -6,9 +6,9 @@ use std::sync::Arc;
 /// Entries per chunk at most; a fuller one is split in two.
 const CHUNK: usize = 128;
 
-type Chunk<K, V> = Arc<Vec<(K, V)>>;
+type Chunk<K, V> = Arc<Vec<Arc<(K, V)>>>;
 
-/// A sorted, immutable-when-shared map. A change copies one chunk of at most [`CHUNK`] entries and the list of chunks.
+/// A sorted, immutable-when-shared map. A change copies one chunk of at most [`CHUNK`] pointers and the list of chunks.
 #[derive(Debug, Clone)]
 pub(crate) struct Chunks<K, V> {
     /// Never contains an empty chunk.
@@ -22,7 +22,7 @@ impl<K, V> Default for Chunks<K, V> {
     }
 }
 
-impl<K: Ord + Clone, V: Clone> Chunks<K, V> {
+impl<K: Ord, V: Clone> Chunks<K, V> {
     /// How many entries.
     pub(crate) fn len(&self) -> usize {
         self.len
@@ -33,7 +33,7 @@ impl<K: Ord + Clone, V: Clone> Chunks<K, V> {
     where
         K: Borrow<Q>,
     {
-        let after = self.chunks.partition_point(|c| c.first().is_some_and(|(k, _)| k.borrow() <= key));
+        let after = self.chunks.partition_point(|c| c.first().is_some_and(|entry| entry.0.borrow() <= key));
         after.saturating_sub(1)
     }
 
@@ -43,8 +43,8 @@ impl<K: Ord + Clone, V: Clone> Chunks<K, V> {
         K: Borrow<Q>,
     {
         let chunk = self.chunks.get(self.chunk_of(key))?;
-        let at = chunk.binary_search_by(|(k, _)| k.borrow().cmp(key)).ok()?;
-        chunk.get(at).map(|(_, v)| v)
+        let at = chunk.binary_search_by(|entry| entry.0.borrow().cmp(key)).ok()?;
+        chunk.get(at).map(|entry| &entry.1)
     }
 
     /// Sets the value of `key`.
@@ -52,19 +52,19 @@ impl<K: Ord + Clone, V: Clone> Chunks<K, V> {
         let at = self.chunk_of(&key);
         let chunks = Arc::make_mut(&mut self.chunks);
         let Some(chunk) = chunks.get_mut(at) else {
-            chunks.push(Arc::new(vec![(key, value)]));
+            chunks.push(Arc::new(vec![Arc::new((key, value))]));
             self.len += 1;
             return;
         };
         let entries = Arc::make_mut(chunk);
-        match entries.binary_search_by(|(k, _)| k.cmp(&key)) {
+        match entries.binary_search_by(|entry| entry.0.cmp(&key)) {
             Ok(found) => {
                 if let Some(entry) = entries.get_mut(found) {
-                    entry.1 = value;
+                    *entry = Arc::new((key, value));
                 }
             }
             Err(place) => {
-                entries.insert(place, (key, value));
+                entries.insert(place, Arc::new((key, value)));
                 self.len += 1;
                 if entries.len() > CHUNK {
                     let tail = entries.split_off(CHUNK / 2);
@@ -80,10 +80,10 @@ impl<K: Ord + Clone, V: Clone> Chunks<K, V> {
         K: Borrow<Q>,
     {
         let at = self.chunk_of(key);
-        let found = self.chunks.get(at)?.binary_search_by(|(k, _)| k.borrow().cmp(key)).ok()?;
+        let found = self.chunks.get(at)?.binary_search_by(|entry| entry.0.borrow().cmp(key)).ok()?;
         let chunks = Arc::make_mut(&mut self.chunks);
         let entries = Arc::make_mut(chunks.get_mut(at)?);
-        let (_, value) = entries.remove(found);
+        let value = entries.remove(found).1.clone();
         if entries.is_empty() {
             chunks.remove(at);
         }
@@ -98,7 +98,7 @@ impl<K: Ord + Clone, V: Clone> Chunks<K, V> {
 
     /// All entries in the order of their keys.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
-        self.chunks.iter().flat_map(|chunk| chunk.iter()).map(|(k, v)| (k, v))
+        self.chunks.iter().flat_map(|chunk| chunk.iter()).map(|entry| (&entry.0, &entry.1))
     }
 
     /// The entries from `start` on, in the order of their keys.
@@ -110,8 +110,13 @@ impl<K: Ord + Clone, V: Clone> Chunks<K, V> {
         K: Borrow<Q>,
     {
         let at = self.chunk_of(start);
-        let skip = self.chunks.get(at).map_or(0, |c| c.partition_point(|(k, _)| k.borrow() < start));
-        self.chunks.iter().skip(at).flat_map(|chunk| chunk.iter()).skip(skip).map(|(k, v)| (k, v))
+        let skip = self.chunks.get(at).map_or(0, |c| c.partition_point(|entry| entry.0.borrow() < start));
+        self.chunks
+            .iter()
+            .skip(at)
+            .flat_map(|chunk| chunk.iter())
+            .skip(skip)
+            .map(|entry| (&entry.0, &entry.1))
     }
 }
 
@@ -125,7 +130,7 @@ impl<K: PartialEq, V: PartialEq> PartialEq for Chunks<K, V> {
 
 impl<K: Eq, V: Eq> Eq for Chunks<K, V> {}
 
-impl<K: Ord + Clone, V: Clone> FromIterator<(K, V)> for Chunks<K, V> {
+impl<K: Ord, V: Clone> FromIterator<(K, V)> for Chunks<K, V> {
     fn from_iter<I: IntoIterator<Item = (K, V)>>(entries: I) -> Self {
         let mut map = Self::default();
         for (key, value) in entries {

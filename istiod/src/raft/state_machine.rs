@@ -115,6 +115,7 @@ pub struct Mesh {
     /// Since the last writes.
     unwritten: Changes,
     ca_writes: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+    digests: witness::Digests,
 }
 
 impl Mesh {
@@ -136,6 +137,7 @@ impl Mesh {
             replaced: false,
             unwritten: Changes::default(),
             ca_writes: BTreeMap::new(),
+            digests: witness::Digests::default(),
         }
     }
 
@@ -222,7 +224,7 @@ impl StateMachine for Mesh {
         let named = witness::named(&command);
         let before = witness::see(&self.view(), &named);
         let outcome = self.apply_command(index, command);
-        let objects = witness::changed(before, witness::see(&self.view(), &named));
+        let objects = witness::changed(before, witness::see(&self.view(), &named), &mut self.digests);
         self.audit.change(|audit| audit.append(index, origin, objects));
         Ok(outcome)
     }

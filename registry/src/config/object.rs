@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use serde_json::{Map, Value, json};
+use serde::{Serialize, Serializer};
+use serde_json::{Value, json};
 
 use super::decode::{Decode, Decoder};
 use super::node::Node;
@@ -260,29 +261,27 @@ impl Object {
     /// The object as Kubernetes would show it, at this revision.
     #[must_use]
     pub fn to_json_at(&self, resource_version: u64) -> Value {
-        let mut metadata = Map::new();
-        metadata.insert("name".to_owned(), json!(self.name));
-        metadata.insert("namespace".to_owned(), json!(self.namespace));
-        for (key, map) in [("labels", &self.labels), ("annotations", &self.annotations)] {
-            if !map.is_empty() {
-                metadata.insert(key.to_owned(), json!(map));
-            }
+        // Texts and numbers always have a JSON form.
+        serde_json::to_value(self.shown(resource_version)).unwrap_or_default()
+    }
+
+    /// What [`Object::to_json_at`] gives, to be written without a copy.
+    fn shown(&self, resource_version: u64) -> Shown<'_> {
+        let created = jiff::Timestamp::from_second(self.created).ok().filter(|_| self.created != 0);
+        Shown {
+            api_version: &self.api_version,
+            kind: self.kind.as_str(),
+            metadata: Metadata {
+                name: &self.name,
+                namespace: &self.namespace,
+                labels: &self.labels,
+                annotations: &self.annotations,
+                creation_timestamp: created.map(|time| time.to_string()),
+                generation: Some(self.generation).filter(|generation| *generation != 0),
+                resource_version: Some(resource_version).filter(|r| *r != 0).map(|r| r.to_string()),
+            },
+            spec: &self.raw,
         }
-        if let Some(time) = jiff::Timestamp::from_second(self.created).ok().filter(|_| self.created != 0) {
-            metadata.insert("creationTimestamp".to_owned(), json!(time.to_string()));
-        }
-        if self.generation != 0 {
-            metadata.insert("generation".to_owned(), json!(self.generation));
-        }
-        if resource_version != 0 {
-            metadata.insert("resourceVersion".to_owned(), json!(resource_version.to_string()));
-        }
-        json!({
-            "apiVersion": self.api_version,
-            "kind": self.kind.as_str(),
-            "metadata": metadata,
-            "spec": self.raw,
-        })
     }
 
     /// The specification, if the object is of that kind: `object.get::<VirtualService>()`.
@@ -296,6 +295,39 @@ impl Object {
     pub fn id(&self) -> String {
         format!("{}/{}/{}", self.kind, self.namespace, self.name)
     }
+}
+
+/// As [`Object::to_json`].
+impl Serialize for Object {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        self.shown(self.revision).serialize(to)
+    }
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Shown<'a> {
+    api_version: &'a str,
+    kind: &'a str,
+    metadata: Metadata<'a>,
+    spec: &'a Value,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Metadata<'a> {
+    name: &'a str,
+    namespace: &'a str,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    labels: &'a BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    annotations: &'a BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    creation_timestamp: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    generation: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    resource_version: Option<String>,
 }
 
 /// What can be read of a specification; the rest keeps its defaults.

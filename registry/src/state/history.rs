@@ -1,7 +1,10 @@
 //! The last changes of the configuration, for `istioctl history`, `diff` and `rollback`.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::io::{self, Write};
 use std::sync::Arc;
+
+use serde::{Serialize, Serializer};
 
 use super::command::Revision;
 use crate::config::Object;
@@ -48,14 +51,27 @@ pub enum Value {
     Json(Arc<serde_json::Value>),
 }
 
-impl Value {
-    /// The value as JSON: an object in its Kubernetes form.
-    #[must_use]
-    pub fn to_json(&self) -> serde_json::Value {
+/// An object in its Kubernetes form.
+impl Serialize for Value {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         match self {
-            Self::Object(object) => object.to_json(),
-            Self::Json(json) => serde_json::Value::clone(json),
+            Self::Object(object) => object.serialize(to),
+            Self::Json(json) => json.serialize(to),
         }
+    }
+}
+
+/// Counts what is written.
+struct Count(usize);
+
+impl Write for Count {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0 += bytes.len();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -63,7 +79,12 @@ impl Entry {
     /// Bytes of its values as JSON: the same on every member.
     fn weight(&self) -> usize {
         let values = self.changes.iter().flat_map(|change| [&change.before, &change.after]);
-        values.flatten().map(|value| value.to_json().to_string().len()).sum()
+        let mut count = Count(0);
+        for value in values.flatten() {
+            // Texts and numbers always have a JSON form, and counting does not fail.
+            serde_json::to_writer(&mut count, value).unwrap_or_default();
+        }
+        count.0
     }
 
     /// One line: what was created (`+`), changed (`~`) and deleted (`-`).

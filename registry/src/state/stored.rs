@@ -43,10 +43,7 @@ impl StoredCommand {
     pub fn decode(bytes: &[u8]) -> Result<Batch, DecodeError> {
         let Version { version } = serde_json::from_slice(bytes)?;
         match version {
-            1 => {
-                let stored: Versioned<BatchV1> = serde_json::from_slice(bytes)?;
-                stored.body.try_into()
-            }
+            1 => serde_json::from_slice::<BatchV1>(bytes)?.try_into(),
             found => Err(DecodeError::Version { found, newest: 1 }),
         }
     }
@@ -57,7 +54,7 @@ struct Version {
     version: u32,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize)]
 struct Versioned<T> {
     version: u32,
     #[serde(flatten)]

@@ -143,22 +143,22 @@ pub(in crate::state) struct RegistrationV1 {
     healthy: bool,
 }
 
-/// One entry of history.
+/// One entry of history; its values are borrowed when they are written.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(in crate::state) struct HistoryV1 {
+pub(in crate::state) struct HistoryV1<V = Value> {
     revision: u64,
     time_ms: i64,
     author: String,
-    changes: Vec<HistoryChangeV1>,
+    changes: Vec<HistoryChangeV1<V>>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct HistoryChangeV1 {
+struct HistoryChangeV1<V> {
     what: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    before: Option<Value>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    after: Option<Value>,
+    #[serde(default = "Option::default", skip_serializing_if = "Option::is_none")]
+    before: Option<V>,
+    #[serde(default = "Option::default", skip_serializing_if = "Option::is_none")]
+    after: Option<V>,
 }
 
 impl From<&SourceId> for SourceV1 {
@@ -348,12 +348,12 @@ impl From<RegistrationV1> for Registration {
     }
 }
 
-impl From<&history::Entry> for HistoryV1 {
-    fn from(entry: &history::Entry) -> Self {
-        let change = |c: &history::Change| HistoryChangeV1 {
+impl<'a> From<&'a history::Entry> for HistoryV1<&'a history::Value> {
+    fn from(entry: &'a history::Entry) -> Self {
+        let change = |c: &'a history::Change| HistoryChangeV1 {
             what: c.what.clone(),
-            before: c.before.as_ref().map(history::Value::to_json),
-            after: c.after.as_ref().map(history::Value::to_json),
+            before: c.before.as_ref(),
+            after: c.after.as_ref(),
         };
         Self {
             revision: entry.revision.0,
@@ -366,7 +366,7 @@ impl From<&history::Entry> for HistoryV1 {
 
 impl From<HistoryV1> for history::Entry {
     fn from(stored: HistoryV1) -> Self {
-        let change = |c: HistoryChangeV1| history::Change {
+        let change = |c: HistoryChangeV1<Value>| history::Change {
             before: c.before.map(|value| remembered(&c.what, value)),
             after: c.after.map(|value| remembered(&c.what, value)),
             what: c.what,
