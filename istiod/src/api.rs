@@ -178,6 +178,19 @@ impl Api {
     }
 }
 
+/// Work on this many objects, or on so many bytes, takes less time than to hand it to another thread and back would
+/// cost both.
+const LITTLE: usize = 256;
+const LITTLE_BYTES: usize = 8 << 10;
+
+/// Work that takes as long as its input is large: [`aside`], unless it is `little`.
+async fn aside_unless<T: Send + 'static>(
+    little: bool,
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    if little { work() } else { aside(work).await }
+}
+
 /// Work that takes as long as its input is large: off the tasks that serve everybody.
 async fn aside<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,

@@ -14,4 +14,4 @@ pub mod yaml;
 pub use node::{Location, Path};
 pub use object::{Kind, NotAnObject, Object, Spec, Typed};
 pub use parse::{ConfigError, Warning, parse, parse_in, parse_mesh};
-pub use validate::{Problem, Severity, validate_set};
+pub use validate::{Problem, Related, Severity, validate_set};

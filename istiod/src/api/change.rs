@@ -2,8 +2,9 @@
 //! mesh demands it, and committed in one entry of the log.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
-use registry::config::{Kind, Object, Severity};
+use registry::config::{Kind, Object, Related, Severity};
 use registry::model::mesh::MeshConfig;
 use registry::snapshot::Snapshot;
 use registry::state::{
@@ -12,7 +13,7 @@ use registry::state::{
 
 use super::preview;
 use super::types::{Action, Applied, ApplyReport, Mistake};
-use super::{Api, ApiError, Caller, aside};
+use super::{Api, ApiError, Caller, LITTLE, aside_unless};
 use crate::raft::{Command, Outcome};
 
 /// What shall be different.
@@ -73,7 +74,8 @@ impl Api {
         plan.keys().iter().try_for_each(|key| may_change(caller, key.kind, &key.namespace))?;
         let snapshot = self.snapshot();
         let domain = self.issuing.load().trust_domain().as_str().to_owned();
-        let (plan, warnings) = aside(move || {
+        let little = snapshot.objects().take(LITTLE).count() + plan.puts.len() < LITTLE;
+        let (plan, warnings) = aside_unless(little, move || {
             let mut plan = plan;
             let mut warnings = std::mem::take(&mut plan.warnings);
             warnings.extend(check(&snapshot, &plan, &domain)?);
@@ -124,15 +126,23 @@ pub(super) fn may_change(caller: &Caller, kind: Kind, namespace: &str) -> Result
     if kind == Kind::MeshConfig { caller.must_be_unlimited("settings of the whole mesh") } else { Ok(()) }
 }
 
-/// What only shows when all objects are seen together: errors refuse the change, warnings are told.
+/// What only shows when objects are seen together: errors refuse the change, warnings are told.
 fn check(snapshot: &Snapshot, plan: &Plan, domain: &str) -> Result<Vec<String>, ApiError> {
     let changed = plan.keys();
-    let kept = snapshot.objects().filter(|object| !changed.contains(&ObjectKey::of(object)));
     let puts: Vec<&Object> = plan.puts.iter().map(|put| put.object.as_ref()).collect();
-    let all: Vec<&Object> = kept.map(AsRef::as_ref).chain(puts.iter().copied()).collect();
-    let ours: BTreeSet<String> = puts.iter().map(|object| object.id()).collect();
-    // What was wrong before is not the fault of this change; what stays and becomes wrong is.
+    let stays = |object: &&Arc<Object>| !changed.contains(&ObjectKey::of(object));
+    // What was wrong before is not the fault of this change; what stays and becomes wrong is, where something is removed on
+    // which it may depend.
     let known = known_problems(snapshot, plan);
+    let related = Related::to(&puts);
+    let mut all: Vec<&Object> = if known.is_some() {
+        snapshot.objects().filter(stays).map(AsRef::as_ref).collect()
+    } else {
+        let kept = related.kinds().flat_map(|kind| snapshot.objects_of(kind));
+        kept.filter(|object| related.concern(object)).filter(stays).map(AsRef::as_ref).collect()
+    };
+    all.extend(&puts);
+    let ours: BTreeSet<String> = puts.iter().map(|object| object.id()).collect();
     let mut errors = foreign_domains(&puts, domain);
     let mut warnings = Vec::new();
     for problem in registry::config::validate_set(&all) {

@@ -10,7 +10,7 @@ use super::change::{Mode, Plan, may_change, mistakes};
 use super::page::{Wanted, key_of};
 use super::select::Selection;
 use super::types::{ApplyReport, ApplyRequest, Consistency, List, Listing, Mistake};
-use super::{Api, ApiError, Caller, aside, prune};
+use super::{Api, ApiError, Caller, LITTLE_BYTES, aside, aside_unless, prune};
 
 /// The name that mistakes in a body have as that of a file; it is not shown.
 const BODY: &str = "body";
@@ -101,8 +101,9 @@ impl Api {
         may_change(caller, kind, namespace)?;
         let action = if name.is_some() { "replace" } else { "create" };
         let (of, named) = (namespace.to_owned(), name.map(str::to_owned));
-        let plan = aside(move || {
-            let (object, warnings) = read_one(&of, &object)?;
+        let text = object.to_string();
+        let plan = aside_unless(text.len() <= LITTLE_BYTES, move || {
+            let (object, warnings) = read_one(&of, &text)?;
             is_the_one(&object, kind, &of, named.as_deref())?;
             let puts = vec![Put { object: Arc::new(object), expected }];
             Ok(Plan { puts, deletes: Vec::new(), warnings })
@@ -205,8 +206,8 @@ fn read(request: &ApplyRequest) -> Result<(Vec<Object>, Vec<String>), ApiError> 
 }
 
 /// The one object of a JSON body; mistakes point into the body.
-fn read_one(namespace: &str, body: &Value) -> Result<(Object, Vec<String>), ApiError> {
-    let read = registry::config::parse_in(namespace, BODY, &body.to_string());
+fn read_one(namespace: &str, body: &str) -> Result<(Object, Vec<String>), ApiError> {
+    let read = registry::config::parse_in(namespace, BODY, body);
     let (objects, warnings) = read.map_err(|wrong| {
         let in_body = |mistake: Mistake| Mistake {
             pointer: pointer(&mistake.field),

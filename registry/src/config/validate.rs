@@ -16,7 +16,7 @@ mod sidecar;
 mod telemetry;
 mod virtual_service;
 
-pub use set::{Problem, Severity, validate_set};
+pub use set::{Problem, Related, Severity, validate_set};
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -1,6 +1,7 @@
 //! Rules across objects: what one names and another does not have.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use super::grammar;
@@ -9,7 +10,9 @@ use crate::config::object::{Kind, Object, Spec};
 use crate::model::mesh::MeshConfig;
 use crate::model::security::{AuthorizationPolicy, PeerAuthentication};
 use crate::model::telemetry::Telemetry;
-use crate::model::traffic::{Destination, DestinationRule, Gateway, HttpRoute, Sidecar, VirtualService};
+use crate::model::traffic::{
+    Destination, DestinationRule, Gateway, HttpRoute, ServiceEntry, Sidecar, VirtualService,
+};
 
 /// How bad a problem is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -79,6 +82,65 @@ pub fn validate_set(objects: &[&Object]) -> Vec<Problem> {
     conflicting_subsets(&set, &mut problems);
     problems.sort();
     problems
+}
+
+/// On which objects it depends what [`validate_set`] says of those that change: without the others it says the same.
+#[derive(Debug)]
+pub struct Related {
+    kinds: BTreeSet<Kind>,
+    /// In lower case, of the `ServiceEntry` objects that change.
+    hosts: BTreeSet<String>,
+}
+
+impl Related {
+    /// For a change of these objects.
+    #[must_use]
+    pub fn to(changed: &[&Object]) -> Self {
+        let entries = changed.iter().filter_map(|object| object.get::<ServiceEntry>());
+        Self {
+            kinds: changed.iter().flat_map(|object| looked_at(object.kind)).copied().collect(),
+            hosts: entries.flat_map(|entry| &entry.hosts).map(|host| host.to_ascii_lowercase()).collect(),
+        }
+    }
+
+    /// The kinds that matter.
+    pub fn kinds(&self) -> impl Iterator<Item = Kind> {
+        self.kinds.iter().copied()
+    }
+
+    /// Whether an object of one of these kinds matters.
+    #[must_use]
+    pub fn concern(&self, object: &Object) -> bool {
+        let entry = object.get::<ServiceEntry>();
+        entry.is_none_or(|entry| entry.hosts.iter().any(|host| self.hosts.contains(&*lower(host))))
+    }
+}
+
+fn lower(host: &str) -> Cow<'_, str> {
+    let upper = host.bytes().any(|byte| byte.is_ascii_uppercase());
+    if upper { host.to_ascii_lowercase().into() } else { host.into() }
+}
+
+/// The kinds among which the rules for an object of this kind look.
+const fn looked_at(kind: Kind) -> &'static [Kind] {
+    match kind {
+        Kind::VirtualService => &[Kind::VirtualService, Kind::DestinationRule, Kind::Gateway],
+        Kind::DestinationRule => &[Kind::DestinationRule],
+        Kind::ServiceEntry => &[Kind::ServiceEntry],
+        Kind::Sidecar => &[Kind::Sidecar],
+        Kind::PeerAuthentication => &[Kind::PeerAuthentication, Kind::MeshConfig],
+        Kind::Telemetry => &[Kind::Telemetry, Kind::MeshConfig],
+        Kind::AuthorizationPolicy => &[Kind::MeshConfig],
+        Kind::Gateway
+        | Kind::WorkloadEntry
+        | Kind::WorkloadGroup
+        | Kind::EnvoyFilter
+        | Kind::ProxyConfig
+        | Kind::WasmPlugin
+        | Kind::TrafficExtension
+        | Kind::RequestAuthentication
+        | Kind::MeshConfig => &[],
+    }
 }
 
 /// A short name belongs to the namespace of the object that has it.
@@ -439,5 +501,66 @@ fn conflicting_subsets(set: &Set<'_>, problems: &mut Vec<Problem>) {
                 About { object, problems }.warn(path, message);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Objects that are wrong with one another in every way there is.
+    const OBJECTS: &str = r#"
+- {kind: VirtualService, metadata: {name: a}, spec: {hosts: [web], http: [{route: [{destination: {host: web, subset: v1}}]}]}}
+- {kind: VirtualService, metadata: {name: b}, spec: {hosts: [web], gateways: [mesh, edge], http: [{delegate: {name: a}}]}}
+- {kind: VirtualService, metadata: {name: c}, spec: {hosts: [shop.example], gateways: [edge, none], http: [{delegate: {name: d}}]}}
+- {kind: VirtualService, metadata: {name: d}, spec: {http: [{route: [{destination: {host: web, subset: v9}}]}]}}
+- {kind: DestinationRule, metadata: {name: a}, spec: {host: web, subsets: [{name: v1, labels: {version: v1}}]}}
+- {kind: DestinationRule, metadata: {name: b}, spec: {host: web, subsets: [{name: v1, labels: {version: v2}}]}}
+- {kind: Gateway, metadata: {name: edge}, spec: {servers: [{hosts: [other.example], port: {number: 80, name: http, protocol: HTTP}}]}}
+- {kind: ServiceEntry, metadata: {name: a}, spec: {hosts: [a.example], ports: [{number: 80, name: x, protocol: HTTP}]}}
+- {kind: ServiceEntry, metadata: {name: b}, spec: {hosts: [A.example, b.example], ports: [{number: 80, name: x, protocol: TCP}]}}
+- {kind: ServiceEntry, metadata: {name: c}, spec: {hosts: [b.example], ports: [{number: 80, name: x, protocol: HTTP}]}}
+- {kind: Sidecar, metadata: {name: a}, spec: {egress: [{hosts: ["*/*"]}]}}
+- {kind: Sidecar, metadata: {name: b}, spec: {egress: [{hosts: ["./*"]}]}}
+- {kind: PeerAuthentication, metadata: {name: a}, spec: {mtls: {mode: STRICT}}}
+- {kind: PeerAuthentication, metadata: {name: b}, spec: {mtls: {mode: PERMISSIVE}}}
+- {kind: PeerAuthentication, metadata: {name: c, namespace: root}, spec: {selector: {matchLabels: {app: web}}}}
+- {kind: Telemetry, metadata: {name: a}, spec: {tracing: [{providers: [{name: nobody}]}]}}
+- {kind: Telemetry, metadata: {name: b}, spec: {tracing: [{providers: [{name: zipkin}]}]}}
+- {kind: AuthorizationPolicy, metadata: {name: a}, spec: {action: CUSTOM, provider: {name: nobody}}}
+- {kind: MeshConfig, metadata: {name: mesh}, spec: {rootNamespace: root, extensionProviders: [{name: zipkin, zipkin: {service: z, port: 1}}]}}
+"#;
+
+    fn objects() -> Vec<Object> {
+        let json = crate::config::yaml::read(OBJECTS).0.remove(0).to_json();
+        let objects = json.as_array().unwrap().iter().map(|object| Object::from_stored(object).unwrap());
+        objects.collect()
+    }
+
+    fn told(all: &[&Object], of: &[&Object]) -> Vec<Problem> {
+        let ours: Vec<String> = of.iter().map(|object| object.id()).collect();
+        validate_set(all).into_iter().filter(|problem| ours.contains(&problem.object)).collect()
+    }
+
+    #[test]
+    fn what_is_said_of_a_change_depends_on_nothing_but_what_is_related_to_it() {
+        let objects = objects();
+        let mut problems = BTreeSet::new();
+        for (i, first) in objects.iter().enumerate() {
+            for second in objects.iter().skip(i) {
+                let changed: BTreeMap<String, &Object> = [first, second].map(|o| (o.id(), o)).into();
+                let changed: Vec<&Object> = changed.into_values().collect();
+                let kept = || objects.iter().filter(|object| !changed.contains(object));
+                let related = Related::to(&changed);
+                let kinds: Vec<Kind> = related.kinds().collect();
+                let some = kept().filter(|o| kinds.contains(&o.kind) && related.concern(o));
+                let some: Vec<&Object> = some.chain(changed.iter().copied()).collect();
+                let all: Vec<&Object> = kept().chain(changed.iter().copied()).collect();
+                let expected = told(&all, &changed);
+                assert_eq!(told(&some, &changed), expected, "{changed:?}");
+                problems.extend(expected.into_iter().map(|problem| problem.object));
+            }
+        }
+        assert!(problems.len() > 10, "there is something to be found: {problems:?}");
     }
 }
