@@ -197,8 +197,9 @@ fn history_remembers_who_changed_what_within_its_bound() {
     assert_eq!(told, expect.map(|(r, s)| (r, s.to_owned())));
     let third = mesh.state.history().entry(Revision(3)).unwrap();
     assert_eq!((third.time_ms, third.author.as_str()), (52_007, "test"));
-    let specs =
-        |v: &Option<history::Value>| v.as_ref().unwrap().to_json().pointer("/spec/host").unwrap().clone();
+    let specs = |v: &Option<history::Value>| {
+        serde_json::to_value(v.as_ref().unwrap()).unwrap().pointer("/spec/host").unwrap().clone()
+    };
     assert_eq!((specs(&third.changes[0].before), specs(&third.changes[0].after)), (json!("x"), json!("y")));
     assert_eq!(mesh.snapshot.trust_domain(), "td");
 

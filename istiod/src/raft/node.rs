@@ -36,6 +36,11 @@ use super::snapshots::{SnapshotError, Snapshots};
 use super::store::{KvStore, Write};
 use super::wire::{self, AppliedMark, SnapshotBody, SnapshotMetadata};
 
+/// Applied entries that the store may lack. The log has them: a member that stops without storing them applies them
+/// again. Many that are stored at once cost far less, because what changed twice is written once.
+const UNSTORED: u64 = 512;
+/// For how many ticks it may lack them.
+const UNSTORED_TICKS: u32 = 5;
 /// Keys of the session table in the store.
 const SESSION_KEYS: &[u8] = b"s/";
 /// Keys of the state machine in the store.
@@ -82,6 +87,8 @@ pub struct Driver<M: StateMachine> {
     client: u64,
     applied: (u64, u64),
     shown: u64,
+    /// The index up to which the store has what was applied, and the ticks since it has not had all.
+    stored: (u64, u32),
     proposals: Proposals,
     waiting: Waiting,
     reads: Reads,
@@ -161,7 +168,7 @@ impl<M: StateMachine> Driver<M> {
     /// 1. a leader's messages may leave while its own disk is still busy (Raft thesis, section 10.2.1);
     /// 2. a received snapshot, entries and hard state are made durable with one fdatasync;
     /// 3. only then leaves what promises them to others: votes and acknowledgements;
-    /// 4. committed entries are applied, in order, and stored with their mark in one atomic batch;
+    /// 4. committed entries are applied, in order; the store may lack the newest of them;
     /// 5. the raft crate is told, which may commit and release more.
     fn settle(&mut self, transport: &mut dyn Transport, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
         let most = self.settings.message_bytes;
@@ -208,7 +215,7 @@ impl<M: StateMachine> Driver<M> {
 
     fn take(&mut self, event: Event, now: Instant, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
         match event {
-            Event::Tick => self.tick(now, out),
+            Event::Tick => self.tick(now, out)?,
             Event::Message(message) => {
                 // A message that Raft refuses is the sender's mistake or too old; this member goes on.
                 if let Err(error) = self.raw.step(*message) {
@@ -248,7 +255,7 @@ impl<M: StateMachine> Driver<M> {
         Ok(())
     }
 
-    fn tick(&mut self, now: Instant, out: &mut Output<M::Answer>) {
+    fn tick(&mut self, now: Instant, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
         // The raft crate draws its election timeout from the thread's generator; drawing it from our seed makes a
         // run repeatable. Only `tick` reads it.
         let timeout = self.settings.election_timeout(self.raw.raft.id, self.raw.raft.term);
@@ -259,6 +266,8 @@ impl<M: StateMachine> Driver<M> {
         self.proposals.expire(now, out);
         self.waiting.expire(now, out);
         self.reads.expire(now, out);
+        self.stored.1 += u32::from(self.stored.0 != self.applied.0);
+        if self.stored.1 >= UNSTORED_TICKS { self.store_changes() } else { Ok(()) }
     }
 
     /// Gives the leader, if there is one, the proposals that it does not have yet.
@@ -308,11 +317,9 @@ impl<M: StateMachine> Driver<M> {
         Some(self.raw.raft.leader_id).filter(|id| *id != raft::INVALID_ID)
     }
 
-    /// Applies committed entries and stores what they changed, with the mark, in one batch.
+    /// Applies committed entries; what they changed is stored when it is enough, or some ticks later.
     fn apply(&mut self, entries: Vec<Entry>, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
-        if entries.is_empty() {
-            return Ok(());
-        }
+        let mut members = false;
         for entry in entries {
             let (index, term) = (entry.index, entry.term);
             self.snapshot.2 += entry.data.len() as u64;
@@ -320,12 +327,21 @@ impl<M: StateMachine> Driver<M> {
                 EntryType::EntryNormal if entry.data.is_empty() => {}
                 EntryType::EntryNormal => self.apply_command(&entry, out)?,
                 EntryType::EntryConfChange | EntryType::EntryConfChangeV2 => {
-                    self.apply_members(&entry, out)?
+                    self.apply_members(&entry, out)?;
+                    members = true;
                 }
             }
             self.applied = (index, term);
         }
-        self.store_changes()
+        if members {
+            // Whoever was removed may be gone from now on. Those who stay elect nobody without them if a power cut makes all
+            // forget that the change is committed.
+            self.raw.mut_store().log.sync()?;
+        }
+        if members || self.applied.0.saturating_sub(self.stored.0) >= UNSTORED {
+            self.store_changes()?;
+        }
+        Ok(())
     }
 
     fn apply_command(&mut self, entry: &Entry, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
@@ -341,7 +357,12 @@ impl<M: StateMachine> Driver<M> {
         Ok(())
     }
 
+    /// Stores what changed since the last time, with the mark, in one batch.
     fn store_changes(&mut self) -> Result<(), Fatal> {
+        if self.stored.0 == self.applied.0 {
+            return Ok(());
+        }
+        self.stored = (self.applied.0, 0);
         let writes = stored_writes(self.machine.take_writes(), &mut self.sessions);
         Ok(self.store.batch(&writes, &self.mark())?)
     }
@@ -372,6 +393,7 @@ impl<M: StateMachine> Driver<M> {
         self.store.clear()?;
         let writes = stored_writes(self.machine.all_writes(), &mut self.sessions);
         self.store.batch(&writes, &self.mark())?;
+        self.stored = (index, 0);
         self.raw.mut_store().log.reset(index, term)?;
         self.snapshot = (index, self.snapshot.1, 0);
         Ok(())
@@ -507,6 +529,7 @@ impl<M: StateMachine> Driver<M> {
     ///
     /// [`Fatal`]. Nothing acknowledged is lost by it.
     pub fn close(mut self) -> Result<(), Fatal> {
+        self.store_changes()?;
         self.raw.mut_store().log.sync()?;
         Ok(self.store.sync()?)
     }

@@ -189,6 +189,7 @@ fn a_log_older_than_the_applied_state_is_refused() {
     let mut rig = Rig::new(1);
     let mut driver = rig.start().expect("starts");
     rig.write(&mut driver, "a=1").expect("writes");
+    driver.close().expect("stores all");
     let newer = rig.store.clone();
     let mut other = Rig::new(2);
     drop(other.start().expect("starts"));

@@ -115,6 +115,7 @@ impl<M: StateMachine> Driver<M> {
             client,
             applied: (mark.index, mark.term),
             shown: 0,
+            stored: (mark.index, 0),
             proposals: Proposals::default(),
             waiting: Waiting::default(),
             reads: Reads::new(client),
