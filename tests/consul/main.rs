@@ -4,6 +4,7 @@
 
 mod conformance;
 mod fake;
+mod instances;
 mod matrix;
 mod real;
 mod scale;
