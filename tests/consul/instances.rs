@@ -113,4 +113,10 @@ fn what_the_mesh_wrote_itself_does_not_come_back() {
     world.run(SECOND);
     assert_eq!(world.addresses("web"), ["10.0.0.1"]);
     assert_eq!(world.hosts(), ["web.service.consul"]);
+    // Nor when it goes.
+    world.deregister("other");
+    for _ in 0..50 {
+        world.run(SECOND);
+        assert_eq!(world.hosts(), ["web.service.consul"]);
+    }
 }
