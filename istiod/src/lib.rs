@@ -79,7 +79,7 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> anyhow::Result<
     let mut metrics = Registry::default();
     let counted = raft::metrics::Metrics::registered(&mut metrics);
     let status = Status::new(xds::status::Metrics::register(&mut metrics));
-    let consul = sources::consul::Metrics::registered(&mut metrics);
+    let followed = sources::Metrics::registered(&mut metrics);
 
     // From the first moment on it can be asked how far it is.
     let (ready, readiness) = watch::channel(Readiness::Not("its log is being read"));
@@ -90,7 +90,7 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> anyhow::Result<
     let running = boot::start(&mut config, &counted, &clock, &tasks, &stopped).await?;
     let raft = running.started.raft.clone();
     let member = Member { config: &config, clock: &clock, tasks: &tasks, stop: &stopped, ready: &ready };
-    let thread = member.serve(running, status, &consul).await?;
+    let thread = member.serve(running, status, &followed).await?;
 
     let fatal = tokio::select! {
         () = stopped.cancelled() => None,
@@ -126,7 +126,7 @@ impl Member<'_> {
         self,
         Running { started, seat }: Running,
         status: Status,
-        consul: &sources::consul::Metrics,
+        followed: &sources::Metrics,
     ) -> anyhow::Result<RaftThread> {
         let Self { config, clock, tasks, stop, ready } = self;
         let serves = seat.as_ref().map(|seat| seat.serving.clone()).unwrap_or_default();
@@ -146,7 +146,7 @@ impl Member<'_> {
         let watched =
             liveness.clone().watch(started.raft.clone(), connected.clone(), clock.clone(), stop.clone());
         tasks.spawn(watched);
-        upkeep::start(config, &started, consul, clock, tasks, stop);
+        upkeep::start(config, &started, followed, clock, tasks, stop);
 
         // Snapshots to proxies.
         let Started { raft, updates, snapshots, access, thread, .. } = started;

@@ -49,13 +49,16 @@ pub(crate) async fn ready(raft: &Raft) -> Result<Revision, ProposeError> {
 pub(crate) fn start(
     config: &Config,
     started: &Started,
-    consul: &sources::consul::Metrics,
+    metrics: &sources::Metrics,
     clock: &Clock,
     tasks: &TaskTracker,
     stop: &CancellationToken,
 ) {
     tasks.spawn(prune(started.raft.clone(), clock.clone(), stop.clone()));
-    sources::consul::start(config.consul.as_ref(), &started.raft, clock, consul, tasks, stop);
+    let consul = config.consul.as_ref();
+    sources::consul::start(consul, &started.raft, clock, &metrics.consul, tasks, stop);
+    let mesh = (&started.raft, &started.snapshots);
+    sources::export::start(consul, mesh, clock, &metrics.export, tasks, stop);
     for folder in &config.folders {
         let log = (started.raft.clone(), started.snapshots.clone());
         watch_folder(folder.clone(), log, clock.clone(), tasks, stop);

@@ -31,6 +31,10 @@ impl Peer {
         Ok(())
     }
 
+    async fn node(&self, name: &str) -> anyhow::Result<Option<answer::Node>> {
+        Ok(answer::node(&self.get(&format!("/v1/catalog/node/{name}?dc=dc1&consistent")).await?.body)?)
+    }
+
     async fn index(&self, path: &str) -> anyhow::Result<u64> {
         self.get(path).await?.index.context("no index")
     }
@@ -43,7 +47,8 @@ async fn conform(client: Client) -> anyhow::Result<()> {
     health(&peer).await?;
     Box::pin(blocking(&peer)).await?;
     going(&peer).await?;
-    writing(&peer).await
+    writing(&peer).await?;
+    Box::pin(claiming(&peer)).await
 }
 
 async fn listing(peer: &Peer) -> anyhow::Result<()> {
@@ -140,13 +145,8 @@ async fn writing(peer: &Peer) -> anyhow::Result<()> {
     }}});
     let done = peer.put("/v1/txn", &json!([node, service("p1"), check])).await?;
     ensure!(done.status == 200, "{}", done.reason());
-    let seen = answer::node_services(&peer.get("/v1/catalog/node-services/mesh-x").await?.body);
-    // Older servers have the same under another path.
-    let seen = match seen {
-        Ok(seen) if !seen.is_empty() => seen,
-        _ => answer::node_services(&peer.get("/v1/catalog/node/mesh-x").await?.body)?,
-    };
-    ensure!(seen.len() == 1 && seen[0].meta["mesh-owner"] == "x" && seen[0].port == 80, "{seen:?}");
+    let seen = peer.node("mesh-x").await?.context("no node")?.services;
+    ensure!(seen.len() == 1 && seen["p1"].meta["mesh-owner"] == "x" && seen["p1"].port == 80, "{seen:?}");
     let many: Vec<Value> = (0..65).map(|n| service(&format!("p{n}"))).collect();
     let refused = peer.put("/v1/txn", &Value::from(many)).await?;
     ensure!(refused.status == 413, "{}", refused.reason());
@@ -160,7 +160,50 @@ async fn writing(peer: &Peer) -> anyhow::Result<()> {
     let delete = delete(json!({"ID": "p1", "Service": "pay"}));
     let deleted = peer.put("/v1/txn", &delete).await?;
     ensure!(deleted.status == 200, "{}", deleted.reason());
-    ensure!(answer::node_services(&peer.get("/v1/catalog/node/mesh-x").await?.body)?.is_empty());
+    ensure!(peer.node("mesh-x").await?.context("no node")?.services.is_empty());
+    Ok(())
+}
+
+/// A node is changed only by who knows its last change, and what happens to its services is none.
+async fn claiming(peer: &Peer) -> anyhow::Result<()> {
+    let claim = |index: u64, epoch: &str| {
+        let node =
+            json!({"Node": "mesh-y", "Address": "127.0.0.1", "Meta": {"epoch": epoch}, "ModifyIndex": index});
+        json!({"Node": {"Verb": "cas", "Node": node}})
+    };
+    let service = |id: &str, address: &str| {
+        let service = json!({"ID": id, "Service": "pay", "Address": address, "Port": 80});
+        json!({"Service": {"Verb": "set", "Node": "mesh-y", "Service": service}})
+    };
+    let path = "/v1/catalog/node/mesh-y?dc=dc1&consistent";
+    ensure!(peer.node("mesh-y").await?.is_none());
+    let before = peer.index(path).await?;
+    ensure!(peer.put("/v1/txn?dc=dc1", &json!([claim(0, "1")])).await?.status == 200);
+    let index = peer.node("mesh-y").await?.context("no node")?.index;
+    ensure!(index > 0 && peer.index(path).await? > before);
+    let again = peer.put("/v1/txn?dc=dc1", &json!([claim(0, "2")])).await?;
+    ensure!(again.status == 409 && answer::refusals(&again.body)?[0].0 == 0, "{}", again.reason());
+    // The same again, with a service: whoever waits for a change of the node sees it, and its index stays.
+    let (waiting, body) = (
+        format!("{path}&index={}&wait=20s", peer.index(path).await?),
+        json!([claim(index, "1"), service("p1", "10.1.1.1")]),
+    );
+    let (seen, done) = tokio::join!(peer.get(&waiting), peer.put("/v1/txn?dc=dc1", &body));
+    ensure!(done?.status == 200);
+    let seen = answer::node(&seen?.body)?.context("no node")?;
+    ensure!(seen.index == index && seen.services.contains_key("p1"), "{seen:?}");
+    // One operation is refused: none is done, and it is told which.
+    let body = json!([claim(index, "1"), service("p2", "10.1.1.2"), service("p3", "0.0.0.0")]);
+    let refused = peer.put("/v1/txn?dc=dc1", &body).await?;
+    ensure!(refused.status == 409, "{}", refused.reason());
+    let told: Vec<usize> =
+        answer::refusals(&refused.body)?.into_iter().map(|(position, _)| position).collect();
+    ensure!(told == [2], "{told:?}");
+    ensure!(peer.put("/v1/txn?dc=dc1", &json!([claim(index, "2")])).await?.status == 200);
+    let late = peer.put("/v1/txn?dc=dc1", &json!([claim(index, "1"), service("p4", "10.1.1.4")])).await?;
+    ensure!(late.status == 409 && answer::refusals(&late.body)?[0].0 == 0, "{}", late.reason());
+    let left = peer.node("mesh-y").await?.context("no node")?;
+    ensure!(left.meta["epoch"] == "2" && left.services.len() == 1, "{left:?}");
     Ok(())
 }
 

@@ -3,7 +3,11 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "what is not there has failed the test")]
 
 mod conformance;
+mod export;
+mod export_matrix;
+mod export_world;
 mod fake;
+mod instances;
 mod matrix;
 mod real;
 mod scale;

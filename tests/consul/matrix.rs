@@ -4,49 +4,13 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use registry::model::service::Health;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::fake::catalog::{Catalog, Request, Response};
-use crate::world::{World, registration, settings};
-
-const SECOND: Duration = Duration::from_secs(1);
-const MINUTE: Duration = Duration::from_secs(60);
-
-fn address(n: usize) -> String {
-    format!("10.{}.{}.{}", n / 65_536, n / 256 % 256, n % 256)
-}
-
-/// A world that knows services `s0000` and so on, each with one instance.
-fn known(services: usize) -> World {
-    let mut world = World::new();
-    for n in 0..services {
-        world.register(&format!("s{n:04}"), &format!("i{n:04}"), &address(n + 1));
-    }
-    world.run(2 * MINUTE);
-    assert_eq!(world.hosts().len(), services);
-    assert!(world.status().synced);
-    world
-}
-
-/// A world that knows `web` with one instance.
-fn web() -> World {
-    let mut world = World::new();
-    world.register("web", "w1", "10.0.0.1");
-    world.run(SECOND);
-    assert_eq!(world.addresses("web"), ["10.0.0.1"]);
-    world
-}
-
-fn of_web(request: &Request) -> bool {
-    request.path == "/v1/health/service/web"
-}
+use crate::world::{MINUTE, SECOND, World, address, json_of, known, of_web, registration, settings, web};
 
 fn of_list(request: &Request) -> bool {
     request.path == "/v1/catalog/services"
-}
-
-fn json_of(response: &Response) -> Value {
-    serde_json::from_slice(&response.body).unwrap()
 }
 
 /// Questions since `from` whose path contains `part`.
@@ -419,58 +383,6 @@ fn connections_stay_below_consuls_cap_of_200() {
 }
 
 #[test]
-fn instances_without_a_usable_address_or_port_are_told_and_others_serve() {
-    let mut world = web();
-    for (n, (address, port)) in
-        [("0.0.0.0", 80), ("db.example.com", 80), ("::", 80), ("10.0.0.9", 0)].into_iter().enumerate()
-    {
-        let mut body = registration("web", &format!("bad{n}"), address, "passing");
-        body["Service"]["Port"] = json!(port);
-        world.put(&body);
-    }
-    world.register("web", "v6", "2001:db8::1");
-    let mut nodes = registration("web", "node", "", "passing");
-    nodes["Address"] = json!("10.0.0.77");
-    world.put(&nodes);
-    world.run(SECOND);
-    assert_eq!(world.addresses("web"), ["10.0.0.1", "10.0.0.77", "2001:db8::1"]);
-    assert_eq!(world.status().problems.len(), 4, "{:?}", world.status().problems);
-}
-
-#[test]
-fn the_same_id_on_two_nodes_is_two_instances() {
-    let mut world = web();
-    let mut body = registration("web", "w1", "10.0.0.2", "passing");
-    body["Node"] = json!("another-node");
-    world.put(&body);
-    world.run(SECOND);
-    assert_eq!(world.addresses("web"), ["10.0.0.1", "10.0.0.2"]);
-}
-
-#[test]
-fn tags_in_another_order_are_the_same() {
-    let mut world = web();
-    let published = world.published.len();
-    let mut body = registration("web", "w1", "10.0.0.1", "passing");
-    body["Service"]["Tags"] = json!(["b", "a"]);
-    world.put(&body);
-    world.run(MINUTE);
-    assert_eq!(world.published.len(), published);
-}
-
-#[test]
-fn a_megabyte_of_metadata_reaches_no_proxy() {
-    let mut world = web();
-    let mut body = registration("web", "w1", "10.0.0.1", "passing");
-    body["Service"]["Meta"] = json!({"big": "x".repeat(1 << 20), "version": "v1"});
-    world.put(&body);
-    world.run(SECOND);
-    let labels = world.endpoints("web")[0].labels.clone();
-    assert_eq!(labels.get("version").map(String::as_str), Some("v1"));
-    assert!(labels.values().all(|value| value.len() < 64));
-}
-
-#[test]
 fn bytes_that_are_no_text_are_refused() {
     let mut world = web();
     world.fault = Some(Box::new(|_, request, mut response| {
@@ -488,20 +400,6 @@ fn bytes_that_are_no_text_are_refused() {
 }
 
 #[test]
-fn names_with_capitals_underscores_and_dots_become_hosts_and_collisions_are_told() {
-    let mut world = web();
-    for (n, name) in ["Db", "my_app", "a.b", "my-app", "ü"].into_iter().enumerate() {
-        world.register(name, &format!("x{n}"), &address(n + 50));
-    }
-    world.run(SECOND);
-    let expect = ["a-b", "db", "my-app", "web"].map(|name| format!("{name}.service.consul"));
-    assert_eq!(world.hosts(), expect);
-    let problems = world.status().problems;
-    assert_eq!(problems.len(), 2, "{problems:?}");
-    assert!(problems.iter().any(|told| told.starts_with("my_app: has the same host as the service my-app")));
-}
-
-#[test]
 fn a_check_that_flaps_ten_times_a_second_is_published_at_a_bounded_rate() {
     let mut world = web();
     let (from, published) = (world.asked.len(), world.published.len());
@@ -514,37 +412,6 @@ fn a_check_that_flaps_ten_times_a_second_is_published_at_a_bounded_rate() {
     assert!(questions(&world, from, "/web?") <= 60, "{}", questions(&world, from, "/web?"));
     world.run(10 * SECOND);
     assert_eq!(world.endpoints("web")[0].health, Health::Healthy, "the last word holds");
-}
-
-#[test]
-fn maintenance_drains() {
-    let mut world = web();
-    let mut body = registration("web", "w1", "10.0.0.1", "passing");
-    body["Checks"] = json!([{"CheckID": "_node_maintenance", "Name": "m", "Status": "critical"}]);
-    world.put(&body);
-    world.run(SECOND);
-    assert_eq!(world.endpoints("web")[0].health, Health::Draining);
-}
-
-#[test]
-fn weights_that_are_missing_are_one() {
-    let mut world = web();
-    world.fault = Some(Box::new(|_, request, mut response| {
-        if of_web(request) {
-            let mut body = json_of(&response);
-            body[0]["Service"].as_object_mut().unwrap().remove("Weights");
-            response.body = body.to_string().into_bytes();
-        }
-        Some(response)
-    }));
-    world.check("web", "w1", "10.0.0.1", "warning");
-    world.run(SECOND);
-    assert_eq!(world.endpoints("web")[0].weight, 1);
-    let mut body = registration("db", "d", "10.0.1.1", "warning");
-    body["Service"]["Weights"] = json!({"Passing": 10, "Warning": 3});
-    world.put(&body);
-    world.run(SECOND);
-    assert_eq!(world.endpoints("db")[0].weight, 3);
 }
 
 #[test]
@@ -568,19 +435,6 @@ fn a_token_that_expires_in_the_middle_of_a_watch_keeps_everything() {
     world.credentials();
     world.run(5 * SECOND);
     assert_eq!(world.addresses("s0000").len(), 2, "and goes on with the next one");
-}
-
-#[test]
-fn what_the_mesh_wrote_itself_does_not_come_back() {
-    let mut world = web();
-    for (service, id) in [("web", "mine"), ("payments", "other")] {
-        let mut body = registration(service, id, "10.0.5.5", "passing");
-        body["Service"]["Meta"] = json!({"mesh-owner": "me"});
-        world.put(&body);
-    }
-    world.run(SECOND);
-    assert_eq!(world.addresses("web"), ["10.0.0.1"]);
-    assert_eq!(world.hosts(), ["web.service.consul"]);
 }
 
 #[test]

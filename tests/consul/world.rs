@@ -15,6 +15,8 @@ use crate::fake::catalog::{Catalog, Request, Response};
 
 /// An answer takes so long.
 const LATENCY: Duration = Duration::from_millis(2);
+pub(crate) const SECOND: Duration = Duration::from_secs(1);
+pub(crate) const MINUTE: Duration = Duration::from_secs(60);
 
 /// What becomes of an answer on its way: server, question and answer to another answer, or to none.
 pub(crate) type Fault = Box<dyn FnMut(usize, &Request, Response) -> Option<Response>>;
@@ -250,4 +252,39 @@ pub(crate) fn registration(service: &str, id: &str, address: &str, status: &str)
         "Service": {"ID": id, "Service": service, "Address": address, "Port": 8080, "Tags": ["a", "b"]},
         "Check": {"CheckID": format!("check-{id}"), "Name": "check", "Status": status, "ServiceID": id},
     })
+}
+
+/// An address for each number.
+pub(crate) fn address(n: usize) -> String {
+    format!("10.{}.{}.{}", n / 65_536, n / 256 % 256, n % 256)
+}
+
+/// A world that knows services `s0000` and so on, each with one instance.
+pub(crate) fn known(services: usize) -> World {
+    let mut world = World::new();
+    for n in 0..services {
+        world.register(&format!("s{n:04}"), &format!("i{n:04}"), &address(n + 1));
+    }
+    world.run(2 * MINUTE);
+    assert_eq!(world.hosts().len(), services);
+    assert!(world.status().synced);
+    world
+}
+
+/// A world that knows `web` with one instance.
+pub(crate) fn web() -> World {
+    let mut world = World::new();
+    world.register("web", "w1", "10.0.0.1");
+    world.run(SECOND);
+    assert_eq!(world.addresses("web"), ["10.0.0.1"]);
+    world
+}
+
+/// It asks for the instances of `web`.
+pub(crate) fn of_web(request: &Request) -> bool {
+    request.path == "/v1/health/service/web"
+}
+
+pub(crate) fn json_of(response: &Response) -> Value {
+    serde_json::from_slice(&response.body).unwrap()
 }

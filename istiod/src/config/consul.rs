@@ -1,5 +1,6 @@
-//! Settings of a Consul cluster as a source.
+//! Settings of a Consul cluster: as a source, and as a place that the mesh's services are written into.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -7,6 +8,7 @@ use std::time::Duration;
 use registry::source::consul::client::{Server, TlsFiles};
 use registry::source::consul::convert::Mapping;
 use registry::source::consul::drive::Connection;
+use registry::source::consul::export::Settings;
 
 use super::Span;
 use super::reader::{Reader, name, span, whole};
@@ -15,8 +17,15 @@ use super::reader::{Reader, name, span, whole};
 const WATCHES: usize = 150;
 /// And over HTTP/2, where a hundred share one.
 const SHARED_WATCHES: usize = 12_000;
+/// The node of an owner, `mesh-OWNER`, is a DNS label.
+const MOST_OWNER: usize = 58;
+/// The names of services that follow need some room.
+const MOST_PREFIX: usize = 32;
 /// The longest that Consul lets a question wait.
 const LONGEST: Duration = Duration::from_secs(600);
+
+/// Entries written in a second, usually: half of what Consul's documents call much.
+const RATE: u32 = 50;
 
 /// A Consul cluster whose services are followed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +48,25 @@ pub struct Consul {
     pub max_watches: Option<usize>,
     /// How long a question waits for a change.
     pub wait: Duration,
+    /// The mesh's services are written into it too.
+    pub export: Option<Export>,
+}
+
+/// How the mesh's services are written into a Consul cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Export {
+    /// Name of this mesh among those that write there.
+    pub owner: String,
+    /// The datacenters that are written into.
+    pub datacenters: Vec<String>,
+    /// Before the names of services.
+    pub prefix: String,
+    /// Tags of every entry.
+    pub tags: Vec<String>,
+    /// Entries written in a second.
+    pub rate: u32,
+    /// File with the ACL token, when it is another one than that for reading.
+    pub token: Option<PathBuf>,
 }
 
 impl Consul {
@@ -51,13 +79,29 @@ impl Consul {
                 nearest: position == 0,
                 ..Mapping::new(&self.cluster, datacenter)
             };
-            let connection = Connection {
-                servers: self.servers.clone(),
-                token: self.token.clone(),
-                tls: self.tls.clone(),
-            };
-            (mapping, connection)
+            (mapping, self.connection(self.token.clone()))
         })
+    }
+
+    /// Each datacenter that is written into, with how that is done.
+    pub(crate) fn exports(&self) -> impl Iterator<Item = (Settings, Connection)> + '_ {
+        let all = self.export.iter().flat_map(|export| export.datacenters.iter().map(move |dc| (export, dc)));
+        all.map(|(export, datacenter)| {
+            let settings = Settings {
+                cluster: self.cluster.clone(),
+                domain: self.domain.clone(),
+                prefix: export.prefix.clone(),
+                tags: export.tags.iter().cloned().collect::<BTreeSet<_>>(),
+                rate: export.rate,
+                ..Settings::new(&export.owner, datacenter, self.servers.len())
+            };
+            let token = export.token.clone().or_else(|| self.token.clone());
+            (settings, self.connection(token))
+        })
+    }
+
+    fn connection(&self, token: Option<PathBuf>) -> Connection {
+        Connection { servers: self.servers.clone(), token, tls: self.tls.clone() }
     }
 
     /// Questions that wait at the same time, in each datacenter.
@@ -86,6 +130,8 @@ pub(super) fn taken(reader: &mut Reader) -> Option<Consul> {
         let wait = span(text, Duration::from_secs(1))?;
         if wait > LONGEST { Err("must be at most 10m".to_owned()) } else { Ok(wait) }
     });
+    let datacenters = if datacenters.is_empty() { vec!["dc1".to_owned()] } else { datacenters };
+    let export = export(reader, &datacenters);
     let tls = addresses.iter().any(|(_, tls)| *tls);
     if addresses.is_empty() {
         if reader.has("sources.consul") && !reader.has("sources.consul.addresses") {
@@ -106,7 +152,7 @@ pub(super) fn taken(reader: &mut Reader) -> Option<Consul> {
     let identity = cert.zip(key);
     Some(Consul {
         servers: addresses.into_iter().map(|(server, _)| server).collect(),
-        datacenters: if datacenters.is_empty() { vec!["dc1".to_owned()] } else { datacenters },
+        datacenters,
         cluster,
         namespace,
         domain,
@@ -114,7 +160,41 @@ pub(super) fn taken(reader: &mut Reader) -> Option<Consul> {
         tls: ca.filter(|_| tls).map(|ca| TlsFiles { ca, identity, server_name }),
         max_watches,
         wait,
+        export,
     })
+}
+
+/// What the file says of writing; nothing without an owner.
+fn export(reader: &mut Reader, followed: &[String]) -> Option<Export> {
+    let setting = |name: &str| format!("sources.consul.export.{name}");
+    let owner = reader.take(&setting("owner"), None, |text| label(text, MOST_OWNER).map(Some));
+    let datacenters = reader.take_list(&setting("datacenters"), name);
+    let prefix = reader.take(&setting("prefix"), String::new(), |text| {
+        // What follows makes it a label.
+        label(&format!("{text}x"), MOST_PREFIX).map(|_| text.to_owned())
+    });
+    let tags = reader.take_list(&setting("tags"), |text| Ok(text.to_owned()));
+    let rate = reader.take(&setting("rate"), RATE, |text| {
+        u32::try_from(whole(text, 1)?).map_err(|error| error.to_string())
+    });
+    let token = reader.take(&setting("tokenFile"), None, |text| Ok(Some(PathBuf::from(text))));
+    if owner.is_none() && reader.has("sources.consul.export") && !reader.has(&setting("owner")) {
+        let told = "needs owner: a name of this mesh, which no other mesh has that writes there";
+        reader.wrong("sources.consul.export", told.to_owned());
+    }
+    let nearest = || followed.iter().take(1).cloned().collect();
+    let datacenters = if datacenters.is_empty() { nearest() } else { datacenters };
+    Some(Export { owner: owner?, datacenters, prefix, tags, rate, token })
+}
+
+/// A DNS label of at most so many bytes.
+fn label(text: &str, most: usize) -> Result<String, String> {
+    let good = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    let dashed = text.starts_with('-') || text.ends_with('-');
+    if (1..=most).contains(&text.len()) && text.bytes().all(good) && !dashed {
+        return Ok(text.to_owned());
+    }
+    Err(format!("must be lower case letters, digits and dashes, at most {most}, this is {text:?}"))
 }
 
 /// `http://HOST:PORT`, and whether it is https.
@@ -169,7 +249,22 @@ impl fmt::Display for Consul {
         if let Some(watches) = self.max_watches {
             writeln!(f, "    maxWatches: {watches}")?;
         }
-        writeln!(f, "    wait: {}", Span(self.wait))
+        writeln!(f, "    wait: {}", Span(self.wait))?;
+        self.export.as_ref().map_or(Ok(()), |export| write!(f, "{export}"))
+    }
+}
+
+/// The part of a file below `sources.consul`.
+impl fmt::Display for Export {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { owner, datacenters, prefix, tags, rate, token } = self;
+        let list = |values: &[String]| serde_json::Value::from(values.to_vec());
+        writeln!(f, "    export:\n      owner: {owner:?}\n      datacenters: {}", list(datacenters))?;
+        writeln!(f, "      prefix: {prefix:?}\n      tags: {}\n      rate: {rate}", list(tags))?;
+        if let Some(token) = token {
+            writeln!(f, "      tokenFile: {}", serde_json::Value::from(token.display().to_string()))?;
+        }
+        Ok(())
     }
 }
 
@@ -184,14 +279,21 @@ mod tests {
     #[test]
     fn a_cluster_is_read_and_comes_back_as_it_was_written() {
         let text = "{addresses: ['https://[::1]:8501', 'https://c.example.com:8501'], datacenters: [dc1, dc2], \
-             tokenFile: /t, caFile: /ca, certFile: /cert, keyFile: /key, serverName: server.dc1.consul, wait: 30s}";
+             tokenFile: /t, caFile: /ca, certFile: /cert, keyFile: /key, serverName: server.dc1.consul, wait: 30s, \
+             export: {owner: m1, prefix: m-, tags: [a], rate: 7, tokenFile: /w}}";
         let config = parse(text).unwrap();
         let again = Config::parse("f", &config.to_string()).unwrap();
         assert_eq!(again.consul, config.consul);
         let consul = config.consul.unwrap();
         let nearest: Vec<bool> = consul.datacenters().map(|(mapping, _)| mapping.nearest).collect();
         assert_eq!((nearest, consul.watches()), (vec![true, false], 6_000));
+        let exports: Vec<_> = consul.exports().collect();
+        let [(settings, connection)] = exports.as_slice() else { panic!("{exports:?}") };
+        let told = (settings.node(), settings.datacenter.as_str(), settings.prefix.as_str(), settings.rate);
+        assert_eq!(told, ("mesh-m1".to_owned(), "dc1", "m-", 7));
+        assert_eq!(connection.token, Some("/w".into()));
         let plain = parse("{addresses: 'http://127.0.0.1:8500'}").unwrap().consul.unwrap();
+        assert_eq!(plain.exports().count(), 0, "off unless asked for");
         assert_eq!((plain.datacenters.clone(), plain.watches()), (vec!["dc1".to_owned()], 150));
     }
 
@@ -206,6 +308,12 @@ mod tests {
             ("{addresses: 'https://a:1', caFile: /c, certFile: /c}", "needs keyFile"),
             ("{addresses: 'http://a:1', wait: 11m}", "at most 10m"),
             ("{addresses: 'http://a:1', adress: x}", "no such setting"),
+            ("{addresses: 'http://a:1', export: {}}", "needs owner"),
+            ("{addresses: 'http://a:1', export: {datacenters: [dc1]}}", "needs owner"),
+            ("{addresses: 'http://a:1', export: {owner: 'Mesh 1'}}", "must be lower case letters"),
+            ("{addresses: 'http://a:1', export: {owner: m, prefix: a.}}", "must be lower case letters"),
+            ("{addresses: 'http://a:1', export: {owner: m, rate: 0}}", "from 1"),
+            ("{addresses: 'http://a:1', export: {owner: m, name: x}}", "no such setting"),
         ] {
             let told = parse(text).unwrap_err();
             assert!(told.iter().any(|told| told.contains(expect)), "{text}: {told:?}");

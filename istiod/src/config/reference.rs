@@ -94,6 +94,24 @@ pub const SETTINGS: &[Setting] = &[
         "",
         "how long a question waits for a change, at most 10m; 60s if there is none",
     ),
+    setting(
+        "sources.consul.export.owner",
+        "",
+        "services of the mesh are written into Consul, as this mesh's, on the node mesh-OWNER; a name that no other mesh has",
+    ),
+    setting(
+        "sources.consul.export.datacenters",
+        "",
+        "datacenters that are written into, a list; the first of sources.consul.datacenters if there is none",
+    ),
+    setting("sources.consul.export.prefix", "", "before the names of the services in Consul"),
+    setting("sources.consul.export.tags", "", "tags of every entry in Consul, a list"),
+    setting("sources.consul.export.rate", "", "entries written in a second, at most; 50 if there is none"),
+    setting(
+        "sources.consul.export.tokenFile",
+        "",
+        "file with the ACL token for writing; sources.consul.tokenFile if there is none",
+    ),
     setting("log.level", "info", "a level, or levels by module such as info,xds=debug"),
     setting("log.format", "text", "text or json"),
 ];

@@ -4,10 +4,6 @@
 //! begins with what the state holds, so that it repeats nothing and removes nothing that it has not seen go.
 
 use ca::renewal::Clock;
-use prometheus_client::encoding::EncodeLabelSet;
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use registry::source::Catalog;
 use registry::source::consul::convert::Mapping;
@@ -18,35 +14,29 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::{Counters, Gauges, Labels, Turns};
 use crate::config::consul::Consul;
 use crate::raft::{Command, Raft};
-
-/// Where a datacenter's metrics are told apart.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Labels {
-    datacenter: String,
-}
 
 /// The metrics of all datacenters.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Metrics {
-    following: Family<Labels, Gauge>,
-    age: Family<Labels, Gauge>,
-    services: Family<Labels, Gauge>,
-    endpoints: Family<Labels, Gauge>,
-    held: Family<Labels, Gauge>,
-    frozen: Family<Labels, Gauge>,
-    problems: Family<Labels, Gauge>,
-    questions: Family<Labels, Counter>,
-    failures: Family<Labels, Counter>,
-    published: Family<Labels, Counter>,
+    following: Gauges,
+    age: Gauges,
+    services: Gauges,
+    endpoints: Gauges,
+    held: Gauges,
+    frozen: Gauges,
+    problems: Gauges,
+    questions: Counters,
+    failures: Counters,
+    published: Counters,
 }
 
 impl Metrics {
     /// Metrics that `registry` shows, under names that begin with `istiod_consul_`.
     pub(crate) fn registered(registry: &mut Registry) -> Self {
         let metrics = Self::default();
-        let consul = registry.sub_registry_with_prefix("istiod_consul");
         let gauges = [
             ("following", "1 on the member that follows the datacenter", &metrics.following),
             (
@@ -64,40 +54,30 @@ impl Metrics {
             ),
             ("problems", "Services and instances that have no place in the mesh", &metrics.problems),
         ];
-        for (name, help, gauge) in gauges {
-            consul.register(name, help, gauge.clone());
-        }
         let counters = [
             ("questions", "Questions asked", &metrics.questions),
             ("failures", "Questions that failed, or whose answers were refused", &metrics.failures),
             ("published_services", "Changes of services that went into the log", &metrics.published),
         ];
-        for (name, help, counter) in counters {
-            consul.register(name, help, counter.clone());
-        }
+        super::register(registry, "istiod_consul", &gauges, &counters);
         metrics
     }
 
     fn show(&self, labels: &Labels, before: &Status, status: &Status) {
-        let whole = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
-        let seconds = i64::try_from(status.age.as_secs()).unwrap_or(i64::MAX);
-        for (gauge, value) in [
-            (&self.age, seconds),
-            (&self.services, whole(status.services)),
-            (&self.endpoints, whole(status.endpoints)),
-            (&self.held, whole(status.held)),
-            (&self.frozen, i64::from(status.frozen.is_some())),
-            (&self.problems, whole(status.problems.len())),
-        ] {
-            gauge.get_or_create(labels).set(value);
-        }
-        for (counter, was, is) in [
+        let gauges = [
+            (&self.age, usize::try_from(status.age.as_secs()).unwrap_or(usize::MAX)),
+            (&self.services, status.services),
+            (&self.endpoints, status.endpoints),
+            (&self.held, status.held),
+            (&self.frozen, usize::from(status.frozen.is_some())),
+            (&self.problems, status.problems.len()),
+        ];
+        let counters = [
             (&self.questions, before.questions, status.questions),
             (&self.failures, before.failures, status.failures),
             (&self.published, before.published, status.published),
-        ] {
-            counter.get_or_create(labels).inc_by(is.saturating_sub(was));
-        }
+        ];
+        super::show(labels, &gauges, &counters);
     }
 }
 
@@ -141,22 +121,11 @@ impl Source {
     async fn follow(self, stop: CancellationToken) {
         let Mapping { cluster, datacenter, .. } = &self.settings.mapping;
         let labels = Labels { datacenter: format!("{cluster}/{datacenter}") };
-        let mut leads = self.raft.status();
-        loop {
-            let led = stop.run_until_cancelled(leads.wait_for(|status| status.leading)).await;
-            let Some(Ok(term)) = led.map(|led| led.map(|status| status.term)) else { return };
+        let mut turns = Turns { leads: self.raft.status(), stop };
+        while let Some((term, turn)) = turns.begin().await {
             self.metrics.following.get_or_create(&labels).set(1);
             tracing::info!(datacenter = labels.datacenter, term, "following a Consul datacenter");
-            let turn = stop.child_token();
-            let over = async {
-                // Another term is another turn, for others may have led in between.
-                let over = leads.wait_for(|status| !status.leading || status.term != term).await;
-                turn.cancel();
-                over.is_ok()
-            };
-            let ((), goes_on) = tokio::join!(self.turn(&labels, turn.clone()), async {
-                stop.run_until_cancelled(over).await.unwrap_or(false)
-            });
+            let ((), goes_on) = tokio::join!(self.turn(&labels, turn.clone()), turns.end(term, turn));
             self.metrics.following.get_or_create(&labels).set(0);
             if !goes_on {
                 return;

@@ -366,14 +366,14 @@ impl Catalog {
             return Response::error(413, "Transaction contains too many operations (%d > 64)");
         }
         let before = self.clone();
-        for operation in operations {
+        for (position, operation) in operations.iter().enumerate() {
             let done = match operation.as_object().and_then(|o| o.iter().next()) {
                 Some((kind, operation)) => self.operate(kind, operation),
                 None => false,
             };
             if !done {
                 *self = before;
-                let body = json!({"Results": null, "Errors": [{"OpIndex": 0, "What": "failed"}]});
+                let body = json!({"Results": null, "Errors": [{"OpIndex": position, "What": "failed"}]});
                 return Response { status: 409, ..self.found(&body, None) };
             }
         }
@@ -388,6 +388,13 @@ impl Catalog {
                 let given = &operation["Node"];
                 self.register(&json!({"Node": given["Node"], "Address": given["Address"], "NodeMeta": given["Meta"]}))
             }
+            ("Node", "cas") => {
+                let given = &operation["Node"];
+                let index = text(given, "Node").and_then(|name| self.nodes.get(&name)).map_or(0, |n| n.index);
+                given["ModifyIndex"].as_u64().unwrap_or_default() == index
+                    && self.operate("Node", &json!({"Verb": "set", "Node": given}))
+            }
+            ("Service", "set") if operation["Service"]["Address"] == "0.0.0.0" => false,
             ("Service", "set") if self.nodes.contains_key(&node) => {
                 self.register(&json!({"Node": node, "Address": "", "SkipNodeUpdate": true, "Service": operation["Service"]}))
             }
@@ -461,7 +468,7 @@ impl Catalog {
         let node = self.nodes.get(name);
         json!({
             "Node": name, "Datacenter": self.datacenter, "Address": node.map(|n| n.address.clone()),
-            "Meta": node.map(|n| n.meta.clone()), "CreateIndex": node.map(|n| n.index),
+            "Meta": node.map(|n| n.meta.clone()), "ModifyIndex": node.map(|n| n.index),
         })
     }
 

@@ -81,15 +81,30 @@ pub fn instances(body: &[u8]) -> Result<Vec<Instance>, Malformed> {
     Ok(entries.unwrap_or_default().into_iter().map(Instance::from).collect())
 }
 
-/// The services of `GET /v1/catalog/node-services/NODE`; empty for a node that is not there.
+/// The node of `GET /v1/catalog/node/NODE`; `None` when it is not there.
 ///
 /// # Errors
 ///
 /// When the body is something else.
-pub fn node_services(body: &[u8]) -> Result<Vec<Registered>, Malformed> {
-    let node: Option<wire::NodeServices> = serde_json::from_slice(body)?;
-    let services = node.and_then(|node| node.services).unwrap_or_default();
-    Ok(services.into_iter().map(Registered::from).collect())
+pub fn node(body: &[u8]) -> Result<Option<Node>, Malformed> {
+    let found: Option<wire::NodeServices> = serde_json::from_slice(body)?;
+    Ok(found.map(|wire::NodeServices { node, services }| Node {
+        index: node.modify_index,
+        address: node.address,
+        meta: node.meta.unwrap_or_default(),
+        services: services.unwrap_or_default().into_iter().map(|(id, one)| (id, one.into())).collect(),
+    }))
+}
+
+/// What of a transaction was refused, from the answer with status 409 to `PUT /v1/txn`: positions of operations, with
+/// the reasons.
+///
+/// # Errors
+///
+/// When the body is something else.
+pub fn refusals(body: &[u8]) -> Result<Vec<(usize, String)>, Malformed> {
+    let refused: wire::Refused = serde_json::from_slice(body)?;
+    Ok(refused.errors.unwrap_or_default().into_iter().map(|error| (error.op_index, error.what)).collect())
 }
 
 /// How an instance stands, from the worst of its checks and those of its node.
@@ -154,6 +169,19 @@ pub struct Instance {
     pub condition: Condition,
     /// What it is.
     pub kind: Kind,
+}
+
+/// A node, with its services.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Node {
+    /// Index of its last change; what happens to its services does not move it.
+    pub index: u64,
+    /// Its address.
+    pub address: String,
+    /// Its metadata.
+    pub meta: BTreeMap<String, String>,
+    /// What is registered on it, by id.
+    pub services: BTreeMap<String, Registered>,
 }
 
 /// A service of one node, as the catalog has it.
@@ -258,6 +286,8 @@ mod wire {
         pub(super) address: String,
         pub(super) meta: Option<BTreeMap<String, String>>,
         pub(super) locality: Option<Locality>,
+        #[serde(default)]
+        pub(super) modify_index: u64,
     }
 
     #[derive(Deserialize)]
@@ -332,27 +362,22 @@ mod wire {
     #[derive(Deserialize)]
     #[serde(rename_all = "PascalCase")]
     pub(super) struct NodeServices {
-        pub(super) services: Option<ById>,
+        pub(super) node: Node,
+        pub(super) services: Option<BTreeMap<String, Service>>,
     }
 
-    /// A map by id.
-    #[derive(Default)]
-    pub(super) struct ById(Vec<Service>);
-
-    impl<'de> Deserialize<'de> for ById {
-        fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-            let by_id = BTreeMap::<String, Service>::deserialize(deserializer)?;
-            Ok(Self(by_id.into_values().collect()))
-        }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "PascalCase")]
+    pub(super) struct Refused {
+        pub(super) errors: Option<Vec<Refusal>>,
     }
 
-    impl IntoIterator for ById {
-        type Item = Service;
-        type IntoIter = std::vec::IntoIter<Service>;
-
-        fn into_iter(self) -> Self::IntoIter {
-            self.0.into_iter()
-        }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "PascalCase")]
+    pub(super) struct Refusal {
+        pub(super) op_index: usize,
+        #[serde(default)]
+        pub(super) what: String,
     }
 }
 
@@ -394,6 +419,20 @@ mod tests {
         }
         assert_eq!(services(b"{}").unwrap().len(), 0);
         assert_eq!(services(br#"{"web":null,"db":["b","a"]}"#).unwrap()["db"].len(), 2);
+        for body in [&b"[]"[..], b"{}", b"{\"Node\":{\"Node\":\"n\"},\"Services\":[]}", b"\xff"] {
+            assert!(node(body).is_err(), "{}", String::from_utf8_lossy(body));
+        }
+        assert_eq!(node(b"null").unwrap(), None);
+    }
+
+    #[test]
+    fn a_node_comes_with_its_services_and_a_transaction_with_what_was_refused() {
+        let body = br#"{"Node":{"Node":"n","Address":"10.0.0.1","Meta":{"a":"b"},"ModifyIndex":7},
+            "Services":{"w":{"ID":"w","Service":"web","Port":80,"Meta":null,"Weights":{"Passing":3,"Warning":1}}}}"#;
+        let node = node(body).unwrap().unwrap();
+        assert_eq!((node.index, node.meta["a"].as_str(), node.services["w"].weight), (7, "b", 3));
+        let refused = refusals(br#"{"Results":null,"Errors":[{"OpIndex":2,"What":"no"}]}"#).unwrap();
+        assert_eq!(refused, [(2, "no".to_owned())]);
     }
 
     #[test]

@@ -501,10 +501,7 @@ impl Datacenter {
         }
         watched.came_back();
         let converted = convert(name, instances, &self.settings.mapping, watched.previous());
-        let absent = converted.endpoints.is_empty() && converted.skipped > 0 && converted.problems.is_empty();
-        let wanted = (!absent).then(|| Arc::new(converted));
-        if watched.wanted != wanted || watched.published.is_none() {
-            watched.wanted = wanted;
+        if watched.take_over(converted, instances.len()) {
             self.publishing.dirty(name, now);
         }
     }

@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::Method;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -43,11 +44,26 @@ pub struct Proposal {
 /// What is under way beside the questions.
 type Publishing = Pin<Box<dyn Future<Output = bool> + Send>>;
 
-struct Drive {
-    machine: Datacenter,
+/// The way to the servers, with the credentials that the files hold.
+pub(super) struct Link {
     connection: Connection,
     credentials: Option<Credentials>,
+    /// Or why there is none.
     client: Result<Arc<Client>, String>,
+}
+
+/// What is sent to a server, by its position.
+pub(super) struct Call {
+    pub(super) server: usize,
+    pub(super) method: Method,
+    pub(super) path: String,
+    pub(super) body: Vec<u8>,
+    pub(super) timeout: Duration,
+}
+
+struct Drive {
+    machine: Datacenter,
+    link: Link,
     asking: JoinSet<(u64, Result<Answer, String>)>,
     publishing: Option<Publishing>,
     proposals: mpsc::Sender<Proposal>,
@@ -61,16 +77,8 @@ pub async fn watch(
     status: watch::Sender<Status>,
     stop: CancellationToken,
 ) {
-    let mut drive = Drive {
-        machine,
-        connection,
-        credentials: None,
-        client: Err("no credentials were read yet".to_owned()),
-        asking: JoinSet::new(),
-        publishing: None,
-        proposals,
-    };
-    drive.reload();
+    let mut drive =
+        Drive { machine, link: Link::new(connection), asking: JoinSet::new(), publishing: None, proposals };
     let mut looks = tokio::time::interval(LOOK);
     let actions = drive.machine.tick(now());
     drive.act(actions);
@@ -89,7 +97,7 @@ pub async fn watch(
                 drive.machine.on_published(done, now())
             }
             _ = looks.tick() => {
-                let changed = drive.reload();
+                let changed = drive.link.reload();
                 status.send_if_modified(|told| {
                     let next = drive.machine.status(now());
                     let differs = *told != next;
@@ -116,9 +124,17 @@ async fn published(publishing: &mut Option<Publishing>) -> bool {
     }
 }
 
-impl Drive {
+impl Link {
+    /// A link with the credentials that there are now.
+    pub(super) fn new(connection: Connection) -> Self {
+        let client = Err("no credentials were read yet".to_owned());
+        let mut link = Self { connection, credentials: None, client };
+        link.reload();
+        link
+    }
+
     /// Reads token and certificates again; true when they have changed.
-    fn reload(&mut self) -> bool {
+    pub(super) fn reload(&mut self) -> bool {
         let Connection { servers, token, tls } = &self.connection;
         let read = match Credentials::read(token.as_ref(), tls.as_ref()) {
             Ok(read) => read,
@@ -138,12 +154,27 @@ impl Drive {
         true
     }
 
+    /// The answer to a call, or why there is none.
+    pub(super) fn call(&self, call: Call) -> impl Future<Output = Result<Answer, String>> + Send + use<> {
+        let client = self.client.clone();
+        async move {
+            let Call { server, method, path, body, timeout } = call;
+            match tokio::time::timeout(timeout, client?.send(server, method, &path, body)).await {
+                Ok(answer) => answer.map_err(|error| told(&error)),
+                Err(_) => Err(format!("no answer within {} s", timeout.as_secs())),
+            }
+        }
+    }
+}
+
+impl Drive {
     fn act(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
-                Action::Ask(query) => {
-                    let client = self.client.clone();
-                    self.asking.spawn(ask(client, query));
+                Action::Ask(Query { id, server, path, timeout }) => {
+                    let call = Call { server, method: Method::GET, path, body: Vec::new(), timeout };
+                    let answer = self.link.call(call);
+                    self.asking.spawn(async move { (id, answer.await) });
                 }
                 Action::Publish(commands) => {
                     let proposals = self.proposals.clone();
@@ -156,18 +187,6 @@ impl Drive {
             }
         }
     }
-}
-
-async fn ask(client: Result<Arc<Client>, String>, query: Query) -> (u64, Result<Answer, String>) {
-    let Query { id, server, path, timeout } = query;
-    let answer = async {
-        let client = client?;
-        match tokio::time::timeout(timeout, client.get(server, &path)).await {
-            Ok(answer) => answer.map_err(|error| told(&error)),
-            Err(_) => Err(format!("no answer within {} s", timeout.as_secs())),
-        }
-    };
-    (id, answer.await)
 }
 
 /// An error with its causes.

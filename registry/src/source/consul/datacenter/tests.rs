@@ -76,7 +76,9 @@ fn what_could_not_be_published_is_published_again() {
     let mut machine = machine(t0);
     let first = machine.tick(t0);
     let next = machine.on_answer(asks(&first)[0].id, &answer(5, r#"{"web":[]}"#), t0);
-    machine.on_answer(asks(&next)[1].id, &answer(4, "[]"), t0);
+    let web =
+        r#"[{"Node":{"Node":"n"},"Service":{"ID":"w","Service":"web","Address":"10.0.0.1","Port":80}}]"#;
+    machine.on_answer(asks(&next)[1].id, &answer(4, web), t0);
     let later = t0 + Duration::from_millis(100);
     let first = machine.tick(later);
     assert!(matches!(&first[..], [Action::Publish(_)]), "{first:?}");

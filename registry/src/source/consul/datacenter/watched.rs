@@ -70,6 +70,17 @@ impl Watched {
         }
     }
 
+    /// Takes over what so many instances make of it; whether that is to be published.
+    pub(super) fn take_over(&mut self, converted: Converted, instances: usize) -> bool {
+        // One without instances that never was in the mesh does not come into it: entries of others have gone.
+        let never_ours = converted.skipped > 0 || instances == 0 && self.previous().is_none();
+        let absent = converted.endpoints.is_empty() && never_ours && converted.problems.is_empty();
+        let wanted = (!absent).then(|| Arc::new(converted));
+        let differs = self.wanted != wanted || self.published.is_none();
+        self.wanted = wanted;
+        differs
+    }
+
     /// It has instances.
     pub(super) fn came_back(&mut self) {
         self.emptied = None;
