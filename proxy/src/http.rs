@@ -276,7 +276,7 @@ pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Reques
         return answer(&decision, call, local);
     };
     if let Err(local) = prepare(&http, &decision, &mut call) {
-        return answer(&decision, call, local);
+        return answer(&decision, call, *local);
     }
     call.keep_headers = decision.response_reads_request();
     mirror(&http, &decision, &mut call);
@@ -419,7 +419,7 @@ fn rewrite_path(http: &Http, rewrite: &PathRewrite, matched: &PathMatch, call: &
 /// # Errors
 ///
 /// The answer to a request whose rewritten path is none.
-fn prepare(http: &Http, decision: &Decision, call: &mut Call) -> Result<(), Local> {
+fn prepare(http: &Http, decision: &Decision, call: &mut Call) -> Result<(), Box<Local>> {
     let Some(forward) = decision.forward() else { return Ok(()) };
     let suppress = http.router.suppress_envoy_headers;
     let mut changed = request_ops(decision, call);
@@ -438,7 +438,8 @@ fn prepare(http: &Http, decision: &Decision, call: &mut Call) -> Result<(), Loca
         Rewritten::Other => changed = true,
         // the old one was not meant for the server
         Rewritten::Broken => {
-            return Err(Local::text(StatusCode::BAD_REQUEST, "").details("path_rewrite_failed"));
+            let local = Local::text(StatusCode::BAD_REQUEST, "").details("path_rewrite_failed");
+            return Err(Box::new(local));
         }
     }
     if changed {

@@ -92,7 +92,7 @@ async fn our_proxy_does_what_envoy_does_with_generated_routes_and_requests() -> 
     }
     assert!(number == 0, "{number} of {asked} requests were answered otherwise");
     let served = statuses.get("status 200").copied().unwrap_or_default();
-    assert!(served * 3 > asked, "few requests reached a server: {statuses:?}");
+    assert!(served * 5 > asked, "few requests reached a server: {statuses:?}");
     Ok(())
 }
 

@@ -95,6 +95,9 @@ impl Call {
                 if !http.logs.is_empty() {
                     exchange.told = Some(Box::new(told_as_it_came(&parts, &authority)));
                 }
+                if http.config.request_id.in_response {
+                    exchange.request_id = parts.headers.get(headers::REQUEST_ID).cloned();
+                }
                 if local.status == BAD && exchange.version < Version::HTTP_2 {
                     local.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }

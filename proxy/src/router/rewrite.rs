@@ -54,9 +54,9 @@ pub fn location(redirect: &Redirect, matched: &PathMatch, head: &Head<'_>) -> St
     let path = match &redirect.path {
         // its own query stands for the request's, and stays
         PathRewrite::Full(new) if new.contains('?') => Cow::Borrowed(&**new),
-        rewrite => {
-            let whole =
-                path(rewrite, matched, head.path_and_query).map_or(head.path_and_query.into(), Cow::Owned);
+        PathRewrite::None | PathRewrite::Prefix(_) | PathRewrite::Regex(_) | PathRewrite::Full(_) => {
+            let new = path(&redirect.path, matched, head.path_and_query);
+            let whole = new.map_or(head.path_and_query.into(), Cow::Owned);
             let end = whole.find('?').filter(|_| redirect.strip_query).unwrap_or(whole.len());
             Cow::Owned(whole.get(..end).unwrap_or_default().to_owned())
         }
