@@ -263,10 +263,10 @@ impl Exchange {
     }
 }
 
-/// A value made from a request that is under way; what is not known is empty.
+/// A value made from a request that is under way, and from the headers of its response; what is not known is empty.
 #[must_use]
-pub fn render(format: &Format, exchange: &Exchange, told: Option<&Told>) -> String {
-    text(format, &exchange.facts(told), "")
+pub fn render(format: &Format, exchange: &Exchange, told: &Told, response: Option<&HeaderMap>) -> String {
+    text(format, &Facts { response, ..exchange.facts(Some(told)) }, "")
 }
 
 fn text(format: &Format, facts: &Facts<'_>, missing: &str) -> String {
@@ -352,8 +352,7 @@ impl Facts<'_> {
             Side::Trailer => self.trailers?,
         };
         let HeaderKey::Name(name) = key else { return None };
-        let values: Vec<String> = map.get_all(name).iter().filter_map(string).collect();
-        (!values.is_empty()).then(|| values.join(","))
+        map.get(name).and_then(string)
     }
 
     /// An operator's value; `None` when there is none.
@@ -368,7 +367,9 @@ impl Facts<'_> {
             Operator::StartTime(format) => start_time(self.began, format.as_deref()),
             Operator::Protocol => self.version.map(|v| protocol(v).to_owned()),
             Operator::ResponseCode => number(self.status.map_or(0, |s| u64::from(s.as_u16()))),
-            Operator::ResponseFlags => (!self.flags.is_empty()).then(|| self.flags.text()),
+            // none have a text, too
+            Operator::ResponseFlags if self.flags.is_empty() => Some("-".to_owned()),
+            Operator::ResponseFlags => Some(self.flags.text()),
             Operator::ResponseCodeDetails => self.version.and_then(|_| filled(self.details)),
             // a connection has no response, but may have been ended for a reason of its own
             Operator::ConnectionTerminationDetails if self.version.is_none() => filled(self.details),

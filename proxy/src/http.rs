@@ -24,6 +24,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use http::header::{self, HeaderMap, HeaderValue};
+use http::uri::PathAndQuery;
 use http::{Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
@@ -36,11 +37,13 @@ use crate::router::{self, rewrite};
 use crate::worker::{RouteTable, Worker};
 use crate::xds::filter::{FilterConfig, PerFilter, Router};
 use crate::xds::listener::hcm::{HttpConnectionManager, ServerHeader};
-use crate::xds::route::action::{Action, ClusterChoice, Forward, WeightedCluster};
-use crate::xds::route::{RequireTls, Route, RouteConfiguration, VirtualHost};
+use crate::xds::mutation::HeaderOps;
+use crate::xds::route::action::{Action, ClusterChoice, Forward, PathRewrite, WeightedCluster};
+use crate::xds::route::{PathMatch, RequireTls, Route, RouteConfiguration, VirtualHost};
 
 use body::ResponseBody;
 use call::Call;
+use exchange::Exchange;
 use filters::Pass;
 use flags::Flags;
 use reply::Local;
@@ -147,20 +150,27 @@ impl Http {
     }
 
     /// The last touch on a response's headers.
-    pub fn finish_headers(&self, connection: &Connection, version: Version, headers: &mut HeaderMap) {
+    pub fn finish_headers(&self, exchange: &Exchange, map: &mut HeaderMap) {
+        let (connection, version) = (&exchange.connection, exchange.version);
         match self.config.server_header {
             ServerHeader::Overwrite => {
-                headers.insert(header::SERVER, self.config.server_name.clone());
+                map.insert(header::SERVER, self.config.server_name.clone());
             }
             ServerHeader::AppendIfAbsent => {
-                headers.entry(header::SERVER).or_insert_with(|| self.config.server_name.clone());
+                map.entry(header::SERVER).or_insert_with(|| self.config.server_name.clone());
             }
             ServerHeader::PassThrough => {}
+        }
+        if let Some(id) = &exchange.request_id {
+            map.insert(headers::REQUEST_ID, id.clone());
+        }
+        if let Some(via) = &self.config.via {
+            headers::append(map, &header::VIA, via.clone());
         }
         let most = self.config.max_requests_per_connection;
         let used_up = most.is_some_and(|m| connection.requests.get() >= m);
         if version < Version::HTTP_2 && (used_up || self.worker.is_draining() || connection.is_draining()) {
-            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+            map.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
     }
 }
@@ -226,9 +236,10 @@ pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Reques
         Ok(call) => call,
         Err(answer) => return *answer,
     };
-    let decision = decide(&http, &mut call);
+    let decided = decide(&http, &mut call);
+    let decision = if let Decided::Route(decision) = &decided { Some(decision) } else { None };
     for filter in &http.config.filters {
-        let per_route = decision.as_ref().map(Decision::per_filter);
+        let per_route = decision.map(Decision::per_filter);
         let mut pass = filters::ask(&http, filter, per_route, &mut call);
         if let Pass::Delay(delay, fault) = pass {
             call.exchange.flags.insert(Flags::DELAY_INJECTED);
@@ -244,32 +255,78 @@ pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Reques
             return local.into_response(call.exchange);
         }
     }
-    let Some(decision) = decision else {
-        let local = Local::text(StatusCode::NOT_FOUND, "").flag(Flags::NO_ROUTE).details("route_not_found");
-        return local.into_response(call.exchange);
+    let decision = match decided {
+        Decided::Route(decision) => decision,
+        Decided::NeedsTls => {
+            let location = format!("https://{}{}", call.head().authority, call.path);
+            return redirect(location, StatusCode::MOVED_PERMANENTLY).into_response(call.exchange);
+        }
+        Decided::Nothing => {
+            let local =
+                Local::text(StatusCode::NOT_FOUND, "").flag(Flags::NO_ROUTE).details("route_not_found");
+            return local.into_response(call.exchange);
+        }
     };
-    if let Some(local) = answer_here(&decision, &call) {
-        return local.into_response(call.exchange);
+    if let Some(local) = answer_here(&http, &decision, &mut call) {
+        return answer(&decision, call, local);
     }
     let Some(upstream) = call.exchange.upstream.clone() else {
         let status = decision.forward().map_or(StatusCode::SERVICE_UNAVAILABLE, |f| f.cluster_not_found);
         let local = Local::text(status, "").flag(Flags::NO_CLUSTER).details("cluster_not_found");
-        return local.into_response(call.exchange);
+        return answer(&decision, call, local);
     };
-    prepare(&http, &decision, &mut call);
+    if let Err(local) = prepare(&http, &decision, &mut call) {
+        return answer(&decision, call, *local);
+    }
     call.keep_headers = decision.response_reads_request();
     mirror(&http, &decision, &mut call);
     match attempts::run(&http, &decision.host, decision.forward(), &upstream, &mut call).await {
         Ok(answer) => respond(&http, &decision, call, answer),
-        Err(local) => local.into_response(call.exchange),
+        Err(mut local) => {
+            if decision.host.include_attempt_count_in_response {
+                let attempts = call.exchange.attempts.max(1);
+                local.headers.insert(headers::ATTEMPT_COUNT, headers::number(attempts.into()));
+            }
+            answer(&decision, call, *local)
+        }
     }
 }
 
+/// The proxy's own answer on a route, with what the route says about responses.
+fn answer(decision: &Decision, mut call: Box<Call>, mut local: Local) -> HttpResponse {
+    local.explain(&mut call.exchange);
+    response_ops(decision, &call, &mut local.headers);
+    if let Some((cors, origin)) = call.cors.take() {
+        filters::cors_response(&cors, origin, &mut local.headers);
+    }
+    local.into_response(call.exchange)
+}
+
+/// What the routes say about a request.
+enum Decided {
+    Route(Decision),
+    /// Its virtual host is for https alone.
+    NeedsTls,
+    Nothing,
+}
+
 /// Finds the route, and draws its cluster.
-fn decide(http: &Rc<Http>, call: &mut Call) -> Option<Decision> {
-    let table = http.routes.borrow().clone()?;
-    let random = http.worker.random();
-    let (host, route) = router::match_route(&table.routes, &call.head(), call.certificate(), random)?;
+fn decide(http: &Rc<Http>, call: &mut Call) -> Decided {
+    let Some(table) = http.routes.borrow().clone() else { return Decided::Nothing };
+    let head = call.head();
+    let Some(host) = table.routes.virtual_host(head.authority) else { return Decided::Nothing };
+    let needs_tls = match host.require_tls {
+        RequireTls::None => false,
+        RequireTls::ExternalOnly | RequireTls::All => {
+            call.parts.headers.get(headers::FORWARDED_PROTO).is_none_or(|proto| proto != "https")
+        }
+    };
+    if needs_tls {
+        return Decided::NeedsTls;
+    }
+    let Some(route) = router::match_in(host, &head, call.certificate(), http.worker.random()) else {
+        return Decided::Nothing;
+    };
     let (host, route) = (Arc::clone(host), Arc::clone(route));
     call.exchange.route = Some(Arc::clone(&route));
     if let Action::Forward(forward) = &route.action
@@ -294,130 +351,158 @@ fn decide(http: &Rc<Http>, call: &mut Call) -> Option<Decision> {
     };
     decision.drawn = drawn;
     call.exchange.upstream = upstream;
-    Some(decision)
+    Decided::Route(decision)
+}
+
+fn redirect(location: String, status: StatusCode) -> Local {
+    let local = Local::text(status, "").details("direct_response");
+    match HeaderValue::try_from(location) {
+        Ok(value) => local.header(header::LOCATION, value),
+        Err(_) => Local::text(StatusCode::BAD_REQUEST, ""),
+    }
 }
 
 /// Redirects, direct responses, and routes that lead nowhere.
-fn answer_here(decision: &Decision, call: &Call) -> Option<Local> {
-    let head = call.head();
-    let insecure = match decision.host.require_tls {
-        RequireTls::None => false,
-        RequireTls::ExternalOnly | RequireTls::All => !call.https,
-    };
-    let redirect = |location: String, status| {
-        let local = Local::text(status, "").details("direct_response");
-        match HeaderValue::try_from(location) {
-            Ok(value) => local.header(header::LOCATION, value),
-            Err(_) => Local::text(StatusCode::BAD_REQUEST, ""),
-        }
-    };
-    if insecure {
-        let location = format!("https://{}{}", router::without_port(head.authority), head.path_and_query);
-        return Some(redirect(location, StatusCode::MOVED_PERMANENTLY));
-    }
-    let mut local = match &decision.route.action {
+fn answer_here(http: &Http, decision: &Decision, call: &mut Call) -> Option<Local> {
+    let matched = &decision.route.matches.path;
+    Some(match &decision.route.action {
         Action::Forward(_) => return None,
-        Action::Redirect(r) => redirect(rewrite::location(r, &decision.route.matches.path, &head), r.status),
+        Action::Redirect(r) => {
+            let local = redirect(rewrite::location(r, matched, &call.head()), r.status);
+            // header operations see the new path, as in Envoy
+            if matches!(r.path, PathRewrite::Prefix(_) | PathRewrite::Regex(_)) {
+                rewrite_path(http, &r.path, matched, call);
+            }
+            local
+        }
         Action::Direct(d) => {
             let text = String::from_utf8_lossy(&d.body).into_owned();
-            Local::text(d.status, text).details("direct_response")
+            let local = Local::text(d.status, text).details("direct_response");
+            let elsewhere = d.status == StatusCode::CREATED || d.status.is_redirection();
+            match HeaderValue::try_from(rewrite::own_location(&call.head())) {
+                Ok(here) if elsewhere => local.header(header::LOCATION, here),
+                _ => local,
+            }
         }
         Action::NonForwarding => {
             Local::text(StatusCode::NOT_FOUND, "").flag(Flags::NO_ROUTE).details("route_not_found")
         }
-    };
-    response_ops(decision, call, &mut local.headers);
-    Some(local)
+    })
 }
 
-/// Carries out what the route says about the request.
-fn prepare(http: &Http, decision: &Decision, call: &mut Call) {
-    let Some(forward) = decision.forward() else { return };
-    let matched = &decision.route.matches.path;
-    let suppress = http.router.suppress_envoy_headers;
-    let host = rewritten_host(decision, forward, call);
-    let before = call.path.clone();
-    if let Some(new) = rewrite::path(&forward.path_rewrite, matched, call.path.as_str())
-        && let Ok(new) = new.as_str().try_into()
+/// What became of a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rewritten {
+    Same,
+    Other,
+    /// The new one is none.
+    Broken,
+}
+
+/// Gives the request another path, and keeps the old one in a header.
+fn rewrite_path(http: &Http, rewrite: &PathRewrite, matched: &PathMatch, call: &mut Call) -> Rewritten {
+    let Some(new) = rewrite::path(rewrite, matched, call.path.as_str()) else { return Rewritten::Same };
+    // a path without its slash is none: no server reads it
+    let new = if new.starts_with('/') { new } else { format!("/{new}") };
+    let Ok(new) = PathAndQuery::try_from(new) else { return Rewritten::Broken };
+    let old = std::mem::replace(&mut call.path, new);
+    if !http.router.suppress_envoy_headers
+        && let Ok(old) = HeaderValue::from_str(old.as_str())
     {
-        let old: http::uri::PathAndQuery = std::mem::replace(&mut call.path, new);
-        if !suppress && let Ok(old) = HeaderValue::from_str(old.as_str()) {
-            call.parts.headers.insert(headers::ORIGINAL_PATH, old);
-        }
+        call.parts.headers.insert(headers::ORIGINAL_PATH, old);
     }
-    let mut changed = request_ops(decision, call) || call.path != before;
-    if let Some(host) = host {
+    Rewritten::Other
+}
+
+/// Carries out what the route says about the request: first its header operations, which see what came.
+///
+/// # Errors
+///
+/// The answer to a request whose rewritten path is none.
+fn prepare(http: &Http, decision: &Decision, call: &mut Call) -> Result<(), Box<Local>> {
+    let Some(forward) = decision.forward() else { return Ok(()) };
+    let suppress = http.router.suppress_envoy_headers;
+    let mut changed = request_ops(decision, call);
+    if let Some(host) = rewritten_host(forward, call) {
         changed = true;
         let old = std::mem::replace(&mut call.authority, host);
         if forward.append_x_forwarded_host {
-            call.parts.headers.append(headers::FORWARDED_HOST, old.clone());
+            headers::append(&mut call.parts.headers, &headers::FORWARDED_HOST, old.clone());
         }
         if !suppress {
             call.parts.headers.insert(headers::ORIGINAL_HOST, old);
         }
     }
+    match rewrite_path(http, &forward.path_rewrite, &decision.route.matches.path, call) {
+        Rewritten::Same => {}
+        Rewritten::Other => changed = true,
+        // the old one was not meant for the server
+        Rewritten::Broken => {
+            let local = Local::text(StatusCode::BAD_REQUEST, "").details("path_rewrite_failed");
+            return Err(Box::new(local));
+        }
+    }
     if changed {
         call.note_changes();
     }
+    Ok(())
 }
 
-fn rewritten_host(decision: &Decision, forward: &Forward, call: &Call) -> Option<HeaderValue> {
+fn rewritten_host(forward: &Forward, call: &Call) -> Option<HeaderValue> {
     use crate::xds::route::action::HostRewrite;
-    if let Some(host) = decision.weighted().and_then(|w| w.host_rewrite.clone()) {
-        return Some(host);
-    }
     match &forward.host_rewrite {
         HostRewrite::None | HostRewrite::Auto => None,
         HostRewrite::Literal(host) => Some(host.clone()),
-        HostRewrite::Header(name) => call.parts.headers.get(name).cloned(),
+        HostRewrite::Header(name) => call.parts.headers.get(name).filter(|host| !host.is_empty()).cloned(),
         HostRewrite::PathRegex(r) => HeaderValue::try_from(rewrite::host_from_path(r, &call.head())).ok(),
     }
 }
 
-/// The levels of header operations, the most specific first unless the configuration says otherwise.
-fn levels<T>(decision: &Decision, weighted: Option<T>, route: T, host: T, config: T) -> Vec<T> {
-    let mut levels: Vec<T> = weighted.into_iter().collect();
-    levels.extend([route, host, config]);
+/// The levels of header operations, the most specific first unless the configuration says otherwise. Those of a
+/// weighted cluster come before them in any case.
+fn levels<T>(decision: &Decision, route: T, host: T, config: T) -> [T; 3] {
     if decision.table.routes.config.most_specific_header_mutations_wins {
-        levels.reverse();
+        [config, host, route]
+    } else {
+        [route, host, config]
     }
-    levels
 }
 
 /// `true` when there was something to do.
 fn request_ops(decision: &Decision, call: &mut Call) -> bool {
     let config = &decision.table.routes.config;
-    let weighted = decision.weighted().map(|w| &w.request_headers);
     let (route, host) = (&decision.route.request_headers, &decision.host.request_headers);
-    if weighted.is_none_or(|w| w.is_empty())
-        && route.is_empty()
-        && host.is_empty()
-        && config.request_headers.is_empty()
-    {
+    let mut changed = false;
+    if let Some(weighted) = decision.weighted() {
+        changed |= carry_out(&weighted.request_headers, call);
+        if let Some(host) = &weighted.host_rewrite {
+            changed = true;
+            call.authority = host.clone();
+        }
+    }
+    for ops in levels(decision, route, host, &config.request_headers) {
+        changed |= carry_out(ops, call);
+    }
+    changed
+}
+
+fn carry_out(ops: &HeaderOps, call: &mut Call) -> bool {
+    if ops.is_empty() {
         return false;
     }
-    for ops in levels(decision, weighted, route, host, &config.request_headers) {
-        let before = if ops.from_request { call.parts.headers.clone() } else { HeaderMap::new() };
-        let mut map = std::mem::replace(&mut call.parts.headers, before);
-        headers::apply(ops, &mut map, &|f| call.render(f));
-        call.parts.headers = map;
-    }
+    let mut map = std::mem::take(&mut call.parts.headers);
+    headers::apply(ops, &mut map, &|f, now| call.render(f, Some(now), None));
+    call.parts.headers = map;
     true
 }
 
 fn response_ops(decision: &Decision, call: &Call, map: &mut HeaderMap) {
     let config = &decision.table.routes.config;
-    let weighted = decision.weighted().map(|w| &w.response_headers);
     let (route, host) = (&decision.route.response_headers, &decision.host.response_headers);
-    if weighted.is_none_or(|w| w.is_empty())
-        && route.is_empty()
-        && host.is_empty()
-        && config.response_headers.is_empty()
-    {
-        return;
-    }
-    for ops in levels(decision, weighted, route, host, &config.response_headers) {
-        headers::apply(ops, map, &|f| call.render(f));
+    let weighted = decision.weighted().map(|w| &w.response_headers);
+    let levels = levels(decision, route, host, &config.response_headers);
+    for ops in weighted.into_iter().chain(levels).filter(|ops| !ops.is_empty()) {
+        headers::apply(ops, map, &|f, now| call.render(f, None, Some(now)));
     }
 }
 
@@ -450,20 +535,16 @@ fn respond(
     if decision.host.include_attempt_count_in_response {
         parts.headers.insert(headers::ATTEMPT_COUNT, headers::number(call.exchange.attempts.into()));
     }
-    if http.config.request_id.in_response
-        && let Some(id) = call.exchange.told.as_ref().and_then(|t| t.headers.get(headers::REQUEST_ID))
-    {
-        parts.headers.insert(headers::REQUEST_ID, id.clone());
-    }
-    if let Some((cors, origin)) = call.cors.take() {
-        filters::cors_response(&cors, origin, &mut parts.headers);
-    }
     if let Some(cookie) = cookie {
         parts.headers.append(header::SET_COOKIE, cookie);
     }
+    call.exchange.status = Some(parts.status);
     response_ops(decision, &call, &mut parts.headers);
+    if let Some((cors, origin)) = call.cors.take() {
+        filters::cors_response(&cors, origin, &mut parts.headers);
+    }
     let upgrade = parts.headers.get(header::CONNECTION).filter(|_| upgraded).cloned();
-    http.finish_headers(&call.exchange.connection, call.exchange.version, &mut parts.headers);
+    http.finish_headers(&call.exchange, &mut parts.headers);
     if let Some(upgrade) = upgrade {
         parts.headers.insert(header::CONNECTION, upgrade);
     }

@@ -46,8 +46,7 @@ pub enum Next {
 /// Whether the policy is for this request at all (`retriable_request_headers`).
 #[must_use]
 pub fn applies(policy: &RetryPolicy, head: &Head<'_>) -> bool {
-    policy.num_retries > 0
-        && !policy.on.is_empty()
+    !policy.on.is_empty()
         && (policy.request_headers.is_empty() || policy.request_headers.iter().any(|m| head.fulfils(m)))
 }
 

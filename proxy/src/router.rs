@@ -128,9 +128,19 @@ pub fn match_route<'a>(
     random: u64,
 ) -> Option<(&'a Arc<VirtualHost>, &'a Arc<Route>)> {
     let host = routes.virtual_host(head.authority)?;
+    Some((host, match_in(host, head, certificate, random)?))
+}
+
+/// The first route of a virtual host that matches.
+#[must_use]
+pub fn match_in<'a>(
+    host: &'a VirtualHost,
+    head: &Head<'_>,
+    certificate: ClientCertificate,
+    random: u64,
+) -> Option<&'a Arc<Route>> {
     let path = head.path();
-    let route = host.routes.iter().find(|r| matches(&r.matches, head, path, certificate, random))?;
-    Some((host, route))
+    host.routes.iter().find(|r| matches(&r.matches, head, path, certificate, random))
 }
 
 /// Whether a request fulfils a match that stands alone, outside of a route.

@@ -1,5 +1,7 @@
 //! Beside others: a stock Envoy as data plane of our control plane, and as the oracle for our own proxy.
 
+#[cfg(test)]
+mod generated;
 mod inbound;
 mod oracle;
 mod outbound;

@@ -145,7 +145,7 @@ async fn shown(asked: Asked, ask: &Ask) -> anyhow::Result<Shown> {
     Ok(Shown(lines.into_iter().map(|line| line.replace(asked.name, "WHO")).collect()))
 }
 
-fn answer_lines(answer: anyhow::Result<Answer>) -> Vec<String> {
+pub(crate) fn answer_lines(answer: anyhow::Result<Answer>) -> Vec<String> {
     let answer = match answer {
         Ok(answer) => answer,
         Err(error) => return vec![format!("no answer: {error:#}")],

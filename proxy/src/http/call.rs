@@ -6,8 +6,8 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use http::header::{self, HeaderMap, HeaderValue};
-use http::uri::PathAndQuery;
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::uri::{PathAndQuery, Scheme};
 use http::{Method, Request, StatusCode, Version, request};
 use http_body::Body as _;
 use hyper::body::Incoming;
@@ -46,7 +46,7 @@ pub struct Call {
     pub path: PathAndQuery,
     /// Authority.
     pub authority: HeaderValue,
-    /// Whether the client came over https.
+    /// Whether it is for https: what it says itself, or the proxy before this one, or else its connection.
     pub https: bool,
     /// Whether it asks to leave HTTP.
     pub upgrade: bool,
@@ -79,7 +79,10 @@ impl Call {
         exchange.is_head = parts.method == Method::HEAD;
         exchange.is_grpc =
             parts.headers.get(header::CONTENT_TYPE).is_some_and(|v| router::is_grpc_type(v.as_bytes()));
-        let taken = authority(&mut parts, http)
+        let taken = target(&parts)
+            .and_then(|()| names(&parts, http))
+            .and_then(|()| scheme_fits(&parts, connection, http))
+            .and_then(|()| authority(&mut parts, http, connection.local.port()))
             .and_then(|a| framing(&parts, http).map(|()| a))
             .and_then(|a| one_length(&parts, connection).map(|()| a));
         let authority = match taken {
@@ -87,13 +90,16 @@ impl Call {
             Err(refusal) => return Err(refuse(exchange, refusal)),
         };
         let path = match clean_path(&parts, http) {
-            Ok(Some(path)) => path,
-            Ok(None) => return Err(refuse(exchange, (BAD, "path_normalization_failed", Flags::NONE))),
-            Err(location) => {
-                let mut local =
-                    Local::text(StatusCode::TEMPORARY_REDIRECT, "").details("path_normalization_failed");
-                if let Ok(value) = HeaderValue::try_from(location) {
-                    local.headers.insert(header::LOCATION, value);
+            Ok(path) => path,
+            Err(mut local) => {
+                if !http.logs.is_empty() {
+                    exchange.told = Some(Box::new(told_as_it_came(&parts, &authority)));
+                }
+                if http.config.request_id.in_response {
+                    exchange.request_id = parts.headers.get(headers::REQUEST_ID).cloned();
+                }
+                if local.status == BAD && exchange.version < Version::HTTP_2 {
+                    local.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
                 return Err(Box::new(local.into_response(exchange)));
             }
@@ -149,10 +155,18 @@ impl Call {
         ClientCertificate { presented: shown, validated: shown }
     }
 
-    /// A value made from the request.
+    /// A value made from the request, and from the headers of its response; `request` stands for headers that have
+    /// been taken out.
     #[must_use]
-    pub fn render(&self, format: &Format) -> String {
-        access_log::render(format, &self.exchange, Some(&self.told()))
+    pub fn render(
+        &self,
+        format: &Format,
+        request: Option<&HeaderMap>,
+        response: Option<&HeaderMap>,
+    ) -> String {
+        let headers = request.unwrap_or(&self.parts.headers).clone();
+        let told = Told { headers, ..self.told_without_headers() };
+        access_log::render(format, &self.exchange, &told, response)
     }
 
     /// Access logs tell a request as it is sent on.
@@ -163,23 +177,23 @@ impl Call {
     }
 
     fn told(&self) -> Told {
+        Told { headers: self.parts.headers.clone(), ..self.told_without_headers() }
+    }
+
+    fn told_without_headers(&self) -> Told {
         Told {
             method: self.parts.method.clone(),
             path: self.path.as_str().to_owned(),
             authority: self.authority.clone(),
-            headers: self.parts.headers.clone(),
+            headers: HeaderMap::new(),
         }
     }
 
     /// Takes out what is not for the next hop and what a client may not say.
     fn clean_headers(&mut self, http: &Http) -> Result<(), Refusal> {
         let map = &mut self.parts.headers;
-        if http.config.underscores != Underscores::Allow {
-            let bad: Vec<_> = map.keys().filter(|n| n.as_str().contains('_')).cloned().collect();
-            if !bad.is_empty() && http.config.underscores == Underscores::Reject {
-                return Err((BAD, "http1.unexpected_underscore", Flags::NONE));
-            }
-            for name in bad {
+        if http.config.underscores == Underscores::Drop {
+            for name in underscored(map).cloned().collect::<Vec<_>>() {
                 map.remove(name);
             }
         }
@@ -189,6 +203,7 @@ impl Call {
         if self.parts.version < Version::HTTP_2 && self.parts.method == Method::CONNECT {
             self.exchange.connection.drain();
         }
+        headers::join_lines(map);
         let found = headers::look_over(map);
         if self.parts.version < Version::HTTP_2 && wants_upgrade(map) {
             let name = map.get(header::UPGRADE).and_then(|v| v.to_str().ok()).unwrap_or_default();
@@ -246,19 +261,33 @@ impl Call {
                 map.insert(headers::FORWARDED_PROTO, proto(self.https));
             }
         }
-        if let Some(scheme) = &config.scheme_overwrite {
-            self.https = scheme == "https";
-        }
+        self.https = match (&config.scheme_overwrite, self.parts.uri.scheme()) {
+            (Some(scheme), _) => {
+                map.insert(headers::FORWARDED_PROTO, proto(*scheme == Scheme::HTTPS));
+                *scheme == Scheme::HTTPS
+            }
+            (None, Some(scheme)) => *scheme == Scheme::HTTPS,
+            (None, None) => match map.get(headers::FORWARDED_PROTO).map(HeaderValue::as_bytes) {
+                Some(b"https") => true,
+                Some(b"http") => false,
+                _ => self.https,
+            },
+        };
         let id = &config.request_id;
         let outside = client.use_remote_address && !id.preserve_external;
         if id.generate && (outside || !map.contains_key(headers::REQUEST_ID)) {
             map.insert(headers::REQUEST_ID, headers::request_id(&mut http.worker.shared.rng.borrow_mut()));
         }
+        if id.in_response {
+            self.exchange.request_id = map.get(headers::REQUEST_ID).cloned();
+        }
         if let Some(via) = &config.via {
             map.append(header::VIA, via.clone());
         }
-        if config.append_x_forwarded_port {
-            map.insert("x-forwarded-port", HeaderValue::from(connection.local.port()));
+        let may_tell = !client.use_remote_address || client.xff_num_trusted_hops > 0;
+        let told = may_tell && map.contains_key(headers::FORWARDED_PORT);
+        if config.append_x_forwarded_port && !told {
+            map.insert(headers::FORWARDED_PORT, HeaderValue::from(connection.local.port()));
         }
         forward_certificate(http, &connection, map);
     }
@@ -306,6 +335,7 @@ fn refuse(exchange: Box<Exchange>, (status, details, flags): Refusal) -> Box<Htt
     let text = match status {
         StatusCode::UPGRADE_REQUIRED => "Upgrade Required",
         StatusCode::BAD_REQUEST if flags.contains(Flags::DOWNSTREAM_PROTOCOL) => "Bad Request",
+        StatusCode::FORBIDDEN if flags.contains(Flags::DOWNSTREAM_PROTOCOL) => "Forbidden",
         _ => "",
     };
     let mut local = Local::text(status, text).flag(flags).details(details);
@@ -316,7 +346,7 @@ fn refuse(exchange: Box<Exchange>, (status, details, flags): Refusal) -> Box<Htt
 }
 
 /// The one authority of a request: HTTP/2's, or that of an absolute target, or `host`.
-fn authority(parts: &mut request::Parts, http: &Http) -> Result<HeaderValue, Refusal> {
+fn authority(parts: &mut request::Parts, http: &Http, port: u16) -> Result<HeaderValue, Refusal> {
     if parts.version == Version::HTTP_10 && !http.config.http1.accept_http_10
         || parts.version == Version::HTTP_09
     {
@@ -343,20 +373,23 @@ fn authority(parts: &mut request::Parts, http: &Http) -> Result<HeaderValue, Ref
     if text.contains(['/', '?', '#', '\\', '@', ' ']) {
         return Err((BAD, "invalid_authority", Flags::NONE));
     }
-    let clean = clean_authority(text, http).ok_or((BAD, "invalid_authority", Flags::NONE))?;
+    let clean = clean_authority(text, http, port).ok_or((BAD, "invalid_authority", Flags::NONE))?;
     if clean == text {
         return Ok(value);
     }
     HeaderValue::from_str(&clean).map_err(|_| (BAD, "invalid_authority", Flags::NONE))
 }
 
-fn clean_authority<'a>(text: &'a str, http: &Http) -> Option<std::borrow::Cow<'a, str>> {
+fn clean_authority<'a>(text: &'a str, http: &Http, port: u16) -> Option<std::borrow::Cow<'a, str>> {
     let clean = router::canonical_authority(text)?;
     let bare = router::without_port(&clean);
     let strip = match http.config.strip_port {
         StripPort::Never => false,
         StripPort::Any => true,
-        StripPort::Matching => matches!(clean.get(bare.len()..), Some(":80" | ":443")),
+        StripPort::Matching => {
+            let written = clean.get(bare.len()..).and_then(|p| p.strip_prefix(':'));
+            written.and_then(|p| p.parse().ok()) == Some(port)
+        }
     };
     if strip && bare.len() < clean.len() { Some(bare.to_owned().into()) } else { Some(clean) }
 }
@@ -383,6 +416,38 @@ fn framing(parts: &request::Parts, http: &Http) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// At the edge, who asks for https must have come over TLS.
+fn scheme_fits(parts: &request::Parts, connection: &Connection, http: &Http) -> Result<(), Refusal> {
+    let asks = parts.version < Version::HTTP_2 && parts.uri.scheme() == Some(&Scheme::HTTPS);
+    let client = &http.config.client;
+    let edge = client.use_remote_address && client.xff_num_trusted_hops == 0;
+    if asks && edge && connection.peer.is_none() {
+        return Err((StatusCode::FORBIDDEN, "http1.invalid_scheme", Flags::DOWNSTREAM_PROTOCOL));
+    }
+    Ok(())
+}
+
+/// A path of characters that a path may have (RFC 3986, section 3.3).
+fn target(parts: &request::Parts) -> Result<(), Refusal> {
+    let target = parts.uri.path_and_query().map_or("", PathAndQuery::as_str);
+    if !target.is_ascii() {
+        return Err((BAD, "http1.codec_error", Flags::DOWNSTREAM_PROTOCOL));
+    }
+    Ok(())
+}
+
+fn underscored(headers: &HeaderMap) -> impl Iterator<Item = &HeaderName> {
+    headers.keys().filter(|name| name.as_str().contains('_'))
+}
+
+/// Names of headers without `_`, where those are refused.
+fn names(parts: &request::Parts, http: &Http) -> Result<(), Refusal> {
+    if http.config.underscores == Underscores::Reject && underscored(&parts.headers).next().is_some() {
+        return Err((BAD, "http1.unexpected_underscore", Flags::DOWNSTREAM_PROTOCOL));
+    }
+    Ok(())
+}
+
 /// What the codec has hidden: a head that tells the length of its body in two ways.
 fn one_length(parts: &request::Parts, connection: &Connection) -> Result<(), Refusal> {
     if parts.version >= Version::HTTP_2 {
@@ -398,19 +463,40 @@ fn one_length(parts: &request::Parts, connection: &Connection) -> Result<(), Ref
     Err((BAD, details, Flags::DOWNSTREAM_PROTOCOL))
 }
 
-/// The normalised path; `Ok(None)` is a malformed one, `Err` where to redirect to.
-fn clean_path(parts: &request::Parts, http: &Http) -> Result<Option<PathAndQuery>, String> {
+/// The normalised path, or the answer to one that has none.
+fn clean_path(parts: &request::Parts, http: &Http) -> Result<PathAndQuery, Box<Local>> {
+    let refused = |status, details| Box::new(Local::text(status, "").details(details));
+    let malformed = || refused(BAD, "path_normalization_failed");
     let Some(given) = parts.uri.path_and_query() else {
         // a CONNECT request names no path
-        return Ok((parts.method == Method::CONNECT).then(|| PathAndQuery::from_static("/")));
+        let connects = parts.method == Method::CONNECT;
+        return if connects { Ok(PathAndQuery::from_static("/")) } else { Err(malformed()) };
     };
+    if given.as_str().starts_with('?') {
+        return Err(refused(StatusCode::NOT_FOUND, "absolute_path_rejected"));
+    }
     match normalize(given.as_str(), http.config.path) {
         Normalized::Path(std::borrow::Cow::Borrowed(same)) if same.len() == given.as_str().len() => {
-            Ok(Some(given.clone()))
+            Ok(given.clone())
         }
-        Normalized::Path(other) => Ok(PathAndQuery::try_from(other.as_ref()).ok()),
-        Normalized::Redirect(location) => Err(location),
-        Normalized::Invalid => Ok(None),
+        Normalized::Path(other) => PathAndQuery::try_from(other.as_ref()).map_err(|_| malformed()),
+        Normalized::Redirect(location) => {
+            let mut local = refused(StatusCode::TEMPORARY_REDIRECT, "path_normalization_failed");
+            if let Ok(value) = HeaderValue::try_from(location) {
+                local.headers.insert(header::LOCATION, value);
+            }
+            Err(local)
+        }
+        Normalized::Invalid => Err(malformed()),
+    }
+}
+
+fn told_as_it_came(parts: &request::Parts, authority: &HeaderValue) -> Told {
+    Told {
+        method: parts.method.clone(),
+        path: parts.uri.path_and_query().map_or("", PathAndQuery::as_str).to_owned(),
+        authority: authority.clone(),
+        headers: parts.headers.clone(),
     }
 }
 

@@ -49,6 +49,8 @@ pub struct Exchange {
     pub is_head: bool,
     /// Its head, when an access log will ask.
     pub told: Option<Box<Told>>,
+    /// Its id, when the response tells it.
+    pub request_id: Option<HeaderValue>,
     /// Whether it is gRPC.
     pub is_grpc: bool,
     /// Bytes of its head, about.
@@ -116,6 +118,7 @@ impl Exchange {
             version,
             is_head: false,
             told: None,
+            request_id: None,
             is_grpc: false,
             head_bytes: 0,
             progress: None,

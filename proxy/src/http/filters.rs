@@ -22,6 +22,7 @@ use crate::xds::filter::{
 use crate::xds::jwt::{JwtAuthn, JwtOverride};
 use crate::xds::matcher::StringMatcher;
 use crate::xds::rbac::{Rbac, Rules};
+use crate::xds::route::action::Action;
 
 /// What a filter says.
 #[derive(Debug)]
@@ -241,7 +242,7 @@ fn rate_limit(http: &Http, limit: &Arc<LocalRateLimit>, call: &Call) -> Pass {
         .flag(Flags::RATE_LIMITED)
         .details("local_rate_limited")
         .grpc_when_grpc(if limit.resource_exhausted { 8 } else { 14 });
-    headers::apply(&limit.response_headers, &mut local.headers, &|f| call.render(f));
+    headers::apply(&limit.response_headers, &mut local.headers, &|f, now| call.render(f, None, Some(now)));
     local.headers.insert(headers::RATELIMITED, HeaderValue::from_static("true"));
     Pass::Answer(Box::new(local))
 }
@@ -258,24 +259,26 @@ fn allowed_origin(cors: &Cors, headers: &HeaderMap) -> Option<HeaderValue> {
 }
 
 fn cross_origin(http: &Http, cors: &Arc<Cors>, call: &mut Call) -> Pass {
-    if !call.parts.headers.contains_key(header::ORIGIN) || !cors.enabled.hits(http.worker.random()) {
+    let told = call.parts.headers.get(header::ORIGIN).is_some_and(|origin| !origin.is_empty());
+    let forwards = call.exchange.route.as_ref().is_some_and(|r| matches!(r.action, Action::Forward(_)));
+    if !told || !forwards || !cors.enabled.hits(http.worker.random()) {
         return Pass::On;
     }
     let origin = allowed_origin(cors, &call.parts.headers);
     let preflight = call.parts.method == Method::OPTIONS
         && call.parts.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
-    let Some(origin) = origin else {
-        if preflight && !cors.forward_not_matching_preflights {
-            return Pass::Answer(Box::new(Local::text(StatusCode::OK, "").details("cors_response")));
-        }
-        return Pass::On;
-    };
     if !preflight {
-        call.cors = Some((Arc::clone(cors), origin));
+        call.cors = origin.map(|origin| (Arc::clone(cors), origin));
+        return Pass::On;
+    }
+    if origin.is_none() && cors.forward_not_matching_preflights.unwrap_or(true) {
         return Pass::On;
     }
     let mut local = Local::text(StatusCode::OK, "").details("cors_response");
-    cors_response(cors, origin, &mut local.headers);
+    match origin {
+        Some(origin) => cors_response(cors, origin, &mut local.headers),
+        None => tell_credentials(cors, &mut local.headers),
+    }
     let lists = [
         (header::ACCESS_CONTROL_ALLOW_METHODS, &cors.allow_methods),
         (header::ACCESS_CONTROL_ALLOW_HEADERS, &cors.allow_headers),
@@ -287,23 +290,24 @@ fn cross_origin(http: &Http, cors: &Arc<Cors>, call: &mut Call) -> Pass {
         }
     }
     let private = HeaderName::from_static("access-control-request-private-network");
-    if cors.allow_private_network && call.parts.headers.contains_key(private) {
+    let asks = call.parts.headers.get(private).is_some_and(|value| value == "true");
+    if asks && cors.allow_private_network == Some(true) {
         let name = HeaderName::from_static("access-control-allow-private-network");
         local.headers.insert(name, HeaderValue::from_static("true"));
     }
     Pass::Answer(Box::new(local))
 }
 
-fn origin_headers(cors: &Cors, origin: HeaderValue, headers: &mut HeaderMap) {
-    headers.insert(ALLOW_ORIGIN, origin);
-    if cors.allow_credentials {
+fn tell_credentials(cors: &Cors, headers: &mut HeaderMap) {
+    if cors.allow_credentials == Some(true) {
         headers.insert(header::ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
     }
 }
 
-/// Adds what a cross-origin response must say.
+/// Adds what a cross-origin response must say to an origin that is allowed.
 pub fn cors_response(cors: &Cors, origin: HeaderValue, headers: &mut HeaderMap) {
-    origin_headers(cors, origin, headers);
+    headers.insert(ALLOW_ORIGIN, origin);
+    tell_credentials(cors, headers);
     if let Some(expose) = &cors.expose_headers {
         headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, expose.clone());
     }

@@ -4,6 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use smallvec::SmallVec;
 
 use crate::tls::Peer;
 use crate::xds::format::Format;
@@ -26,6 +27,7 @@ names! {
     FORWARDED_CLIENT_CERT = "x-forwarded-client-cert";
     FORWARDED_FOR = "x-forwarded-for";
     FORWARDED_HOST = "x-forwarded-host";
+    FORWARDED_PORT = "x-forwarded-port";
     FORWARDED_PROTO = "x-forwarded-proto";
     GRPC_MESSAGE = "grpc-message";
     GRPC_STATUS = "grpc-status";
@@ -82,8 +84,10 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap, found: Found, upgrade: bool) {
         strip_named(headers);
     }
     if found.other_hop_by_hop {
-        let trailers =
-            headers.get_all(header::TE).iter().any(|v| v.as_bytes().eq_ignore_ascii_case(b"trailers"));
+        let has_trailers = |line: &[u8]| {
+            line.split(|b| *b == b',').any(|te| te.trim_ascii().eq_ignore_ascii_case(b"trailers"))
+        };
+        let trailers = headers.get_all(header::TE).iter().any(|v| has_trailers(v.as_bytes()));
         for name in [header::TE, header::TRANSFER_ENCODING, KEEP_ALIVE, PROXY_CONNECTION] {
             headers.remove(name);
         }
@@ -169,15 +173,90 @@ pub fn strip_response(headers: &mut HeaderMap, upgrade: bool) {
     strip_hop_by_hop(headers, found, upgrade);
 }
 
-/// Carries out one level's operations. `render` evaluates values that are made from the request.
-pub fn apply(ops: &HeaderOps, headers: &mut HeaderMap, render: &dyn Fn(&Format) -> String) {
+/// Whether a header has one value, to which others are added with commas; Envoy keeps these as one line.
+fn is_one_line(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "accept"
+            | "accept-encoding"
+            | "access-control-request-headers"
+            | "access-control-request-method"
+            | "cache-control"
+            | "content-type"
+            | "date"
+            | "expect"
+            | "grpc-message"
+            | "grpc-status"
+            | "grpc-timeout"
+            | "location"
+            | "origin"
+            | "server"
+            | "te"
+            | "user-agent"
+            | "via"
+            | "x-client-trace-id"
+            | "x-envoy-attempt-count"
+            | "x-envoy-decorator-operation"
+            | "x-envoy-original-path"
+            | "x-envoy-upstream-service-time"
+            | "x-forwarded-client-cert"
+            | "x-forwarded-for"
+            | "x-forwarded-host"
+            | "x-forwarded-port"
+            | "x-forwarded-proto"
+            | "x-request-id"
+    )
+}
+
+/// Adds a value: to the line of a header that has only one, or else as a line of its own.
+pub fn append(headers: &mut HeaderMap, name: &HeaderName, value: HeaderValue) {
+    match headers.get(name).filter(|_| is_one_line(name)) {
+        None => {
+            headers.append(name.clone(), value);
+        }
+        Some(there) if there.is_empty() => {
+            headers.insert(name.clone(), value);
+        }
+        Some(_) if value.is_empty() => {}
+        Some(there) => {
+            let whole = [there.as_bytes(), b",", value.as_bytes()].concat();
+            if let Ok(whole) = HeaderValue::from_bytes(&whole) {
+                headers.insert(name.clone(), whole);
+            }
+        }
+    }
+}
+
+/// Makes one line of each header that has one value and came in several lines.
+pub fn join_lines(headers: &mut HeaderMap) {
+    if headers.len() == headers.keys_len() {
+        return;
+    }
+    let repeated = |name: &&HeaderName| is_one_line(name) && headers.get_all(*name).iter().nth(1).is_some();
+    let names: Vec<HeaderName> = headers.keys().filter(repeated).cloned().collect();
+    for name in names {
+        let lines: Vec<HeaderValue> = headers.get_all(&name).iter().cloned().collect();
+        headers.remove(&name);
+        for line in lines {
+            append(headers, &name, line);
+        }
+    }
+}
+
+/// Carries out one level's operations. `render` evaluates values that are made from the request or response.
+///
+/// What goes, goes first. What is there then decides which values come; those that replace come before those that are
+/// added (Envoy's order).
+pub fn apply(ops: &HeaderOps, headers: &mut HeaderMap, render: &dyn Fn(&Format, &HeaderMap) -> String) {
     for name in &ops.remove {
         headers.remove(name);
     }
+    let mut added = SmallVec::<[(&HeaderName, HeaderValue); 4]>::new();
+    let mut replaced = SmallVec::<[(&HeaderName, HeaderValue); 4]>::new();
     for add in &ops.add {
         let value = match &add.value {
             NewValue::Static(value) => value.clone(),
-            NewValue::Format(format) => match HeaderValue::try_from(render(format)) {
+            NewValue::Format(format) => match HeaderValue::try_from(render(format, headers)) {
                 Ok(value) => value,
                 Err(_) => continue, // bytes that no header may hold: there is no value
             },
@@ -185,17 +264,19 @@ pub fn apply(ops: &HeaderOps, headers: &mut HeaderMap, render: &dyn Fn(&Format) 
         if value.is_empty() && !add.keep_empty {
             continue;
         }
-        let there = headers.contains_key(&add.name);
         match add.append {
-            Append::AppendOrAdd => {
-                headers.append(add.name.clone(), value);
-            }
-            Append::AddIfAbsent if there => {}
-            Append::OverwriteIfExists if !there => {}
-            Append::AddIfAbsent | Append::Overwrite | Append::OverwriteIfExists => {
-                headers.insert(add.name.clone(), value);
-            }
+            Append::AppendOrAdd => added.push((&add.name, value)),
+            Append::AddIfAbsent if headers.contains_key(&add.name) => {}
+            Append::AddIfAbsent => added.push((&add.name, value)),
+            Append::OverwriteIfExists if !headers.contains_key(&add.name) => {}
+            Append::Overwrite | Append::OverwriteIfExists => replaced.push((&add.name, value)),
         }
+    }
+    for (name, value) in replaced {
+        headers.insert(name, value);
+    }
+    for (name, value) in added {
+        append(headers, name, value);
     }
 }
 
@@ -347,6 +428,43 @@ mod tests {
         let found = look_over(&headers);
         strip_internal(&mut headers, found);
         assert_eq!(names(&headers), ["x-envoy-peer-metadata", "x-mine"]);
+    }
+
+    #[test]
+    fn values_of_one_line_headers_are_joined_and_others_stay_apart() {
+        let mut headers =
+            map(&[("user-agent", "a"), ("x-a", "1"), ("user-agent", ""), ("x-a", "2"), ("user-agent", "b")]);
+        join_lines(&mut headers);
+        let all = |name| headers.get_all(name).iter().collect::<Vec<_>>();
+        assert_eq!(all("user-agent"), ["a,b"]);
+        assert_eq!(all("x-a"), ["1", "2"]);
+    }
+
+    #[test]
+    fn what_was_there_decides_and_values_that_replace_come_first() {
+        use core::header_value_option::HeaderAppendAction as Action;
+        use envoy_types::pb::envoy::config::core::v3 as core;
+        let add = |key: &str, value: &str, action: Action| core::HeaderValueOption {
+            header: Some(core::HeaderValue { key: key.into(), value: value.into(), raw_value: Vec::new() }),
+            append_action: action.into(),
+            ..Default::default()
+        };
+        let ops = vec![
+            add("x-a", "added", Action::AppendIfExistsOrAdd),
+            add("x-a", "set", Action::OverwriteIfExistsOrAdd),
+            add("x-b", "first", Action::AddIfAbsent),
+            add("x-b", "second", Action::AddIfAbsent),
+            add("x-b", "never", Action::OverwriteIfExists),
+            add("x-c", "never", Action::AddIfAbsent),
+        ];
+        let ops = HeaderOps::new(ops, &["x-gone".into()], "request").unwrap();
+        let mut headers = map(&[("x-a", "old"), ("x-c", "old"), ("x-gone", "1")]);
+        apply(&ops, &mut headers, &|_, _| String::new());
+        let all = |name| headers.get_all(name).iter().collect::<Vec<_>>();
+        assert_eq!(all("x-a"), ["set", "added"]);
+        assert_eq!(all("x-b"), ["first", "second"]);
+        assert_eq!(all("x-c"), ["old"]);
+        assert!(all("x-gone").is_empty());
     }
 
     #[test]

@@ -79,13 +79,18 @@ impl Local {
         self
     }
 
+    /// Tells the exchange why it gets this answer.
+    pub fn explain(&self, exchange: &mut Exchange) {
+        exchange.flags.insert(self.flags);
+        if !self.details.is_empty() {
+            exchange.details.clone_from(&self.details);
+        }
+    }
+
     /// Ends an exchange with this answer.
     #[must_use]
     pub fn into_response(self, mut exchange: Box<Exchange>) -> Response<ResponseBody> {
-        exchange.flags.insert(self.flags);
-        if !self.details.is_empty() {
-            exchange.details = self.details;
-        }
+        self.explain(&mut exchange);
         let mut headers = self.headers;
         let as_grpc = self.only_grpc || exchange.is_grpc;
         let (status, body) = if as_grpc {
@@ -100,7 +105,9 @@ impl Local {
             }
             (StatusCode::OK, Bytes::new())
         } else {
-            if !self.text.is_empty() && !headers.contains_key(CONTENT_TYPE) {
+            if self.text.is_empty() {
+                headers.remove(CONTENT_TYPE);
+            } else if !headers.contains_key(CONTENT_TYPE) {
                 headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
             }
             let body = match self.text {
@@ -115,7 +122,7 @@ impl Local {
             headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
         }
         let body = if bodiless { Bytes::new() } else { body };
-        exchange.http.finish_headers(&exchange.connection, exchange.version, &mut headers);
+        exchange.http.finish_headers(&exchange, &mut headers);
         if exchange.version < Version::HTTP_2 && exchange.upload().whole.is_none() {
             headers.insert(CONNECTION, HeaderValue::from_static("close")); // nobody reads the rest
         }

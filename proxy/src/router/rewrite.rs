@@ -1,5 +1,7 @@
 //! What leaves the proxy instead of what came: rewritten paths and hosts, redirects. Pure.
 
+use std::borrow::Cow;
+
 use crate::http::head::Head;
 use crate::router::without_port;
 use crate::xds::matcher::RegexRewrite;
@@ -48,17 +50,25 @@ pub fn location(redirect: &Redirect, matched: &PathMatch, head: &Head<'_>) -> St
         let renamed = redirect.port.is_some() || scheme != head.scheme && has_default_port(head);
         if renamed { without_port(head.authority) } else { head.authority }
     });
-    let port = match (redirect.port, scheme) {
-        (None, _) | (Some(80), "http") | (Some(443), "https") => String::new(),
-        (Some(port), _) => format!(":{port}"),
+    let port = redirect.port.map(|port| format!(":{port}")).unwrap_or_default();
+    let path = match &redirect.path {
+        // its own query stands for the request's, and stays
+        PathRewrite::Full(new) if new.contains('?') => Cow::Borrowed(&**new),
+        PathRewrite::None | PathRewrite::Prefix(_) | PathRewrite::Regex(_) | PathRewrite::Full(_) => {
+            let new = path(&redirect.path, matched, head.path_and_query);
+            let whole = new.map_or(head.path_and_query.into(), Cow::Owned);
+            let end = whole.find('?').filter(|_| redirect.strip_query).unwrap_or(whole.len());
+            Cow::Owned(whole.get(..end).unwrap_or_default().to_owned())
+        }
     };
-    let new_path = path(&redirect.path, matched, head.path_and_query);
-    let mut path = new_path.as_deref().unwrap_or(head.path_and_query);
-    if redirect.strip_query {
-        path = path.split_once('?').map_or(path, |(p, _)| p);
-    }
     let slash = if path.starts_with('/') { "" } else { "/" };
     format!("{scheme}://{host}{port}{slash}{path}")
+}
+
+/// Where a request is, as a `location`.
+#[must_use]
+pub fn own_location(head: &Head<'_>) -> String {
+    format!("{}://{}{}", head.scheme, head.authority, head.path_and_query)
 }
 
 fn has_default_port(head: &Head<'_>) -> bool {
@@ -120,8 +130,13 @@ mod tests {
         check_redirect(|r| r.host = Some("new".into()), "old:8080", "http://new/p?q");
         check_redirect(|r| r.scheme = Some(http::uri::Scheme::HTTPS), "old:80", "https://old/p?q");
         check_redirect(|r| r.port = Some(8443), "old:8080", "http://old:8443/p?q");
-        check_redirect(|r| r.port = Some(80), "old:8080", "http://old/p?q");
+        check_redirect(|r| r.port = Some(80), "old:8080", "http://old:80/p?q");
         check_redirect(|r| r.strip_query = true, "old", "http://old/p");
         check_redirect(|r| r.path = PathRewrite::Full("/n".into()), "old", "http://old/n?q");
+        let own_query = |r: &mut Redirect| {
+            r.path = PathRewrite::Full("/n?own".into());
+            r.strip_query = true;
+        };
+        check_redirect(own_query, "old", "http://old/n?own");
     }
 }

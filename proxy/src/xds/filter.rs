@@ -13,8 +13,7 @@ use envoy_types::pb::google::protobuf::Any;
 use http::{HeaderValue, StatusCode};
 
 use super::decode::{
-    Fraction, Invalid, Under as _, bool_or, fraction, header_value, is, opt_duration, runtime_fraction,
-    u32_or, unpack,
+    Fraction, Invalid, Under as _, fraction, header_value, is, opt_duration, runtime_fraction, u32_or, unpack,
 };
 use super::jwt::{JwtAuthn, JwtOverride};
 use super::matcher::{HeaderMatcher, StringMatcher, headers};
@@ -100,13 +99,33 @@ pub struct Cors {
     /// `access-control-max-age`
     pub max_age: Option<HeaderValue>,
     /// `access-control-allow-credentials: true`
-    pub allow_credentials: bool,
+    pub allow_credentials: Option<bool>,
     /// `access-control-allow-private-network: true`
-    pub allow_private_network: bool,
+    pub allow_private_network: Option<bool>,
     /// For which share of requests the policy holds.
     pub enabled: Fraction,
     /// Send preflight requests of other origins on to the server instead of answering them.
-    pub forward_not_matching_preflights: bool,
+    pub forward_not_matching_preflights: Option<bool>,
+}
+
+impl Cors {
+    /// What this policy does not say, the one above says.
+    fn under(self, above: &Self) -> Self {
+        let or = |own: Option<HeaderValue>, above: &Option<HeaderValue>| own.or_else(|| above.clone());
+        Self {
+            origins: if self.origins.is_empty() { above.origins.clone() } else { self.origins },
+            allow_methods: or(self.allow_methods, &above.allow_methods),
+            allow_headers: or(self.allow_headers, &above.allow_headers),
+            expose_headers: or(self.expose_headers, &above.expose_headers),
+            max_age: or(self.max_age, &above.max_age),
+            allow_credentials: self.allow_credentials.or(above.allow_credentials),
+            allow_private_network: self.allow_private_network.or(above.allow_private_network),
+            enabled: self.enabled,
+            forward_not_matching_preflights: self
+                .forward_not_matching_preflights
+                .or(above.forward_not_matching_preflights),
+        }
+    }
 }
 
 /// A token bucket.
@@ -311,10 +330,10 @@ fn cors(pb: pb::cors::v3::CorsPolicy) -> Result<Cors, Invalid> {
         allow_headers: value(&pb.allow_headers, "allow_headers")?,
         expose_headers: value(&pb.expose_headers, "expose_headers")?,
         max_age: value(&pb.max_age, "max_age")?,
-        allow_credentials: bool_or(pb.allow_credentials, false),
-        allow_private_network: bool_or(pb.allow_private_network_access, false),
+        allow_credentials: pb.allow_credentials.map(|b| b.value),
+        allow_private_network: pb.allow_private_network_access.map(|b| b.value),
         enabled: runtime_fraction(pb.filter_enabled, "filter_enabled")?.unwrap_or(Fraction::ALL),
-        forward_not_matching_preflights: bool_or(pb.forward_not_matching_preflights, true),
+        forward_not_matching_preflights: pb.forward_not_matching_preflights.map(|b| b.value),
     })
 }
 
@@ -387,8 +406,16 @@ pub fn per_filter(above: &Arc<PerFilter>, pb: HashMap<String, Any>) -> Result<Ar
     sorted.sort_unstable_by(|a, b| a.0.cmp(&b.0));
     for (name, any) in sorted {
         let field = format!("typed_per_filter_config[{name}]");
-        if let Some(o) = filter_override(&any, false).under(&field)? {
-            all.insert(name.into(), o);
+        let own = filter_override(&any, false).under(&field)?;
+        match (own, all.get(name.as_str())) {
+            (None, _) => {}
+            (Some(FilterOverride::Cors(own)), Some(FilterOverride::Cors(above))) => {
+                let both = Arc::unwrap_or_clone(own).under(above);
+                all.insert(name.into(), FilterOverride::Cors(Arc::new(both)));
+            }
+            (Some(own), _) => {
+                all.insert(name.into(), own);
+            }
         }
     }
     Ok(Arc::new(all))

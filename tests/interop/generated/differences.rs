@@ -1,0 +1,155 @@
+//! What may differ, and why. Pure.
+
+use std::collections::BTreeSet;
+
+use super::pair::Lines;
+use super::request::Request;
+use super::scenario::Scenario;
+
+/// Whether a request is one of those that a difference is about.
+type Which = fn(&Scenario, &Request) -> bool;
+
+/// What is compared of a line; `None`: nothing.
+type Settled = fn(&Scenario, &Request, &str) -> Option<String>;
+
+/// Requests that ours answers otherwise on purpose: which, and why.
+const REQUESTS: [(Which, &str); 5] = [
+    (
+        |_, request| std::str::from_utf8(&request.target).is_err(),
+        "400 from both; the HTTP library gives no body to what it refuses",
+    ),
+    (
+        |_, request| request.target.contains(&b'#'),
+        "a target ends before a fragment (RFC 9112, section 3.2.1), which goes no further; Envoy answers 400",
+    ),
+    (
+        |_, request| request.path().iter().any(|b| b"<>`".contains(b)),
+        "400: no URI has such characters (RFC 3986, section 2); Envoy takes them",
+    ),
+    (
+        |scenario, request| scenario.is_on("merge_slashes") && is_two_slashes(request.path()),
+        "a path of slashes alone is merged to one; Envoy leaves two, a second spelling of the first",
+    ),
+    (
+        |scenario, request| {
+            let routes = scenario.routes.to_string();
+            let asks = routes.contains("\":authority\",\"string") || routes.contains("\"host\",\"string");
+            asks && request.has_host_in_capitals()
+        },
+        "conditions on a host hold in capital letters, too (RFC 9110, section 4.2.3), so that no policy is passed by them",
+    ),
+];
+
+/// Whether a path has nothing but slashes, and several, when its dot segments are resolved.
+fn is_two_slashes(path: &[u8]) -> bool {
+    let path = String::from_utf8_lossy(path)
+        .to_lowercase()
+        .replace("%2e", ".")
+        .replace("%2f", "/")
+        .replace("%5c", "/")
+        .replace('\\', "/");
+    let mut left: Vec<&str> = Vec::new();
+    for segment in path.split('/').skip(1) {
+        match segment {
+            "." => {}
+            ".." => drop(left.pop()),
+            segment => left.push(segment),
+        }
+    }
+    path.contains("//") && left.iter().all(|segment| segment.is_empty())
+}
+
+/// Lines that ours has otherwise on purpose: what is compared of them, and why.
+const LINES: [(Settled, &str); 7] = [
+    (
+        |_, request, line| {
+            (request.body.is_some() || line != "application's header content-length: 0")
+                .then(|| line.to_owned())
+        },
+        "a request without content needs no content-length (RFC 9110, section 8.6)",
+    ),
+    (
+        |_, request, line| {
+            (request.body.is_none() || line != "header connection: close").then(|| line.to_owned())
+        },
+        "Envoy closes a connection whose request body it has not read; ours reads it and goes on",
+    ),
+    (
+        |_, request, line| {
+            let steers = |name: &str| name.starts_with("x-envoy-") && request.header(name).is_some();
+            let name = line.strip_prefix("application's header ").and_then(|l| l.split(':').next());
+            (!name.is_some_and(steers)).then(|| line.to_owned())
+        },
+        "a client's own `x-envoy-` headers, by which it could steer the proxies behind, go no further",
+    ),
+    (
+        |scenario, _, line| {
+            let tells = scenario.is_on("use_remote_address");
+            let address = line.starts_with("application's header x-forwarded-for");
+            (!tells || !address).then(|| line.to_owned())
+        },
+        "a client on the loopback interface is told by its address; Envoy tells one of the machine's own",
+    ),
+    (
+        |_, _, line| Some(with_upper_escapes(line)),
+        "escapes have one spelling (RFC 3986, section 6.2.2.1), so that no policy is passed by another",
+    ),
+    (
+        |_, _, line| {
+            let ms = line.strip_prefix("application's header x-envoy-expected-rq-timeout-ms: ");
+            let seconds = ms.and_then(|ms| ms.parse::<u64>().ok()).map(|ms| ms.div_ceil(1000));
+            Some(seconds.map_or_else(|| line.to_owned(), |s| format!("expected within {s} s")))
+        },
+        "Envoy begins to count when the body has come",
+    ),
+    (
+        |_, _, line| Some(line.replace("URX,UF", "UF,URX").replace("URX,UC", "UC,URX")),
+        "flags come in the order of their list; Envoy's come in the order in which they were set",
+    ),
+];
+
+/// `%2f` as `%2F`.
+fn with_upper_escapes(line: &str) -> String {
+    let mut upper = 0;
+    let letter = |c: char| {
+        upper = if c == '%' { 3 } else { u32::saturating_sub(upper, 1) };
+        if upper > 0 { c.to_ascii_uppercase() } else { c }
+    };
+    line.chars().map(letter).collect()
+}
+
+fn settled(scenario: &Scenario, request: &Request, lines: &Lines) -> Lines {
+    let settle = |line: &String| {
+        LINES.iter().try_fold(line.clone(), |line, (settle, _)| settle(scenario, request, &line))
+    };
+    lines.iter().filter_map(settle).collect()
+}
+
+/// Whether the two answers differ in more than they may.
+pub(crate) fn differ(scenario: &Scenario, request: &Request, ours: &Lines, theirs: &Lines) -> bool {
+    !REQUESTS.iter().any(|(left, _)| left(scenario, request))
+        && settled(scenario, request, ours) != settled(scenario, request, theirs)
+}
+
+/// What it is about: the beginnings of the lines that only one of them has. One cause makes few kinds.
+pub(crate) fn kind(ours: &Lines, theirs: &Lines) -> String {
+    let begins = |line: &String| line.split([':', ' ']).take(2).collect::<Vec<_>>().join(" ");
+    let only = |a: &Lines, b: &Lines| {
+        let lines: BTreeSet<String> = a.iter().filter(|line| !b.contains(line)).map(begins).collect();
+        lines.into_iter().collect::<Vec<_>>().join(", ")
+    };
+    format!("[{}] instead of [{}]", only(ours, theirs), only(theirs, ours))
+}
+
+/// The lines that only one of them has.
+pub(crate) fn told(ours: &Lines, theirs: &Lines) -> String {
+    let only = |a: &Lines, b: &Lines| {
+        a.iter().filter(|line| !b.contains(line)).map(|line| format!("\n  {line}")).collect::<String>()
+    };
+    format!("only ours:{}\nonly Envoy's:{}", only(ours, theirs), only(theirs, ours))
+}
+
+#[test]
+fn escapes_are_compared_in_capitals_and_nothing_else_is() {
+    assert_eq!(with_upper_escapes("a%2fb%zz%5C.%e2%3"), "a%2Fb%ZZ%5C.%E2%3");
+}
