@@ -4,3 +4,4 @@ mod inbound;
 mod oracle;
 mod outbound;
 mod seat;
+mod websocket;
