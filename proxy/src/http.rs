@@ -18,6 +18,7 @@ pub mod raw;
 pub mod reply;
 pub mod server;
 pub mod timing;
+pub mod tunnel;
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -528,7 +529,8 @@ fn respond(
     let attempts::Answered { mut parts, reply, elapsed, cookie } = answer;
     let upgraded = call.upgrade && parts.status == StatusCode::SWITCHING_PROTOCOLS;
     headers::strip_response(&mut parts.headers, upgraded);
-    if !http.router.suppress_envoy_headers {
+    // a request to leave HTTP does not end, and the time counts from its end
+    if !http.router.suppress_envoy_headers && !call.upgrade {
         let ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
         parts.headers.insert(headers::UPSTREAM_SERVICE_TIME, headers::number(ms));
     }
@@ -549,16 +551,21 @@ fn respond(
         parts.headers.insert(header::CONNECTION, upgrade);
     }
     let mut exchange = call.exchange;
-    if exchange.version == Version::HTTP_2 {
-        parts.headers.remove(header::CONNECTION);
-    }
     exchange.details = "via_upstream".into();
     exchange.respond(parts.status, &parts.headers);
+    if exchange.version == Version::HTTP_2 {
+        parts.headers.remove(header::CONNECTION);
+        if upgraded {
+            parts.headers.remove(header::UPGRADE);
+            parts.status = StatusCode::OK;
+        }
+    }
     parts.version = exchange.version;
     if upgraded {
-        if let (Some(stream), Some(client)) = (reply.into_h1(), call.parts.extensions.remove::<OnUpgrade>()) {
+        if let (Some(server), Some(client)) = (reply.into_left(), call.parts.extensions.remove::<OnUpgrade>())
+        {
             let worker = Rc::clone(&http.worker);
-            http.worker.connections.spawn_local(server::tunnel(worker, client, stream, exchange));
+            http.worker.connections.spawn_local(tunnel::run(worker, client, server, exchange));
         }
         return Response::from_parts(parts, ResponseBody::default());
     }

@@ -2,8 +2,8 @@
 //!
 //! The query of a request says how: `status=503`, with `fail=2&key=K` only for the first two requests with that key;
 //! `delay_ms=200`; `reset=1` closes the connection instead of answering; `set=name:value` adds a header to the
-//! answer. A request with an `upgrade` header is answered with 101 and then every byte comes back; one of gRPC gets
-//! its message back and a status in the trailers.
+//! answer. A request with an `upgrade` header is answered with 101 and then every byte comes back, unless it says
+//! `stay=1`; one of gRPC gets its message back and a status in the trailers.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -163,7 +163,8 @@ impl App {
 
     async fn answer(self: Arc<Self>, mut request: Request<Incoming>) -> anyhow::Result<Answered> {
         self.requests.fetch_add(1, Ordering::Relaxed);
-        if request.headers().contains_key("upgrade") {
+        let stays = request.uri().query().is_some_and(|q| q.contains("stay=1"));
+        if request.headers().contains_key("upgrade") && !stays {
             return self.upgrade(&mut request);
         }
         if request

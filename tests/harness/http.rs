@@ -3,10 +3,10 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use ::http::{HeaderMap, Request, StatusCode};
+use ::http::{HeaderMap, Method, Request, StatusCode, Version};
 use anyhow::{Context, ensure};
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Empty, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -205,4 +205,56 @@ pub async fn websocket(address: SocketAddr, host: &str, message: &[u8]) -> anyho
         Ok((name, back))
     };
     tokio::time::timeout(PATIENCE, exchange).await.with_context(|| format!("no answer from {address}"))?
+}
+
+/// Asks to leave HTTP, over HTTP/1.1 or, by CONNECT, over HTTP/2 (RFC 8441). After an upgrade the answer's body is what
+/// comes back for `message`: as many bytes, or all until the server's end.
+///
+/// # Errors
+///
+/// When there is no answer.
+pub async fn upgrade(
+    address: SocketAddr,
+    request: Request<Empty<Bytes>>,
+    message: &[u8],
+    until_end: bool,
+) -> anyhow::Result<Answer> {
+    let exchange = async {
+        let io = TokioIo::new(connect(address).await?);
+        if request.method() == Method::CONNECT {
+            let (mut sender, connection) =
+                hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await?;
+            let asked = async { Ok(sender.send_request(request).await?) };
+            driven(connection, left(asked, message, until_end)).await
+        } else {
+            let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await?;
+            let asked = async { Ok(sender.send_request(request).await?) };
+            driven(connection.with_upgrades(), left(asked, message, until_end)).await
+        }
+    };
+    tokio::time::timeout(PATIENCE, exchange).await.with_context(|| format!("no answer from {address}"))?
+}
+
+async fn left(
+    asked: impl Future<Output = anyhow::Result<::http::Response<hyper::body::Incoming>>>,
+    message: &[u8],
+    until_end: bool,
+) -> anyhow::Result<Answer> {
+    let mut response = asked.await?;
+    let (status, headers) = (response.status(), response.headers().clone());
+    let over_http2 = response.version() == Version::HTTP_2;
+    if status != StatusCode::SWITCHING_PROTOCOLS && !(over_http2 && status.is_success()) {
+        return whole(response).await;
+    }
+    let upgraded = hyper::upgrade::on(&mut response).await?;
+    let mut io = TokioIo::new(upgraded);
+    // a peer that is gone shows when its bytes are read
+    io.write_all(message).await.unwrap_or_default();
+    let mut back = Vec::new();
+    let mut buffer = [0; 4096];
+    while until_end || back.len() < message.len() {
+        let Ok(read @ 1..) = io.read(&mut buffer).await else { break };
+        back.extend_from_slice(buffer.get(..read).unwrap_or_default());
+    }
+    Ok(Answer { status, headers, body: back.into(), trailers: HeaderMap::new() })
 }

@@ -6,3 +6,4 @@ mod inbound;
 mod oracle;
 mod outbound;
 mod seat;
+mod websocket;

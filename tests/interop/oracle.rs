@@ -5,10 +5,11 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use ::http::Version;
 use anyhow::ensure;
 use bytes::Bytes;
 use futures::StreamExt;
-use http_body_util::Full;
+use http_body_util::{Empty, Full};
 use tests::echo::Seen;
 use tests::http::{self, Answer};
 
@@ -25,6 +26,9 @@ pub(crate) enum Ask {
     Http1(&'static str, &'static str, &'static [(&'static str, &'static str)], usize),
     /// HTTP/2 with prior knowledge: method, path, headers, length of the body.
     Http2(&'static str, &'static str, &'static [(&'static str, &'static str)], usize),
+    /// A request to leave HTTP, over HTTP/1.1 or over HTTP/2: path, protocol, and whether
+    /// the server's end is waited for.
+    Upgrade(Version, &'static str, &'static str, bool),
     /// Bytes as they are; only the status line of the answer counts.
     Raw(Vec<u8>),
 }
@@ -132,6 +136,20 @@ async fn shown(asked: Asked, ask: &Ask) -> anyhow::Result<Shown> {
             }
             let request = request.body(Full::new(Bytes::from(vec![b'x'; *body])))?;
             answer_lines(http::send_http2(asked.address, request).await)
+        }
+        Ask::Upgrade(version, path, protocol, end) => {
+            let uri = format!("http://{}{}", asked.host, named(path));
+            let request = ::http::Request::builder().header("sec-websocket-version", "13");
+            let request = if *version == Version::HTTP_2 {
+                let leave = hyper::ext::Protocol::from_static(protocol);
+                request.method("CONNECT").uri(uri).extension(leave)
+            } else {
+                let request = request.uri(named(path)).header("host", asked.host);
+                request.header("connection", "upgrade").header("upgrade", *protocol)
+            };
+            answer_lines(
+                http::upgrade(asked.address, request.body(Empty::new())?, b"there and back", *end).await,
+            )
         }
         Ask::Raw(bytes) => {
             let bytes = String::from_utf8(bytes.clone())

@@ -6,7 +6,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use http::header::HeaderValue;
-use http::{StatusCode, response};
+use http::{StatusCode, Version, response};
 use http_body::Body as _;
 use tokio::time::Instant;
 
@@ -22,7 +22,6 @@ use crate::upstream::health::Signal;
 use crate::upstream::pool::Reply;
 use crate::upstream::send::{Answer, Outgoing};
 use crate::upstream::{Ask, Failure, FailureKind, Host, Upstream};
-use crate::xds::cluster::http::HttpVersion;
 use crate::xds::route::VirtualHost;
 use crate::xds::route::action::{Forward, HashOn, HostRewrite, MirrorPolicy};
 use crate::xds::route::retry::RetryPolicy;
@@ -63,9 +62,6 @@ pub async fn run(
 ) -> Result<Answered, Box<Local>> {
     let Some(forward) = forward else { return Err(Box::new(unrouted())) };
     let policy = forward.retry.as_deref().filter(|p| !call.upgrade && retry::applies(p, &call.head()));
-    if call.upgrade && upstream.config.http.version == HttpVersion::Http2 {
-        return Err(Box::new(not_upgradable()));
-    }
     let timeout = timeout_of(forward, call);
     call.exchange.timing.forward(Instant::now(), timeout);
     let per_try = policy.and_then(|p| p.per_try_timeout);
@@ -249,6 +245,11 @@ fn conclude(
             if parts.status == StatusCode::SWITCHING_PROTOCOLS && !call.upgrade {
                 return Err(Local::text(StatusCode::BAD_GATEWAY, "").flag(Flags::UPSTREAM_PROTOCOL));
             }
+            // over HTTP/2 it would say that the client has left HTTP, and the endpoint has not
+            if parts.status.is_success() && call.upgrade && call.parts.version == Version::HTTP_2 {
+                let local = Local::text(StatusCode::BAD_GATEWAY, "").flag(Flags::UPSTREAM_PROTOCOL);
+                return Err(local.details("upgrade_not_taken"));
+            }
             Ok(Answered { parts, reply, elapsed: began.elapsed(), cookie })
         }
         Err(Miss::Late(late)) => Err(too_late(call, late)),
@@ -325,12 +326,6 @@ fn no_healthy_upstream() -> Local {
     Local::text(StatusCode::SERVICE_UNAVAILABLE, "no healthy upstream")
         .flag(Flags::NO_HEALTHY_UPSTREAM)
         .details("no_healthy_upstream")
-}
-
-/// Another protocol takes over a whole connection, and an HTTP/2 one is shared.
-fn not_upgradable() -> Local {
-    Local::text(StatusCode::SERVICE_UNAVAILABLE, "upgrade not possible: the upstream speaks HTTP/2 only")
-        .details("upgrade_to_http2_upstream")
 }
 
 fn unrepeatable() -> Local {

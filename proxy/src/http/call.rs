@@ -11,6 +11,7 @@ use http::uri::{PathAndQuery, Scheme};
 use http::{Method, Request, StatusCode, Version, request};
 use http_body::Body as _;
 use hyper::body::Incoming;
+use hyper::ext::Protocol;
 use tokio::time::Instant;
 
 use super::body::{Progress, Replay, RequestBody};
@@ -76,6 +77,7 @@ impl Call {
         connection.requests.set(connection.requests.get().saturating_add(1));
         let mut exchange =
             Box::new(Exchange::new(Rc::clone(http), Rc::clone(connection), started, parts.version));
+        from_connect(&mut parts);
         exchange.is_head = parts.method == Method::HEAD;
         exchange.is_grpc =
             parts.headers.get(header::CONTENT_TYPE).is_some_and(|v| router::is_grpc_type(v.as_bytes()));
@@ -205,16 +207,20 @@ impl Call {
         }
         headers::join_lines(map);
         let found = headers::look_over(map);
-        if self.parts.version < Version::HTTP_2 && wants_upgrade(map) {
+        if wants_upgrade(map) {
             let name = map.get(header::UPGRADE).and_then(|v| v.to_str().ok()).unwrap_or_default();
-            if !name.eq_ignore_ascii_case("h2c") {
+            let over_h1 = self.parts.version < Version::HTTP_2;
+            if !(over_h1 && name.eq_ignore_ascii_case("h2c")) {
                 let allowed = http.config.upgrades.iter().any(|(n, on)| *on && name.eq_ignore_ascii_case(n));
                 // what a client sent ahead was meant for another protocol: only a 101 leads on from here
-                self.exchange.connection.drain();
+                if over_h1 {
+                    self.exchange.connection.drain();
+                }
                 if !allowed {
                     return Err((StatusCode::FORBIDDEN, "upgrade_failed", Flags::NONE));
                 }
                 self.upgrade = true;
+                self.exchange.leaves = true;
             }
         }
         headers::strip_hop_by_hop(map, found, self.upgrade);
@@ -308,6 +314,7 @@ impl Call {
             headers,
             body,
             client_h2: self.parts.version == Version::HTTP_2,
+            upgrade: self.upgrade,
         })
     }
 
@@ -497,6 +504,17 @@ fn told_as_it_came(parts: &request::Parts, authority: &HeaderValue) -> Told {
         path: parts.uri.path_and_query().map_or("", PathAndQuery::as_str).to_owned(),
         authority: authority.clone(),
         headers: parts.headers.clone(),
+    }
+}
+
+/// A request to leave HTTP in HTTP/2's way (RFC 8441) becomes one in HTTP/1's way, as all behind here understands it.
+/// The codec lets neither header through that this adds.
+fn from_connect(parts: &mut request::Parts) {
+    let Some(protocol) = parts.extensions.remove::<Protocol>() else { return };
+    if let Ok(name) = HeaderValue::from_bytes(protocol.as_ref()) {
+        parts.method = Method::GET;
+        parts.headers.insert(header::UPGRADE, name);
+        parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
     }
 }
 

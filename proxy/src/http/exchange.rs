@@ -91,6 +91,8 @@ pub struct Exchange {
     pub grpc_status: Option<u16>,
     /// The response's trailers, when an access log will ask.
     pub trailers: Option<Box<HeaderMap>>,
+    /// Whether it asks to leave HTTP: it does not end by itself.
+    pub leaves: bool,
     /// How long it may take.
     pub timing: Timing,
     timer: Timer,
@@ -139,6 +141,7 @@ impl Exchange {
             response_head_bytes: 0,
             grpc_status: None,
             trailers: None,
+            leaves: false,
             timing,
             timer: Timer::default(),
             left: false,
@@ -203,6 +206,7 @@ impl Exchange {
     #[must_use]
     pub fn upload(&self) -> Upload {
         match &self.progress {
+            None if self.leaves => Upload { whole: None, moved: None },
             None => Upload { whole: Some(self.started), moved: None },
             Some(progress) => Upload { whole: progress.ended.get(), moved: progress.last.get() },
         }

@@ -11,7 +11,6 @@ use http::{HeaderValue, Request};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::time::{Instant, Sleep};
 
@@ -25,8 +24,6 @@ use crate::listener::connection::Connection;
 use crate::listener::detect::H2_PREFACE;
 use crate::listener::slot::Place;
 use crate::tcp::io::Io;
-use crate::tcp::relay::{Counts, relay};
-use crate::upstream::h1::H1;
 use crate::worker::Worker;
 use crate::xds::listener::hcm::Codec;
 
@@ -346,24 +343,6 @@ fn stalled(http: &Http, connection: &Connection) {
     connection.stall();
 }
 
-/// Relays bytes after an upgrade, once the client has the response.
-pub async fn tunnel(worker: Rc<Worker>, client: OnUpgrade, stream: Box<H1>, mut exchange: Box<Exchange>) {
-    let (mut server, _opened) = stream.into_io();
-    let Ok(client) = client.await else { return };
-    let mut client = TokioIo::new(client);
-    let counts = Counts::default();
-    let idle = exchange.timing.idle();
-    tokio::select! {
-        end = relay(&mut client, &mut server, idle, &counts) => {
-            tracing::debug!(?end, "upgraded connection ended");
-        }
-        () = worker.drain.cut() => {}
-    }
-    exchange.sent_bytes += counts.down.get();
-    let progress = exchange.progress.get_or_insert_default();
-    progress.bytes.set(progress.bytes.get() + counts.up.get());
-}
-
 /// Runs hyper's tasks of one connection on the worker.
 #[derive(Clone, Debug)]
 struct Local(tokio_util::task::TaskTracker);
@@ -396,6 +375,9 @@ async fn serve_h2(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
         .max_pending_accept_reset_streams(Some(20))
         .max_local_error_reset_streams(Some(1024))
         .max_send_buf_size(1 << 20);
+    if settings.allow_connect {
+        builder.enable_connect_protocol();
+    }
     if let Some((interval, timeout)) = settings.keepalive {
         builder.timer(TokioTimer::new()).keep_alive_interval(interval).keep_alive_timeout(timeout);
     }

@@ -129,6 +129,18 @@ impl Io {
         }
     }
 
+    /// Lets a TCP connection end with a reset when it is dropped, so that nobody takes that for an end in order.
+    pub fn break_off(&self) {
+        let socket = match self {
+            Self::Plain(s) => s.as_tcp(),
+            Self::Tls(s) => s.get_ref().0.as_tcp(),
+            Self::Resumed(r) => return r.io.break_off(),
+        };
+        if let Some(Err(error)) = socket.map(TcpStream::set_zero_linger) {
+            tracing::debug!(%error, "a connection ends in order in place of a reset");
+        }
+    }
+
     /// This stream, reading `ahead` first.
     #[must_use]
     pub fn resumed(self, ahead: Bytes) -> Self {

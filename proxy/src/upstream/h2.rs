@@ -1,21 +1,27 @@
 //! One HTTP/2 connection to an endpoint, shared by many requests.
 
-use std::cell::Cell;
+mod tunnel;
+
+use std::cell::{Cell, RefCell};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
 use ::h2::client::{self, SendRequest};
-use ::h2::{Reason, RecvStream, SendStream};
+use ::h2::ext::Protocol;
+use ::h2::{Ping, PingPong, Reason, RecvStream, SendStream};
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Request, Response, StatusCode};
 use http_body::{Body as _, Frame};
+use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 
 use super::send::{Link, Opened};
 use crate::http::body::{BodyError, RequestBody};
 use crate::tcp::io::Io;
 use crate::xds::listener::hcm::Http2;
+
+pub use tunnel::Tunnel;
 
 /// Largest window of one stream, in bytes: memory that a fast server and a slow client may bind.
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -30,6 +36,15 @@ pub struct H2 {
     send: SendRequest<Bytes>,
     open: Rc<Cell<usize>>,
     link: Option<Rc<Link>>,
+    settings: Rc<Settings>,
+}
+
+/// Whether the server's settings are known. They are its first frame, so whoever has an answer to a ping has them.
+#[derive(Debug)]
+struct Settings {
+    ping: RefCell<Option<PingPong>>,
+    known: Cell<bool>,
+    told: Notify,
 }
 
 /// One stream, counted until it is dropped.
@@ -47,10 +62,12 @@ impl Drop for Open {
 pub struct Streams {
     body: RecvStream,
     upload: Option<Upload>,
+    /// Our side of a stream that leaves HTTP.
+    tunnel: Option<SendStream<Bytes>>,
     ended: bool,
     /// What is known of the connection.
     pub link: Option<Rc<Link>>,
-    _open: Open,
+    open: Open,
 }
 
 /// A request body under way.
@@ -96,7 +113,7 @@ impl H2 {
         settings: &Http2,
         tasks: &TaskTracker,
     ) -> Result<Self, ::h2::Error> {
-        let (send, connection) = client::Builder::new()
+        let (send, mut connection) = client::Builder::new()
             .enable_push(false)
             .initial_window_size(settings.initial_stream_window.min(STREAM_WINDOW))
             .initial_connection_window_size(settings.initial_connection_window.min(CONNECTION_WINDOW))
@@ -106,13 +123,18 @@ impl H2 {
             .handshake(io)
             .await?;
         let link = opened.link();
+        let settings = Settings {
+            ping: RefCell::new(connection.ping_pong()),
+            known: Cell::new(false),
+            told: Notify::new(),
+        };
         tasks.spawn_local(async move {
             let _opened = opened;
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "upstream http/2 connection ended");
             }
         });
-        Ok(Self { send, open: Rc::default(), link })
+        Ok(Self { send, open: Rc::default(), link, settings: Rc::new(settings) })
     }
 
     /// How many more requests the server takes on this connection just now; `None` when it is over.
@@ -133,7 +155,28 @@ impl H2 {
         self.open.get() > 0
     }
 
-    /// Sends a request and waits for the head of the response.
+    /// Whether the server takes extended CONNECT (RFC 8441, section 3); waits for its settings if need be.
+    pub async fn takes_tunnels(&self, tasks: &TaskTracker) -> bool {
+        if let Some(mut ping) = self.settings.ping.take() {
+            let settings = Rc::clone(&self.settings);
+            // a task of its own: whoever asks first may leave before the answer
+            tasks.spawn_local(async move {
+                if let Err(error) = ping.ping(Ping::opaque()).await {
+                    tracing::debug!(%error, "the server does not answer a ping");
+                }
+                settings.known.set(true);
+                settings.told.notify_waiters();
+            });
+        }
+        let told = self.settings.told.notified();
+        if !self.settings.known.get() {
+            told.await;
+        }
+        self.send.is_extended_connect_protocol_enabled()
+    }
+
+    /// Sends a request and waits for the head of the response. The stream of an extended CONNECT stays open on our
+    /// side when the server agrees to it.
     ///
     /// # Errors
     ///
@@ -146,9 +189,14 @@ impl H2 {
         self.open.set(self.open.get() + 1);
         let open = Open(Rc::clone(&self.open));
         std::future::poll_fn(|cx| self.send.poll_ready(cx)).await?;
-        let end = body.is_end_stream();
+        let leaves = parts.extensions.get::<Protocol>().is_some();
+        let end = body.is_end_stream() && !leaves;
         let (mut response, stream) = self.send.send_request(Request::from_parts(parts, ()), end)?;
-        let mut upload = (!end).then_some(Upload { body, stream });
+        let (mut upload, mut tunnel) = match (leaves, end) {
+            (true, _) => (None, Some(stream)),
+            (false, true) => (None, None),
+            (false, false) => (Some(Upload { body, stream }), None),
+        };
         let response = std::future::poll_fn(|cx| {
             if let Some(running) = &mut upload
                 && let Poll::Ready(outcome) = running.poll(cx)
@@ -162,8 +210,15 @@ impl H2 {
         })
         .await?;
         let (parts, body) = response.into_parts();
+        if parts.status != StatusCode::OK
+            && let Some(mut refused) = tunnel.take()
+            && let Err(error) = refused.send_data(Bytes::new(), true)
+        {
+            tracing::debug!(%error, "the server has ended a stream that it refused");
+        }
         let link = self.link.clone();
-        Ok((Response::from_parts(parts, ()), Streams { body, upload, ended: false, link, _open: open }))
+        let streams = Streams { body, upload, tunnel, ended: false, link, open };
+        Ok((Response::from_parts(parts, ()), streams))
     }
 }
 
@@ -213,6 +268,12 @@ impl Upload {
 }
 
 impl Streams {
+    /// The bytes of both ways, when the server has agreed to an extended CONNECT.
+    #[must_use]
+    pub fn into_tunnel(self) -> Option<Tunnel> {
+        Some(Tunnel::new(self.body, self.tunnel?, self.open))
+    }
+
     /// Whether nothing more will come.
     #[must_use]
     pub fn is_end(&self) -> bool {

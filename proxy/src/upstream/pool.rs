@@ -15,9 +15,10 @@ use tokio::time::Instant;
 
 use super::Active;
 use super::h1::H1;
-use super::h2::{H2, Streams};
-use super::send::Link;
+use super::h2::{H2, Streams, Tunnel};
+use super::send::{Link, Opened};
 use crate::http::body::BodyError;
+use crate::tcp::io::Io;
 
 /// The most authorities for which an endpoint's connections are kept apart. Beyond it connections serve one request.
 const AUTHORITIES: usize = 1024;
@@ -232,6 +233,23 @@ enum Source {
     H2(Box<Streams>),
 }
 
+/// What an endpoint and a client agreed on after HTTP: bytes, still counted as a request.
+#[derive(Debug)]
+pub struct Left {
+    /// The bytes.
+    pub stream: LeftStream,
+    _active: Option<Active>,
+}
+
+/// Bytes to and from an endpoint that has left HTTP.
+#[derive(Debug)]
+pub enum LeftStream {
+    /// A whole connection.
+    H1(Io, Opened),
+    /// One stream of a connection.
+    H2(Tunnel),
+}
+
 impl Reply {
     pub(super) fn h1(
         connection: Box<H1>,
@@ -277,13 +295,17 @@ impl Reply {
         }
     }
 
-    /// The connection, after a `101 Switching Protocols`.
+    /// The bytes below, when the endpoint has agreed to leave HTTP.
     #[must_use]
-    pub fn into_h1(self) -> Option<Box<H1>> {
-        match self.source {
-            Source::H1(connection, _) => connection,
-            Source::H2(_) => None,
-        }
+    pub fn into_left(self) -> Option<Left> {
+        let stream = match self.source {
+            Source::H1(connection, _) => {
+                let (io, opened) = connection?.into_io();
+                LeftStream::H1(io, opened)
+            }
+            Source::H2(streams) => LeftStream::H2(streams.into_tunnel()?),
+        };
+        Some(Left { stream, _active: self.active })
     }
 
     /// The next piece.

@@ -6,9 +6,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::{HOST, TRANSFER_ENCODING};
+use ::h2::ext::Protocol;
+use http::header::{CONNECTION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING, UPGRADE};
 use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version};
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, Version, response};
 use http_body::Body as _;
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio::time::Instant;
@@ -46,6 +47,8 @@ pub struct Outgoing {
     pub body: RequestBody,
     /// The client speaks HTTP/2.
     pub client_h2: bool,
+    /// It asks to leave HTTP, in HTTP/1's way: by `upgrade` and `connection`.
+    pub upgrade: bool,
 }
 
 /// Why there was no response.
@@ -221,15 +224,23 @@ impl Upstream {
         active: Active,
         ready: &Cell<Option<Instant>>,
     ) -> Result<Answer, Failure> {
-        let (request, life) = (h2_request(outgoing)?, self.config.http.max_connection_duration);
+        let upgrade = outgoing.upgrade;
+        let (mut request, life) = (h2_request(outgoing)?, self.config.http.max_connection_duration);
+        let upgrade = if upgrade { Some(into_connect(&mut request)?) } else { None };
         let mut connection = match to.pool.get_h2(to.host.max_uses, life, Instant::now()) {
             Some(connection) => connection,
             None => self.dial_h2(to).await?,
         };
+        if upgrade.is_some() && !connection.takes_tunnels(&self.shared.tasks).await {
+            return Err(Failure::new(FailureKind::Protocol, "the server takes no extended CONNECT"));
+        }
         ready.set(Some(Instant::now()));
         match connection.send(request).await {
             Ok((response, streams)) => {
-                let (parts, ()) = response.into_parts();
+                let (mut parts, ()) = response.into_parts();
+                if let Some(protocol) = upgrade {
+                    into_upgraded(&mut parts, protocol);
+                }
                 Ok((parts, Box::new(Reply::h2(streams, Rc::clone(&to.pool), active))))
             }
             Err(e) if e.refused => Err(Failure::new(FailureKind::Refused, e)),
@@ -531,6 +542,32 @@ fn h2_request(outgoing: Outgoing) -> Result<Request<RequestBody>, Failure> {
     *request.version_mut() = Version::HTTP_2;
     *request.headers_mut() = outgoing.headers;
     Ok(request)
+}
+
+/// Asks to leave HTTP in HTTP/2's way (RFC 8441, section 5); gives the protocol that is asked for.
+fn into_connect(request: &mut Request<RequestBody>) -> Result<HeaderValue, Failure> {
+    if !request.body().is_end_stream() {
+        return Err(Failure::new(FailureKind::Protocol, "an upgrade with a body has no form in HTTP/2"));
+    }
+    let headers = request.headers_mut();
+    headers.remove(CONNECTION);
+    headers.remove(CONTENT_LENGTH);
+    let protocol = headers.remove(UPGRADE).unwrap_or(HeaderValue::from_static(""));
+    let name = protocol.to_str().map_err(|e| Failure::new(FailureKind::Protocol, e))?;
+    let name = Protocol::from(name);
+    *request.method_mut() = Method::CONNECT;
+    request.extensions_mut().insert(name);
+    Ok(protocol)
+}
+
+/// The answer to an extended CONNECT in HTTP/1's way, as all behind here understands it.
+fn into_upgraded(parts: &mut response::Parts, protocol: HeaderValue) {
+    if parts.status == StatusCode::OK {
+        parts.status = StatusCode::SWITCHING_PROTOCOLS;
+        parts.headers.remove(CONTENT_LENGTH);
+        parts.headers.insert(UPGRADE, protocol);
+        parts.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    }
 }
 
 fn h1_failure(error: &crate::http::body::BodyError, sent: bool) -> Failure {

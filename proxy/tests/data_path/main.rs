@@ -17,4 +17,5 @@ mod smuggling;
 mod timeouts;
 mod tokens;
 mod updates;
+mod websocket;
 mod workers;

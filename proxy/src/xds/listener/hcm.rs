@@ -250,6 +250,9 @@ pub struct Http2 {
     pub initial_connection_window: u32,
     /// Pings: how often, and how long for an answer.
     pub keepalive: Option<(Duration, Duration)>,
+    /// Take extended CONNECT, by which WebSockets come over HTTP/2 (RFC 8441). What a server takes that we send
+    /// requests to, its own settings tell.
+    pub allow_connect: bool,
 }
 
 impl Default for Http2 {
@@ -259,6 +262,7 @@ impl Default for Http2 {
             initial_stream_window: 16 << 20,
             initial_connection_window: 24 << 20,
             keepalive: None,
+            allow_connect: false,
         }
     }
 }
@@ -530,9 +534,6 @@ pub fn http1(pb: core::Http1ProtocolOptions) -> Result<Http1, Invalid> {
 ///
 /// Settings this proxy does not carry out, or windows outside of RFC 9113, section 6.9.2.
 pub fn http2(pb: core::Http2ProtocolOptions) -> Result<Http2, Invalid> {
-    if pb.allow_connect {
-        return Err(Invalid::unsupported("allow_connect"));
-    }
     if pb.allow_metadata {
         return Err(Invalid::unsupported("allow_metadata"));
     }
@@ -569,5 +570,6 @@ pub fn http2(pb: core::Http2ProtocolOptions) -> Result<Http2, Invalid> {
             "initial_connection_window_size",
         )?,
         keepalive,
+        allow_connect: pb.allow_connect,
     })
 }
