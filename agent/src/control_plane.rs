@@ -5,6 +5,7 @@ use std::time::Duration;
 use ca::identity::SpiffeId;
 use ca::tls::{ExpectedIdentities, IdentityWatch};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tonic::transport::Channel;
 use wire::mesh::workload_service_client::WorkloadServiceClient;
@@ -45,6 +46,23 @@ impl ControlPlane {
         Ok(Client::new(channel))
     }
 
+    /// Has `listener` listen to one member after the other, to each for as long as it answers; until `stop`.
+    pub(crate) async fn follow(&self, listener: &impl Listener, stop: &CancellationToken) {
+        let (mut turns, mut rng) = (Turns::new(), fastrand::Rng::new());
+        loop {
+            let mut heard = false;
+            let listening = async { listener.listen(self.client(turns.turn).await?, &mut heard).await };
+            let Some(ended) = stop.run_until_cancelled(listening).await else { return };
+            if let Err(status) = ended {
+                tracing::debug!(error = status.message(), "nobody tells the {}", listener.what());
+            }
+            let pause = turns.ended(heard, &mut rng);
+            if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
+                return;
+            }
+        }
+    }
+
     pub(crate) fn namespace_and_account(&self) -> (String, String) {
         let identity = self.identity.borrow();
         let (namespace, account) = identity.spiffe_id.workload_parts().unwrap_or_default();
@@ -52,27 +70,31 @@ impl ControlPlane {
     }
 }
 
-/// Whose turn it is among the members when one of them is listened to for as long as it answers: the preferred one's, and
-/// after each that says nothing the next one's, with pauses that double.
+/// Who wants to know something of the control plane, always the latest.
+pub(crate) trait Listener: Sync {
+    /// What that is, for the log.
+    fn what(&self) -> &'static str;
+
+    /// Listens to a member until it ends; `heard` becomes true when it has said something.
+    fn listen(&self, client: Client, heard: &mut bool) -> impl Future<Output = Result<(), Status>> + Send;
+}
+
+/// Whose turn it is among the members: the preferred one's, and after each that says nothing the next one's, with pauses
+/// that double.
 #[derive(Debug)]
-pub(crate) struct Turns {
+struct Turns {
     turn: usize,
     pause: Duration,
 }
 
 impl Turns {
     /// The preferred member first.
-    pub(crate) fn new() -> Self {
+    fn new() -> Self {
         Self { turn: 0, pause: PAUSE.0 }
     }
 
-    /// For [`ControlPlane::client`].
-    pub(crate) fn turn(&self) -> usize {
-        self.turn
-    }
-
     /// The member ends, having said something (`heard`) or nothing: the pause before the next one, half of it by chance.
-    pub(crate) fn ended(&mut self, heard: bool, rng: &mut fastrand::Rng) -> Duration {
+    fn ended(&mut self, heard: bool, rng: &mut fastrand::Rng) -> Duration {
         (self.turn, self.pause) =
             if heard { (0, PAUSE.0) } else { (self.turn.wrapping_add(1), (self.pause * 2).min(PAUSE.1)) };
         self.pause.mul_f64(0.5 + rng.f64() / 2.0)
@@ -87,12 +109,12 @@ mod tests {
     fn who_says_nothing_is_followed_by_the_next_and_who_was_heard_by_the_preferred() {
         let (mut turns, mut rng) = (Turns::new(), fastrand::Rng::with_seed(3));
         for turn in 0..20_u32 {
-            assert_eq!(turns.turn(), turn as usize);
+            assert_eq!(turns.turn, turn as usize);
             let longest = (PAUSE.0 * 2_u32.saturating_pow(turn + 1)).min(PAUSE.1);
             let pause = turns.ended(false, &mut rng);
             assert!(pause >= longest / 2 && pause <= longest, "{turn}: {pause:?}");
         }
         assert!(turns.ended(true, &mut rng) <= PAUSE.0);
-        assert_eq!(turns.turn(), 0);
+        assert_eq!(turns.turn, 0);
     }
 }

@@ -9,7 +9,7 @@ use tonic::Status;
 use wire::members::{is_address, order};
 use wire::mesh::WatchMembersRequest;
 
-use crate::control_plane::{ControlPlane, Turns};
+use crate::control_plane::{Client, ControlPlane, Listener};
 
 /// File of the key store with the last list that a member told.
 const FILE: &str = "members.json";
@@ -58,34 +58,7 @@ impl Followed {
 
     /// Asks one member after the other who the members are, and listens to it for as long as it answers; until `stop`.
     pub async fn follow(self, control_plane: ControlPlane, stop: CancellationToken) {
-        let (mut turns, mut rng) = (Turns::new(), fastrand::Rng::new());
-        loop {
-            let mut heard = false;
-            let listening = self.listen(&control_plane, turns.turn(), &mut heard);
-            let Some(ended) = stop.run_until_cancelled(listening).await else { return };
-            if let Err(status) = ended {
-                tracing::debug!(error = status.message(), "nobody tells the members of the control plane");
-            }
-            let pause = tokio::time::sleep(turns.ended(heard, &mut rng));
-            if stop.run_until_cancelled(pause).await.is_none() {
-                return;
-            }
-        }
-    }
-
-    async fn listen(
-        &self,
-        control_plane: &ControlPlane,
-        turn: usize,
-        heard: &mut bool,
-    ) -> Result<(), Status> {
-        let mut client = control_plane.client(turn).await?;
-        let mut members = client.watch_members(WatchMembersRequest {}).await?.into_inner();
-        while let Some(told) = members.message().await? {
-            *heard = true;
-            self.on_members(told.addresses).await;
-        }
-        Ok(())
+        control_plane.follow(&self, &stop).await;
     }
 
     async fn on_members(&self, mut told: Vec<String>) {
@@ -107,6 +80,21 @@ impl Followed {
         if !matches!(stored, Ok(Ok(()))) {
             tracing::warn!(file = FILE, "the list of members is known now, but not after a restart");
         }
+    }
+}
+
+impl Listener for Followed {
+    fn what(&self) -> &'static str {
+        "members of the control plane"
+    }
+
+    async fn listen(&self, mut client: Client, heard: &mut bool) -> Result<(), Status> {
+        let mut members = client.watch_members(WatchMembersRequest {}).await?.into_inner();
+        while let Some(told) = members.message().await? {
+            *heard = true;
+            self.on_members(told.addresses).await;
+        }
+        Ok(())
     }
 }
 

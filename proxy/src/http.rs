@@ -325,7 +325,7 @@ fn decide(http: &Rc<Http>, call: &mut Call) -> Decided {
     if needs_tls {
         return Decided::NeedsTls;
     }
-    let Some(route) = router::match_in(host, &head, call.certificate(), http.worker.random()) else {
+    let Some(route) = router::match_route(host, &head, call.certificate(), http.worker.random()) else {
         return Decided::Nothing;
     };
     let (host, route) = (Arc::clone(host), Arc::clone(route));

@@ -119,21 +119,9 @@ pub fn canonical_authority(authority: &str) -> Option<std::borrow::Cow<'_, str>>
     })
 }
 
-/// The first route that matches; `random` decides about shares of requests.
+/// The first route of a virtual host that matches; `random` decides about shares of requests.
 #[must_use]
 pub fn match_route<'a>(
-    routes: &'a Routes,
-    head: &Head<'_>,
-    certificate: ClientCertificate,
-    random: u64,
-) -> Option<(&'a Arc<VirtualHost>, &'a Arc<Route>)> {
-    let host = routes.virtual_host(head.authority)?;
-    Some((host, match_in(host, head, certificate, random)?))
-}
-
-/// The first route of a virtual host that matches.
-#[must_use]
-pub fn match_in<'a>(
     host: &'a VirtualHost,
     head: &Head<'_>,
     certificate: ClientCertificate,
@@ -263,8 +251,9 @@ mod tests {
         let head =
             Head { method: &Method::GET, path_and_query: path, authority, scheme: "http", headers: &headers };
         let routes = routes(table, true);
-        let got = match_route(&routes, &head, ClientCertificate::default(), 0);
-        assert_eq!(got.map_or("none", |(_, r)| &*r.name), expected, "{request}");
+        let host = routes.virtual_host(authority);
+        let got = host.and_then(|host| match_route(host, &head, ClientCertificate::default(), 0));
+        assert_eq!(got.map_or("none", |r| &*r.name), expected, "{request}");
     }
 
     #[test]

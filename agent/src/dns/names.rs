@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use wire::mesh::{Names, WatchNamesRequest};
 
-use crate::control_plane::{ControlPlane, Turns};
+use crate::control_plane::{Client, ControlPlane, Listener};
 
 /// File of the key store with what was told last.
 const FILE: &str = "names";
@@ -121,35 +121,7 @@ impl Followed {
 
     /// Asks one member after the other, and listens to it for as long as it answers; until `stop`.
     pub async fn follow(self, control_plane: ControlPlane, stop: CancellationToken) {
-        let (mut turns, mut rng) = (Turns::new(), fastrand::Rng::new());
-        loop {
-            let mut heard = false;
-            let listening = self.listen(&control_plane, turns.turn(), &mut heard);
-            let Some(ended) = stop.run_until_cancelled(listening).await else { return };
-            if let Err(status) = ended {
-                tracing::debug!(error = status.message(), "nobody tells the names of the mesh");
-            }
-            let pause = tokio::time::sleep(turns.ended(heard, &mut rng));
-            if stop.run_until_cancelled(pause).await.is_none() {
-                return;
-            }
-        }
-    }
-
-    async fn listen(
-        &self,
-        control_plane: &ControlPlane,
-        turn: usize,
-        heard: &mut bool,
-    ) -> Result<(), Status> {
-        let client = control_plane.client(turn).await?;
-        let mut client = client.max_decoding_message_size(MAX_MESSAGE);
-        let mut names = client.watch_names(self.asked.clone()).await?.into_inner();
-        while let Some(told) = names.message().await? {
-            *heard = true;
-            self.on_names(told).await;
-        }
-        Ok(())
+        control_plane.follow(&self, &stop).await;
     }
 
     async fn on_names(&self, told: Names) {
@@ -165,6 +137,22 @@ impl Followed {
         if !matches!(stored, Ok(Ok(()))) {
             tracing::warn!(file = FILE, "the names are known now, but not after a restart");
         }
+    }
+}
+
+impl Listener for Followed {
+    fn what(&self) -> &'static str {
+        "names of the mesh"
+    }
+
+    async fn listen(&self, client: Client, heard: &mut bool) -> Result<(), Status> {
+        let mut client = client.max_decoding_message_size(MAX_MESSAGE);
+        let mut names = client.watch_names(self.asked.clone()).await?.into_inner();
+        while let Some(told) = names.message().await? {
+            *heard = true;
+            self.on_names(told).await;
+        }
+        Ok(())
     }
 }
 

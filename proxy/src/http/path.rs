@@ -145,13 +145,18 @@ fn canonical(path: &str) -> Option<String> {
         rest = tail.get(3..)?;
     }
     decoded.push_str(rest);
-    for at in signs.into_iter().rev() {
+    let mut whole = String::with_capacity(decoded.len() + 2 * signs.len());
+    let mut from = 0;
+    for at in signs {
         let code = decoded.get(at + 1..at + 3);
         if code.is_some_and(|code| code.bytes().all(|b| b.is_ascii_hexdigit())) {
-            decoded.insert_str(at + 1, "25");
+            whole.push_str(decoded.get(from..=at)?);
+            whole.push_str("25");
+            from = at + 1;
         }
     }
-    Some(remove_dot_segments(&decoded))
+    whole.push_str(decoded.get(from..)?);
+    Some(remove_dot_segments(&whole))
 }
 
 /// RFC 3986, section 5.2.4. Empty segments stay: only `merge_slashes` removes them.
@@ -245,9 +250,7 @@ mod tests {
     #[test]
     fn malformed_paths_are_refused() {
         check(BASE, "/%00", "400");
-        check(BASE, "/%%300", "/%2500");
         check(BASE, "admin", "400");
-        check(DECODE, "/a%%32fb", "/a%252fb");
         check(BASE, "*", "*");
     }
 
@@ -258,6 +261,8 @@ mod tests {
         check(BASE, "/%+1/%0", "/%+1/%0");
         check(BASE, "/a/%61%z/../b", "/a/b");
         check(BASE, "/a/%%32e%%32e/b", "/a/%252e%252e/b");
+        check(BASE, "/%%300", "/%2500");
+        check(DECODE, "/a%%32fb", "/a%252fb");
         check(BASE, "/a%2%30b/%%%36%31", "/a%2520b/%%2561");
     }
 

@@ -106,6 +106,7 @@ impl Local {
             (StatusCode::OK, Bytes::new())
         } else {
             if self.text.is_empty() {
+                // a route's operations may have named one, and there is no content
                 headers.remove(CONTENT_TYPE);
             } else if !headers.contains_key(CONTENT_TYPE) {
                 headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
