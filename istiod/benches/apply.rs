@@ -45,7 +45,7 @@ fn main() -> anyhow::Result<()> {
                 index += 1;
                 mesh.apply(index, command)?;
             }
-            let writes = mesh.take_writes();
+            let writes = mesh.take_writes()();
             bytes += writes.iter().map(|write| write.value.as_ref().map_or(0, Vec::len)).sum::<usize>();
             mesh.publish(index, began);
         }

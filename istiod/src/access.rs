@@ -17,7 +17,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use self::secret::{ApiSecret, NotAToken};
-use crate::raft::part::{Part, PartError, PartWrites};
+use crate::raft::part::{Part, PartError};
 
 /// The most tokens at a time: each is a few hundred bytes of every member's memory.
 pub const MOST_TOKENS: usize = 10_000;
@@ -212,7 +212,7 @@ pub enum TokenRefused {
 pub struct AccessState {
     tokens: BTreeMap<String, ApiToken>,
     bindings: BTreeMap<String, Binding>,
-    /// Keys that changed since [`AccessState::take_writes`].
+    /// Keys that changed and are not written.
     unwritten: BTreeSet<String>,
 }
 
@@ -311,15 +311,6 @@ impl AccessState {
     pub fn bindings(&self) -> impl Iterator<Item = &Binding> {
         self.bindings.values()
     }
-
-    fn value(&self, key: &str) -> Option<Vec<u8>> {
-        // Strings, numbers and sets of strings: a value that always has a JSON form.
-        if let Some(id) = key.strip_prefix(TOKEN) {
-            return self.tokens.get(id).and_then(|token| serde_json::to_vec(token).ok());
-        }
-        let identity = key.strip_prefix(BINDING)?;
-        self.bindings.get(identity).and_then(|binding| serde_json::to_vec(binding).ok())
-    }
 }
 
 impl Part for AccessState {
@@ -342,15 +333,24 @@ impl Part for AccessState {
         }
     }
 
-    fn take_writes(&mut self) -> PartWrites {
-        let keys = std::mem::take(&mut self.unwritten);
-        keys.into_iter().map(|key| (key.clone().into_bytes(), self.value(&key))).collect()
+    fn take_changed(&mut self) -> BTreeSet<Vec<u8>> {
+        std::mem::take(&mut self.unwritten).into_iter().map(String::into_bytes).collect()
+    }
+
+    fn value(&self, key: &[u8]) -> Option<Vec<u8>> {
+        // Strings, numbers and sets of strings: a value that always has a JSON form.
+        let key = std::str::from_utf8(key).ok()?;
+        if let Some(id) = key.strip_prefix(TOKEN) {
+            return self.tokens.get(id).and_then(|token| serde_json::to_vec(token).ok());
+        }
+        let identity = key.strip_prefix(BINDING)?;
+        self.bindings.get(identity).and_then(|binding| serde_json::to_vec(binding).ok())
     }
 
     fn pairs(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
         let bindings = self.bindings.keys().map(|identity| format!("{BINDING}{identity}"));
         let keys = bindings.chain(self.tokens.keys().map(|id| format!("{TOKEN}{id}")));
-        keys.filter_map(|key| Some((key.clone().into_bytes(), self.value(&key)?))).collect()
+        keys.map(String::into_bytes).filter_map(|key| Some((key.clone(), self.value(&key)?))).collect()
     }
 
     fn from_pairs<'a>(pairs: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> Result<Self, PartError> {

@@ -8,15 +8,16 @@
 
 mod chain;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ca::authn::Hash;
+use registry::chunks::Chunks;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use self::chain::{Broken, verify};
-use crate::raft::part::{Part, PartError, PartWrites};
+use crate::raft::part::{Part, PartError};
 
 /// How many entries are kept unless the operator says otherwise.
 pub const DEFAULT_ENTRIES: u32 = 20_000;
@@ -131,12 +132,13 @@ pub struct AuditOutcome {
 pub struct AuditState {
     retention: Retention,
     anchor: Anchor,
-    /// Oldest first, each with the bytes of its canonical form.
-    entries: VecDeque<(Arc<AuditEntry>, usize)>,
+    /// By revision, each with the bytes of its canonical form.
+    entries: Chunks<u64, (Arc<AuditEntry>, usize)>,
     bytes: usize,
     /// The newest time of all entries there ever were, in milliseconds since 1970: ages are measured from it.
     newest_ms: i64,
-    unwritten: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+    /// Keys that changed and are not written.
+    unwritten: BTreeSet<Vec<u8>>,
 }
 
 /// What is stored beside the entries.
@@ -149,8 +151,8 @@ struct Meta {
 
 impl AuditState {
     /// The entries that are kept, oldest first.
-    pub fn entries(&self) -> impl DoubleEndedIterator<Item = &Arc<AuditEntry>> + ExactSizeIterator {
-        self.entries.iter().map(|(entry, _)| entry)
+    pub fn entries(&self) -> impl DoubleEndedIterator<Item = &Arc<AuditEntry>> {
+        self.entries.iter().map(|(_, (entry, _))| entry)
     }
 
     /// Where the kept entries begin.
@@ -162,7 +164,7 @@ impl AuditState {
     /// The hash of the newest entry, or the anchor's.
     #[must_use]
     pub fn head(&self) -> Hash {
-        self.entries.back().map_or(self.anchor.hash, |(entry, _)| entry.hash)
+        self.entries.last().map_or(self.anchor.hash, |(_, (entry, _))| entry.hash)
     }
 
     /// How much is kept.
@@ -177,15 +179,14 @@ impl AuditState {
         let (hash, bytes) = chain::hash(previous, revision, &origin, &objects);
         self.newest_ms = self.newest_ms.max(origin.at_ms);
         let entry = AuditEntry { revision, origin, objects, previous, hash };
-        self.unwritten.insert(entry_key(revision), Some(to_json(&entry)));
+        self.unwritten.extend([entry_key(revision), META_KEY.to_vec()]);
         self.push(entry, bytes);
-        self.unwritten.insert(META_KEY.to_vec(), Some(self.meta()));
         self.trim();
     }
 
     fn push(&mut self, entry: AuditEntry, bytes: usize) {
         self.bytes = self.bytes.saturating_add(bytes);
-        self.entries.push_back((Arc::new(entry), bytes));
+        self.entries.insert(entry.revision, (Arc::new(entry), bytes));
     }
 
     fn trim(&mut self) {
@@ -194,17 +195,18 @@ impl AuditState {
             Ok(0) | Err(_) => i64::MIN,
             Ok(age) => self.newest_ms.saturating_sub(age),
         };
-        while let Some((entry, bytes)) = self.entries.front().map(|(entry, bytes)| (entry.clone(), *bytes)) {
+        while let Some((entry, bytes)) =
+            self.entries.first().map(|(_, (entry, bytes))| (entry.clone(), *bytes))
+        {
             let surplus = self.entries.len() > keep || self.bytes > MAX_BYTES;
             if self.entries.len() == 1 || !(surplus || entry.origin.at_ms < oldest) {
                 break;
             }
-            self.entries.pop_front();
+            self.entries.pop_first();
             self.bytes = self.bytes.saturating_sub(bytes);
             let dropped = self.anchor.dropped.saturating_add(1);
             self.anchor = Anchor { dropped, revision: entry.revision, hash: entry.hash };
-            self.unwritten.insert(entry_key(entry.revision), None);
-            self.unwritten.insert(META_KEY.to_vec(), Some(self.meta()));
+            self.unwritten.extend([entry_key(entry.revision), META_KEY.to_vec()]);
         }
     }
 
@@ -227,13 +229,22 @@ impl Part for AuditState {
             return AuditOutcome { changed: false };
         }
         self.retention = retention;
-        self.unwritten.insert(META_KEY.to_vec(), Some(self.meta()));
+        self.unwritten.insert(META_KEY.to_vec());
         self.trim();
         AuditOutcome { changed: true }
     }
 
-    fn take_writes(&mut self) -> PartWrites {
-        std::mem::take(&mut self.unwritten).into_iter().collect()
+    fn take_changed(&mut self) -> BTreeSet<Vec<u8>> {
+        std::mem::take(&mut self.unwritten)
+    }
+
+    fn value(&self, key: &[u8]) -> Option<Vec<u8>> {
+        if key == META_KEY {
+            return (!self.is_new()).then(|| self.meta());
+        }
+        let revision = std::str::from_utf8(key.strip_prefix(ENTRY_KEY.as_bytes())?).ok()?;
+        let (entry, _) = self.entries.get(&u64::from_str_radix(revision, 16).ok()?)?;
+        Some(to_json(&**entry))
     }
 
     fn pairs(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
@@ -332,13 +343,13 @@ mod tests {
         let outcome =
             Part::apply(&mut state, 99, AuditCommand::SetRetention(Retention { entries: 4, age_ms: 0 }));
         assert!(outcome.changed);
-        assert_eq!((state.entries().len(), state.anchor().dropped, state.anchor().revision), (4, 6, 18));
+        assert_eq!((state.entries().count(), state.anchor().dropped, state.anchor().revision), (4, 6, 18));
         assert_eq!(verified(&state), Ok(whole));
         // By age, measured by the entries' own times.
         Part::apply(&mut state, 100, AuditCommand::SetRetention(Retention { entries: 100, age_ms: 1500 }));
         assert_eq!(state.entries().map(|e| e.origin.at_ms).collect::<Vec<_>>(), [9000, 10_000]);
         state.append(200, origin(20_000), Vec::new());
-        assert_eq!(state.entries().len(), 1);
+        assert_eq!(state.entries().count(), 1);
         assert_eq!(verified(&state), Ok(state.head()));
         // A clock that goes back makes nothing young again, and the newest entry always stays.
         state.append(201, origin(5), Vec::new());
@@ -350,8 +361,8 @@ mod tests {
         let mut state = state_of(3);
         let mut stored: BTreeMap<_, _> = BTreeMap::new();
         let mut store = |state: &mut AuditState| {
-            for (key, value) in state.take_writes() {
-                match value {
+            for key in state.take_changed() {
+                match state.value(&key) {
                     Some(value) => drop(stored.insert(key, value)),
                     None => drop(stored.remove(&key)),
                 }

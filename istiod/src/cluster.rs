@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ca::authn::Hash;
 use serde::{Deserialize, Serialize};
 
-use crate::raft::part::{Part, PartError, PartWrites};
+use crate::raft::part::{Part, PartError};
 use crate::raft::peers::Directory;
 
 /// The numbers of voters that may be asked for.
@@ -99,7 +99,8 @@ pub struct ClusterState {
     tickets: BTreeMap<String, TicketRecord>,
     sealed: BTreeMap<String, String>,
     common: Common,
-    writes: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+    /// Keys that changed and are not written.
+    unwritten: BTreeSet<Vec<u8>>,
 }
 
 /// A change of the members.
@@ -389,7 +390,7 @@ impl ClusterState {
         self.check(&voters, remove)?;
         for id in remove {
             self.members.remove(id);
-            self.write(key(MEMBER_KEYS, id), None);
+            self.unwritten.insert(key(MEMBER_KEYS, id));
         }
         self.change(|common| {
             common.voters = voters;
@@ -399,13 +400,12 @@ impl ClusterState {
     }
 
     fn put(&mut self, id: u64, member: Member) {
-        self.write(key(MEMBER_KEYS, &id), Some(encoded(&member)));
+        self.unwritten.insert(key(MEMBER_KEYS, &id));
         self.members.insert(id, member);
     }
 
     fn put_ticket(&mut self, id: String, ticket: Option<TicketRecord>) {
-        let key = [TICKET_KEYS, id.as_bytes()].concat();
-        self.write(key, ticket.as_ref().map(encoded));
+        self.unwritten.insert([TICKET_KEYS, id.as_bytes()].concat());
         match ticket {
             Some(ticket) => self.tickets.insert(id, ticket),
             None => self.tickets.remove(&id),
@@ -414,11 +414,7 @@ impl ClusterState {
 
     fn change(&mut self, change: impl FnOnce(&mut Common)) {
         change(&mut self.common);
-        self.write(CLUSTER_KEY.to_vec(), Some(encoded(&self.common)));
-    }
-
-    fn write(&mut self, key: Vec<u8>, value: Option<Vec<u8>>) {
-        self.writes.insert(key, value);
+        self.unwritten.insert(CLUSTER_KEY.to_vec());
     }
 }
 
@@ -468,8 +464,7 @@ impl Part for ClusterState {
             }
             ClusterCommand::Seal { name, sealed } => {
                 if !self.sealed.contains_key(&name) {
-                    let key = [SEALED_KEYS, name.as_bytes()].concat();
-                    self.write(key, Some(sealed.clone().into_bytes()));
+                    self.unwritten.insert([SEALED_KEYS, name.as_bytes()].concat());
                     self.sealed.insert(name, sealed);
                 }
                 Ok(ClusterOutcome::Done)
@@ -478,24 +473,30 @@ impl Part for ClusterState {
         applied.unwrap_or_else(ClusterOutcome::Refused)
     }
 
-    fn take_writes(&mut self) -> PartWrites {
-        std::mem::take(&mut self.writes).into_iter().collect()
+    fn take_changed(&mut self) -> BTreeSet<Vec<u8>> {
+        std::mem::take(&mut self.unwritten)
+    }
+
+    fn value(&self, key: &[u8]) -> Option<Vec<u8>> {
+        let text = |bytes| std::str::from_utf8(bytes).ok();
+        if let Some(id) = key.strip_prefix(MEMBER_KEYS) {
+            return self.members.get(&u64::from_be_bytes(id.try_into().ok()?)).map(encoded);
+        }
+        if let Some(id) = key.strip_prefix(TICKET_KEYS) {
+            return self.tickets.get(text(id)?).map(encoded);
+        }
+        if let Some(name) = key.strip_prefix(SEALED_KEYS) {
+            return self.sealed.get(text(name)?).map(|sealed| sealed.clone().into_bytes());
+        }
+        (key == CLUSTER_KEY && self.common != Common::default()).then(|| encoded(&self.common))
     }
 
     fn pairs(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
-        let mut pairs = BTreeMap::new();
-        pairs.extend(self.members.iter().map(|(id, member)| (key(MEMBER_KEYS, id), encoded(member))));
-        let ticket =
-            |(id, ticket): (&String, &TicketRecord)| ([TICKET_KEYS, id.as_bytes()].concat(), encoded(ticket));
-        pairs.extend(self.tickets.iter().map(ticket));
-        let sealed = |(name, sealed): (&String, &String)| {
-            ([SEALED_KEYS, name.as_bytes()].concat(), sealed.clone().into_bytes())
-        };
-        pairs.extend(self.sealed.iter().map(sealed));
-        if self.common != Common::default() {
-            pairs.insert(CLUSTER_KEY.to_vec(), encoded(&self.common));
-        }
-        pairs
+        let members = self.members.keys().map(|id| key(MEMBER_KEYS, id));
+        let tickets = self.tickets.keys().map(|id| [TICKET_KEYS, id.as_bytes()].concat());
+        let sealed = self.sealed.keys().map(|name| [SEALED_KEYS, name.as_bytes()].concat());
+        let keys = members.chain(tickets).chain(sealed).chain([CLUSTER_KEY.to_vec()]);
+        keys.filter_map(|key| Some((key.clone(), self.value(&key)?))).collect()
     }
 
     fn from_pairs<'a>(pairs: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> Result<Self, PartError> {

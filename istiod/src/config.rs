@@ -12,7 +12,7 @@
 //! metrics: {address: 0.0.0.0:15014}
 //! ca: {directory: /etc/istio/cacerts, leafLifetime: 24h, maxLeafLifetime: 2160h}
 //! push: {debounceQuiet: 10ms, debounceLongest: 1s, workers: 2}
-//! raft: {electionTimeout: 800ms, heartbeat: 200ms, snapshotEntries: 20000, snapshotBytes: 67108864, answerWithin: 5s,
+//! raft: {electionTimeout: 800ms, heartbeat: 200ms, snapshotEntries: 50000, snapshotBytes: 67108864, answerWithin: 5s,
 //!        slowSync: 1s, slowSyncFor: 10s, leastFreeBytes: 67108864}
 //! workloads: {lease: 60s, removeAfter: 10m}
 //! sources: {files: [/etc/istio/mesh]}
@@ -133,7 +133,7 @@ impl Default for Consensus {
         Self {
             election_timeout: Duration::from_millis(800),
             heartbeat: Duration::from_millis(200),
-            snapshot_entries: 20_000,
+            snapshot_entries: 50_000,
             snapshot_bytes: 64 << 20,
             answer_within: Duration::from_secs(5),
             slow_sync: Duration::from_secs(1),

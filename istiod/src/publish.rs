@@ -23,7 +23,7 @@ pub struct Update {
 
 impl Update {
     fn merge(&mut self, later: Self) {
-        self.changes.merge(&later.changes);
+        self.changes.merge(later.changes);
         self.snapshot = later.snapshot;
     }
 }

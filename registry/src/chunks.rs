@@ -10,7 +10,7 @@ type Chunk<K, V> = Arc<Vec<Arc<(K, V)>>>;
 
 /// A sorted, immutable-when-shared map. A change copies one chunk of at most [`CHUNK`] pointers and the list of chunks.
 #[derive(Debug, Clone)]
-pub(crate) struct Chunks<K, V> {
+pub struct Chunks<K, V> {
     /// Never contains an empty chunk.
     chunks: Arc<Vec<Chunk<K, V>>>,
     len: usize,
@@ -24,8 +24,39 @@ impl<K, V> Default for Chunks<K, V> {
 
 impl<K: Ord, V: Clone> Chunks<K, V> {
     /// How many entries.
-    pub(crate) fn len(&self) -> usize {
+    #[must_use]
+    pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The entry with the lowest key.
+    #[must_use]
+    pub fn first(&self) -> Option<(&K, &V)> {
+        self.chunks.first()?.first().map(|entry| (&entry.0, &entry.1))
+    }
+
+    /// The entry with the highest key.
+    #[must_use]
+    pub fn last(&self) -> Option<(&K, &V)> {
+        self.chunks.last()?.last().map(|entry| (&entry.0, &entry.1))
+    }
+
+    /// Removes the entry with the lowest key; gives its value.
+    pub fn pop_first(&mut self) -> Option<V> {
+        let chunks = Arc::make_mut(&mut self.chunks);
+        let entries = Arc::make_mut(chunks.first_mut()?);
+        let value = entries.remove(0).1.clone();
+        if entries.is_empty() {
+            chunks.remove(0);
+        }
+        self.len -= 1;
+        Some(value)
     }
 
     /// The chunk that holds `key`, or would.
@@ -38,7 +69,7 @@ impl<K: Ord, V: Clone> Chunks<K, V> {
     }
 
     /// The value of `key`.
-    pub(crate) fn get<Q: Ord + ?Sized>(&self, key: &Q) -> Option<&V>
+    pub fn get<Q: Ord + ?Sized>(&self, key: &Q) -> Option<&V>
     where
         K: Borrow<Q>,
     {
@@ -48,7 +79,7 @@ impl<K: Ord, V: Clone> Chunks<K, V> {
     }
 
     /// Sets the value of `key`.
-    pub(crate) fn insert(&mut self, key: K, value: V) {
+    pub fn insert(&mut self, key: K, value: V) {
         let at = self.chunk_of(&key);
         let chunks = Arc::make_mut(&mut self.chunks);
         let Some(chunk) = chunks.get_mut(at) else {
@@ -75,7 +106,7 @@ impl<K: Ord, V: Clone> Chunks<K, V> {
     }
 
     /// Removes `key`.
-    pub(crate) fn remove<Q: Ord + ?Sized>(&mut self, key: &Q) -> Option<V>
+    pub fn remove<Q: Ord + ?Sized>(&mut self, key: &Q) -> Option<V>
     where
         K: Borrow<Q>,
     {
@@ -92,17 +123,17 @@ impl<K: Ord, V: Clone> Chunks<K, V> {
     }
 
     /// All keys, in order.
-    pub(crate) fn keys(&self) -> impl Iterator<Item = &K> {
+    pub fn keys(&self) -> impl DoubleEndedIterator<Item = &K> {
         self.iter().map(|(key, _)| key)
     }
 
     /// All entries in the order of their keys.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = (&K, &V)> {
         self.chunks.iter().flat_map(|chunk| chunk.iter()).map(|entry| (&entry.0, &entry.1))
     }
 
     /// The entries from `start` on, in the order of their keys.
-    pub(crate) fn iter_from<'a, Q: Ord + ?Sized>(
+    pub fn iter_from<'a, Q: Ord + ?Sized>(
         &'a self,
         start: &Q,
     ) -> impl Iterator<Item = (&'a K, &'a V)> + use<'a, K, V, Q>
@@ -150,24 +181,27 @@ mod tests {
 
     proptest! {
         #[test]
-        fn behaves_like_a_btree_map(ops in proptest::collection::vec((any::<bool>(), 0u16..400, any::<u8>()), 0..1500)) {
+        fn behaves_like_a_btree_map(ops in proptest::collection::vec((0u8..8, 0u16..400, any::<u8>()), 0..1500)) {
             let mut chunks = Chunks::default();
             let mut model = BTreeMap::new();
             let mut before = (chunks.clone(), model.clone());
-            for (i, (insert, key, value)) in ops.into_iter().enumerate() {
+            for (i, (kind, key, value)) in ops.into_iter().enumerate() {
                 if i == 700 {
                     before = (chunks.clone(), model.clone());
                 }
-                if insert {
-                    chunks.insert(key, value);
-                    model.insert(key, value);
-                } else {
-                    prop_assert_eq!(chunks.remove(&key), model.remove(&key));
+                match kind {
+                    0..4 => {
+                        chunks.insert(key, value);
+                        model.insert(key, value);
+                    }
+                    4 => prop_assert_eq!(chunks.pop_first(), model.pop_first().map(|(_, value)| value)),
+                    _ => prop_assert_eq!(chunks.remove(&key), model.remove(&key)),
                 }
             }
             for (chunks, model) in [&before, &(chunks, model)] {
                 prop_assert_eq!(chunks.len(), model.len());
-                prop_assert!(chunks.iter().eq(model.iter()));
+                prop_assert!(chunks.iter().eq(model.iter()) && chunks.iter().rev().eq(model.iter().rev()));
+                prop_assert_eq!((chunks.first(), chunks.last()), (model.first_key_value(), model.last_key_value()));
                 for key in [0u16, 17, 200, 399] {
                     prop_assert_eq!(chunks.get(&key), model.get(&key));
                     prop_assert!(chunks.iter_from(&key).eq(model.range(key..)));

@@ -5,7 +5,7 @@
 //! every member; [`lease`] tells which workloads went silent; [`merge`] makes one service of what several sources say about one host; [`snapshot`] is what
 //! the rest of the control plane reads. Nothing here knows the wire format of a proxy, or Raft.
 
-mod chunks;
+pub mod chunks;
 pub mod config;
 pub mod lease;
 pub mod merge;

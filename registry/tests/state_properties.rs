@@ -79,7 +79,7 @@ proptest! {
         let mut all = registry::state::Changes::default();
         for (index, batch) in (1..).zip(&log) {
             let (changes, _) = state.apply(Revision(index), batch);
-            all.merge(&changes);
+            all.merge(changes);
         }
         prop_assert_eq!(dump(&Snapshot::next(&first, &state, &all)), dump(&Snapshot::build(&state)));
     }

@@ -11,7 +11,7 @@ use anyhow::Context;
 use ca::authority::{PluggedIn, Serial, SigningRoot};
 use ca::renewal::Clock;
 use istiod::raft::disk::{Disk, RealDisk};
-use istiod::raft::machine::{Frozen, Halt, StateMachine};
+use istiod::raft::machine::{Frozen, Halt, StateMachine, Writes};
 use istiod::raft::metrics::Metrics;
 use istiod::raft::node::files::{Beginning, open};
 use istiod::raft::node::thread::Node;
@@ -47,13 +47,14 @@ impl StateMachine for Values {
         Ok(())
     }
 
-    fn take_writes(&mut self) -> Vec<Write> {
+    fn take_writes(&mut self) -> Writes {
         let names = std::mem::take(&mut self.unwritten).into_iter();
         let value = |name: &String| self.held.get(name).map(|value| value.clone().into_bytes());
-        names.map(|name| Write { value: value(&name), key: name.into_bytes() }).collect()
+        let writes = names.map(|name| Write { value: value(&name), key: name.into_bytes() }).collect();
+        Box::new(move || writes)
     }
 
-    fn all_writes(&mut self) -> Vec<Write> {
+    fn all_writes(&mut self) -> Writes {
         self.unwritten = self.held.keys().cloned().collect();
         self.take_writes()
     }

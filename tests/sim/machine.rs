@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use ca::identity::TrustDomain;
 use istiod::publish::Publisher;
-use istiod::raft::machine::{Frozen, Halt, StateMachine};
-use istiod::raft::store::{Pairs, Write};
+use istiod::raft::machine::{Frozen, Halt, StateMachine, Writes};
+use istiod::raft::store::Pairs;
 use istiod::raft::{Command, Mesh, Outcome, View};
 use registry::snapshot::Snapshot;
 use registry::state::State;
@@ -128,11 +128,11 @@ impl StateMachine for SimMachine {
         Ok(outcome)
     }
 
-    fn take_writes(&mut self) -> Vec<Write> {
+    fn take_writes(&mut self) -> Writes {
         self.inner().mesh.take_writes()
     }
 
-    fn all_writes(&mut self) -> Vec<Write> {
+    fn all_writes(&mut self) -> Writes {
         self.inner().mesh.all_writes()
     }
 

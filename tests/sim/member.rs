@@ -167,7 +167,7 @@ impl Member {
 
     /// Ends the life as an operator would.
     pub(crate) fn stop_politely(&mut self) -> Result<(), Broken> {
-        let closed = self.running.take().map_or(Ok(()), |running| running.driver.close());
+        let closed = self.running.take().map_or(Ok(()), |running| running.driver.close([]));
         let out = self.power.is_out();
         self.power.restore();
         match closed {

@@ -3,9 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use istiod::raft::node::{
-    Answer, Event, Fatal, Forward, Output, Refusal, SnapshotJob, Status, Transport as _,
-};
+use istiod::raft::node::{Answer, Event, Fatal, Forward, Job, Output, Refusal, Status, Transport as _};
 use istiod::raft::{Outcome, View};
 use tests::history::{History, Ticket};
 use xxhash_rust::xxh3::xxh3_64;
@@ -31,7 +29,7 @@ pub(crate) enum Happening {
     /// Something to tell a member, in one of its lives.
     Tell(u64, u64, Event),
     /// A member's snapshot is written.
-    Write(u64, u64, SnapshotJob),
+    Write(u64, u64, Job),
     /// A client does the next thing.
     Client(usize),
     /// A proxy looks at its stream.
@@ -262,7 +260,7 @@ impl World {
         for (sequence, answer) in out.answers {
             self.answer(id, spent, sequence, answer)?;
         }
-        if let Some(job) = out.snapshot {
+        for job in out.jobs {
             let takes = spent + self.rng.u64(0..100_000);
             self.after(takes, Happening::Write(id, life, job));
         }
@@ -404,14 +402,14 @@ impl World {
         Ok(())
     }
 
-    fn write(&mut self, id: u64, life: u64, job: SnapshotJob) -> Check {
+    fn write(&mut self, id: u64, life: u64, job: Job) -> Check {
         let Some(member) = self.living(id, life) else { return Ok(()) };
-        let saved = job.run();
+        let done = job.run();
         if member.power.is_out() {
-            self.note(|| format!("member {id} ends while it writes a snapshot"));
+            self.note(|| format!("member {id} ends while it writes a snapshot or its store"));
             return self.crash(id);
         }
-        self.tell(id, life, Event::SnapshotSaved(saved))
+        self.tell(id, life, done)
     }
 
     /// Starts a member, on what its last life left.

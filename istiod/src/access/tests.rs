@@ -78,14 +78,14 @@ fn the_state_knows_no_secret() {
 fn use_is_known_to_the_hour_and_written_once_for_it() {
     let mut state = AccessState::default();
     state.apply(1, AccessCommand::AddToken(token("a", 1_000_000).0));
-    state.take_writes();
+    state.take_changed();
     let used = |at| AccessCommand::Used { ids: ["a".to_owned(), "gone".to_owned()].into(), at };
     assert_eq!(state.apply(2, used(7300)), AccessOutcome::Changed);
     assert_eq!(state.token("a").unwrap().last_used, Some(7200));
-    assert_eq!(state.take_writes().len(), 1);
+    assert_eq!(state.take_changed().len(), 1);
     assert_eq!(state.apply(3, used(10_799)), AccessOutcome::Unchanged);
     assert_eq!(state.apply(4, used(3600)), AccessOutcome::Unchanged, "time does not go back");
-    assert!(state.take_writes().is_empty());
+    assert!(state.take_changed().is_empty());
 }
 
 #[test]
@@ -150,8 +150,8 @@ proptest! {
             let text = serde_json::to_vec(&command).unwrap();
             let index = u64::try_from(index).unwrap();
             state.apply(index, serde_json::from_slice(&text).unwrap());
-            for (key, value) in state.take_writes() {
-                match value {
+            for key in state.take_changed() {
+                match state.value(&key) {
                     Some(value) => { stored.insert(key, value); }
                     None => { stored.remove(&key); }
                 }

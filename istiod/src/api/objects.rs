@@ -207,7 +207,7 @@ fn read(request: &ApplyRequest) -> Result<(Vec<Object>, Vec<String>), ApiError> 
 
 /// The one object of a JSON body; mistakes point into the body.
 fn read_one(namespace: &str, body: &str) -> Result<(Object, Vec<String>), ApiError> {
-    let read = registry::config::parse_in(namespace, BODY, body);
+    let read = registry::config::parse_json_in(namespace, BODY, body);
     let (objects, warnings) = read.map_err(|wrong| {
         let in_body = |mistake: Mistake| Mistake {
             pointer: pointer(&mistake.field),

@@ -141,8 +141,8 @@ fn the_state_survives_both_of_its_stored_forms() {
     assert_eq!(state.sealed("root"), Some("AAAA"), "a secret that is there stays");
     assert_eq!(state.level(), Some(2));
     let mut stored = BTreeMap::new();
-    for (key, value) in state.take_writes() {
-        match value {
+    for key in state.take_changed() {
+        match state.value(&key) {
             Some(value) => drop(stored.insert(key, value)),
             None => drop(stored.remove(&key)),
         }

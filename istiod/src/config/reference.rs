@@ -53,7 +53,7 @@ pub const SETTINGS: &[Setting] = &[
     setting("push.workers", "0", "translations at the same time; 0: one per core"),
     setting("raft.electionTimeout", "800ms", "a follower that hears nothing for this long asks for votes"),
     setting("raft.heartbeat", "200ms", "a leader makes itself heard this often"),
-    setting("raft.snapshotEntries", "20000", "a snapshot is taken after so many entries"),
+    setting("raft.snapshotEntries", "50000", "a snapshot is taken after so many entries"),
     setting("raft.snapshotBytes", "67108864", "a snapshot is taken after so many bytes of entries"),
     setting("raft.answerWithin", "5s", "a request without an answer in this time is told so"),
     setting("raft.slowSync", "1s", "a disk is slow whose every sync takes at least this long"),

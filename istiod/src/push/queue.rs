@@ -113,7 +113,7 @@ impl Queue {
     /// The mesh changed; who is concerned is decided at the next flush.
     pub fn update(&mut self, update: Update) {
         self.latest = update.snapshot;
-        self.changes.merge(&update.changes);
+        self.changes.merge(update.changes);
         self.committed.get_or_insert(update.committed);
     }
 

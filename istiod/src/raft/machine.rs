@@ -18,10 +18,10 @@ pub trait StateMachine: Send + 'static {
     fn apply(&mut self, index: u64, command: &[u8]) -> Result<Self::Answer, Halt>;
 
     /// The pairs that changed since the last call, for the store.
-    fn take_writes(&mut self) -> Vec<Write>;
+    fn take_writes(&mut self) -> Writes;
 
     /// All pairs, for a store that is built anew; they count as written.
-    fn all_writes(&mut self) -> Vec<Write>;
+    fn all_writes(&mut self) -> Writes;
 
     /// Shows the state to readers. Called after a run of commands, before their proposers are answered, and once at
     /// start; `index` is the last applied, `now` when the step began in which it was.
@@ -44,6 +44,9 @@ pub trait StateMachine: Send + 'static {
     /// [`Halt`] if the pairs are not a state that this program knows.
     fn load(&mut self, index: u64, pairs: Pairs) -> Result<(), Halt>;
 }
+
+/// Pairs as they were when they were asked for, to be encoded on another thread.
+pub type Writes = Box<dyn FnOnce() -> Vec<Write> + Send>;
 
 /// A state that can be encoded on another thread.
 pub type Frozen = Box<dyn FnOnce() -> Result<Vec<u8>, Halt> + Send>;

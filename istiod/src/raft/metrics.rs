@@ -7,7 +7,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-use super::node::Status;
+use super::node::{Event, Job, Status};
 
 /// The metrics of one member. Clones count together.
 #[derive(Debug, Clone)]
@@ -27,6 +27,7 @@ pub struct Metrics {
     commit_seconds: Histogram,
     sync_seconds: Histogram,
     snapshot_seconds: Histogram,
+    store_seconds: Histogram,
     refused: Counter,
     dropped: Counter,
     last_leader: std::sync::Arc<std::sync::atomic::AtomicU64>,
@@ -51,6 +52,7 @@ impl Default for Metrics {
             commit_seconds: quick(),
             sync_seconds: quick(),
             snapshot_seconds: Histogram::new(exponential_buckets(0.001, 2.0, 16)),
+            store_seconds: Histogram::new(exponential_buckets(0.001, 2.0, 16)),
             refused: Counter::default(),
             dropped: Counter::default(),
             last_leader: std::sync::Arc::default(),
@@ -92,6 +94,7 @@ impl Metrics {
             ("commit", "From a proposal to its answer", metrics.commit_seconds.clone()),
             ("log_sync", "One fdatasync of the log", metrics.sync_seconds.clone()),
             ("snapshot", "Writing one snapshot", metrics.snapshot_seconds.clone()),
+            ("store", "Bringing the store of applied state up to date", metrics.store_seconds.clone()),
         ];
         for (name, help, histogram) in durations {
             raft.register_with_unit(name, help, Unit::Seconds, histogram);
@@ -142,12 +145,17 @@ impl Metrics {
         self.dropped.inc();
     }
 
-    /// Runs `action`, which writes a snapshot, and notes how long it took.
-    #[expect(clippy::disallowed_methods, reason = "measures the snapshot; nothing is decided by it")]
-    pub fn timed_snapshot<R>(&self, action: impl FnOnce() -> R) -> R {
+    /// Does slow work, and notes how long it took.
+    #[must_use]
+    #[expect(clippy::disallowed_methods, reason = "measures the job; nothing is decided by it")]
+    pub fn timed(&self, job: Job) -> Event {
+        let seconds = match job {
+            Job::Snapshot(_) => &self.snapshot_seconds,
+            Job::Store(_) => &self.store_seconds,
+        };
         let before = std::time::Instant::now();
-        let result = action();
-        self.snapshot_seconds.observe(before.elapsed().as_secs_f64());
-        result
+        let event = job.run();
+        seconds.observe(before.elapsed().as_secs_f64());
+        event
     }
 }

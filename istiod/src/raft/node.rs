@@ -9,11 +9,13 @@ mod drain;
 mod event;
 pub mod files;
 mod fitness;
+mod jobs;
 mod members;
 mod proposals;
 mod settings;
 mod start;
 mod storage;
+mod stored;
 pub mod thread;
 mod waiting;
 
@@ -25,22 +27,20 @@ use raft::{RawNode, SnapshotStatus, StateRole};
 
 pub use self::event::{Answer, Event, Fatal, Forward, Output, Progress, Refusal, Status};
 use self::fitness::Fitness;
+pub use self::jobs::Job;
+use self::jobs::{SnapshotJob, StoreJob};
 use self::proposals::Proposals;
 pub use self::settings::Settings;
 pub use self::start::{FOUNDING_INDEX, Guard, Parts, found};
 use self::storage::LogStorage;
+use self::stored::Stored;
 use self::waiting::{Reads, Waiting};
-use super::machine::{Frozen, Halt, StateMachine};
+use super::machine::{Halt, StateMachine};
 use super::sessions::Sessions;
-use super::snapshots::{SnapshotError, Snapshots};
-use super::store::{KvStore, Write};
+use super::snapshots::SnapshotError;
+use super::store::KvStore;
 use super::wire::{self, AppliedMark, SnapshotBody, SnapshotMetadata};
 
-/// Applied entries that the store may lack. The log has them: a member that stops without storing them applies them
-/// again. Many that are stored at once cost far less, because what changed twice is written once.
-const UNSTORED: u64 = 512;
-/// For how many ticks it may lack them.
-const UNSTORED_TICKS: u32 = 5;
 /// Keys of the session table in the store.
 const SESSION_KEYS: &[u8] = b"s/";
 /// Keys of the state machine in the store.
@@ -55,31 +55,10 @@ pub trait Transport: Send {
     fn forward(&mut self, forwards: Vec<Forward>);
 }
 
-/// A snapshot on its way to disk.
-pub struct SnapshotJob {
-    metadata: SnapshotMetadata,
-    sessions: wire::Sessions,
-    frozen: Frozen,
-    snapshots: Snapshots,
-}
-
-impl SnapshotJob {
-    /// Encodes the state and writes the file.
-    ///
-    /// # Errors
-    ///
-    /// [`Fatal`], which goes back in [`Event::SnapshotSaved`].
-    pub fn run(self) -> Result<SnapshotMetadata, Fatal> {
-        let body = SnapshotBody { sessions: Some(self.sessions), machine: (self.frozen)()?.into() };
-        self.snapshots.save(&self.metadata, &body.encode_to_vec())?;
-        Ok(self.metadata)
-    }
-}
-
 /// One member of Raft.
 pub struct Driver<M: StateMachine> {
     raw: RawNode<LogStorage>,
-    store: Box<dyn KvStore>,
+    stored: Stored,
     machine: M,
     sessions: Sessions,
     settings: Settings,
@@ -87,8 +66,6 @@ pub struct Driver<M: StateMachine> {
     client: u64,
     applied: (u64, u64),
     shown: u64,
-    /// The index up to which the store has what was applied, and the ticks since it has not had all.
-    stored: (u64, u32),
     proposals: Proposals,
     waiting: Waiting,
     reads: Reads,
@@ -144,7 +121,7 @@ impl<M: StateMachine> Driver<M> {
         self.look_at_syncs(now);
         self.show(now);
         self.reads.answer(self.applied.0, out);
-        self.snapshot_if_due(now, out);
+        self.give_jobs(now, out);
         Ok(())
     }
 
@@ -168,7 +145,7 @@ impl<M: StateMachine> Driver<M> {
     /// 1. a leader's messages may leave while its own disk is still busy (Raft thesis, section 10.2.1);
     /// 2. a received snapshot, entries and hard state are made durable with one fdatasync;
     /// 3. only then leaves what promises them to others: votes and acknowledgements;
-    /// 4. committed entries are applied, in order; the store may lack the newest of them;
+    /// 4. committed entries are applied, in order; the store follows later;
     /// 5. the raft crate is told, which may commit and release more.
     fn settle(&mut self, transport: &mut dyn Transport, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
         let most = self.settings.message_bytes;
@@ -215,7 +192,7 @@ impl<M: StateMachine> Driver<M> {
 
     fn take(&mut self, event: Event, now: Instant, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
         match event {
-            Event::Tick => self.tick(now, out)?,
+            Event::Tick => self.tick(now, out),
             Event::Message(message) => {
                 // A message that Raft refuses is the sender's mistake or too old; this member goes on.
                 if let Err(error) = self.raw.step(*message) {
@@ -249,13 +226,14 @@ impl<M: StateMachine> Driver<M> {
                 self.raw.report_snapshot(to, status);
             }
             Event::SnapshotSaved(result) => self.snapshot_ended(result, now)?,
+            Event::Stored(store) => self.stored.back(store?),
             Event::Transfer(to) => self.raw.transfer_leader(to),
             Event::Removed => return Err(Fatal::Removed(self.settings.id)),
         }
         Ok(())
     }
 
-    fn tick(&mut self, now: Instant, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
+    fn tick(&mut self, now: Instant, out: &mut Output<M::Answer>) {
         // The raft crate draws its election timeout from the thread's generator; drawing it from our seed makes a
         // run repeatable. Only `tick` reads it.
         let timeout = self.settings.election_timeout(self.raw.raft.id, self.raw.raft.term);
@@ -266,8 +244,7 @@ impl<M: StateMachine> Driver<M> {
         self.proposals.expire(now, out);
         self.waiting.expire(now, out);
         self.reads.expire(now, out);
-        self.stored.1 += u32::from(self.stored.0 != self.applied.0);
-        if self.stored.1 >= UNSTORED_TICKS { self.store_changes() } else { Ok(()) }
+        self.stored.tick();
     }
 
     /// Gives the leader, if there is one, the proposals that it does not have yet.
@@ -317,7 +294,7 @@ impl<M: StateMachine> Driver<M> {
         Some(self.raw.raft.leader_id).filter(|id| *id != raft::INVALID_ID)
     }
 
-    /// Applies committed entries; what they changed is stored when it is enough, or some ticks later.
+    /// Applies committed entries.
     fn apply(&mut self, entries: Vec<Entry>, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
         let mut members = false;
         for entry in entries {
@@ -332,14 +309,12 @@ impl<M: StateMachine> Driver<M> {
                 }
             }
             self.applied = (index, term);
+            self.stored.applied();
         }
         if members {
             // Whoever was removed may be gone from now on. Those who stay elect nobody without them if a power cut makes all
             // forget that the change is committed.
             self.raw.mut_store().log.sync()?;
-        }
-        if members || self.applied.0.saturating_sub(self.stored.0) >= UNSTORED {
-            self.store_changes()?;
         }
         Ok(())
     }
@@ -357,14 +332,11 @@ impl<M: StateMachine> Driver<M> {
         Ok(())
     }
 
-    /// Stores what changed since the last time, with the mark, in one batch.
-    fn store_changes(&mut self) -> Result<(), Fatal> {
-        if self.stored.0 == self.applied.0 {
-            return Ok(());
-        }
-        self.stored = (self.applied.0, 0);
-        let writes = stored_writes(self.machine.take_writes(), &mut self.sessions);
-        Ok(self.store.batch(&writes, &self.mark())?)
+    fn store_job(&mut self, store: Box<dyn KvStore>, anew: bool) -> StoreJob {
+        let machine = if anew { self.machine.all_writes() } else { self.machine.take_writes() };
+        // After a replacement all sessions count as changed.
+        let sessions = self.sessions.take_writes(SESSION_KEYS);
+        StoreJob { store, anew, machine, sessions, mark: self.mark() }
     }
 
     fn mark(&self) -> AppliedMark {
@@ -377,8 +349,9 @@ impl<M: StateMachine> Driver<M> {
         }
     }
 
-    /// Takes the place of everything this member had: the file first, then the applied state, then the log, so that
-    /// a crash in between is mended at the next start from the file.
+    /// Takes the place of everything this member had: the file first, then the log, so that a crash in between is mended
+    /// at the next start from the file. So is a crash before the store has the new state: what it has is older than the
+    /// log's start.
     fn install(&mut self, snapshot: &Snapshot) -> Result<(), Fatal> {
         let metadata = wire::SnapshotMetadata::from(snapshot.get_metadata());
         let (index, term) = (metadata.index, metadata.term);
@@ -390,10 +363,7 @@ impl<M: StateMachine> Driver<M> {
         let storage = self.raw.mut_store();
         storage.conf_state = metadata.conf_state.unwrap_or_default().into();
         self.applied = (index, term);
-        self.store.clear()?;
-        let writes = stored_writes(self.machine.all_writes(), &mut self.sessions);
-        self.store.batch(&writes, &self.mark())?;
-        self.stored = (index, 0);
+        self.stored.replaced();
         self.raw.mut_store().log.reset(index, term)?;
         self.snapshot = (index, self.snapshot.1, 0);
         Ok(())
@@ -407,18 +377,24 @@ impl<M: StateMachine> Driver<M> {
         }
     }
 
-    fn snapshot_if_due(&mut self, now: Instant, out: &mut Output<M::Answer>) {
+    fn give_jobs(&mut self, now: Instant, out: &mut Output<M::Answer>) {
+        let snapshot = self.snapshot_is_due(now);
+        if snapshot {
+            (self.snapshot.1, self.snapshot.2) = (true, 0);
+            out.jobs.push(Job::Snapshot(self.snapshot_job()));
+        }
+        if let Some((store, anew)) = self.stored.due(self.applied.0, snapshot) {
+            out.jobs.push(Job::Store(self.store_job(store, anew)));
+        }
+    }
+
+    fn snapshot_is_due(&self, now: Instant) -> bool {
         let (last, running, bytes) = self.snapshot;
         // A store that lost what it had not synced starts behind the newest snapshot.
         let behind = self.applied.0.saturating_sub(last);
         let wanted = self.raw.store().wanted.replace(false) && behind > 0;
         let due = behind >= self.settings.snapshot_entries || bytes >= self.settings.snapshot_bytes;
-        if running || !(due || wanted) || !self.fitness.has_room(now, &self.settings) {
-            return;
-        }
-        self.snapshot.1 = true;
-        self.snapshot.2 = 0;
-        out.snapshot = Some(self.snapshot_job());
+        !running && (due || wanted) && self.fitness.has_room(now, &self.settings)
     }
 
     fn snapshot_job(&self) -> SnapshotJob {
@@ -523,15 +499,24 @@ impl<M: StateMachine> Driver<M> {
         &self.machine
     }
 
-    /// Makes what is only in memory durable, before a polite stop.
+    /// Makes what is only in memory durable, before a polite stop. `late` are events of jobs that nobody will step any
+    /// more: one may bring the store back.
     ///
     /// # Errors
     ///
     /// [`Fatal`]. Nothing acknowledged is lost by it.
-    pub fn close(mut self) -> Result<(), Fatal> {
-        self.store_changes()?;
+    pub fn close(mut self, late: impl IntoIterator<Item = Event>) -> Result<(), Fatal> {
+        for event in late {
+            if let Event::Stored(store) = event {
+                self.stored.back(store?);
+            }
+        }
         self.raw.mut_store().log.sync()?;
-        Ok(self.store.sync()?)
+        if let Some((store, anew)) = self.stored.take(self.applied.0) {
+            let store = self.store_job(store, anew).run()?;
+            self.stored.back(store);
+        }
+        Ok(self.stored.here().map_or(Ok(()), |store| store.sync())?)
     }
 }
 
@@ -539,15 +524,6 @@ fn send(transport: &mut dyn Transport, most_bytes: u64, messages: Vec<Message>) 
     if !messages.is_empty() {
         transport.send(appends::join(messages, most_bytes));
     }
-}
-
-/// The machine's writes and those of the table of sessions, each under its own keys.
-fn stored_writes(mut writes: Vec<Write>, sessions: &mut Sessions) -> Vec<Write> {
-    for write in &mut writes {
-        write.key.splice(..0, MACHINE_KEYS.iter().copied());
-    }
-    writes.extend(sessions.take_writes(SESSION_KEYS));
-    writes
 }
 
 fn decode_proposal(index: u64, bytes: &[u8]) -> Result<wire::Proposal, Halt> {

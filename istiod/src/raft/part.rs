@@ -4,16 +4,13 @@
 //! audit) lives in modules of this shape, and [`state_machine`](super::state_machine) applies, stores and restores
 //! them all in the same way.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::wire::{Pair, PartState};
-
-/// Changed pairs of a part: each key with its new value, or nothing if the pair goes.
-pub type PartWrites = Vec<(Vec<u8>, Option<Vec<u8>>)>;
 
 /// A part of the replicated state. The same commands at the same indexes give the same part on every member.
 pub trait Part: Clone + Default + Debug + Send + Sync + 'static {
@@ -27,8 +24,11 @@ pub trait Part: Clone + Default + Debug + Send + Sync + 'static {
     /// so and changes nothing. `index` is the entry's, and the revision of what it makes.
     fn apply(&mut self, index: u64, command: Self::Command) -> Self::Outcome;
 
-    /// The pairs that changed since the last call.
-    fn take_writes(&mut self) -> PartWrites;
+    /// The keys whose pairs changed since the last call.
+    fn take_changed(&mut self) -> BTreeSet<Vec<u8>>;
+
+    /// The value under a key; nothing if there is no such pair.
+    fn value(&self, key: &[u8]) -> Option<Vec<u8>>;
 
     /// All pairs: what [`Part::from_pairs`] makes an equal part from. Equal parts give equal bytes.
     fn pairs(&self) -> BTreeMap<Vec<u8>, Vec<u8>>;

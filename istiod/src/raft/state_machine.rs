@@ -19,7 +19,7 @@ use tokio::sync::watch;
 
 pub use self::command::{Command, Outcome, VERSION};
 use self::slot::Slot;
-use super::machine::{Frozen, Halt, StateMachine};
+use super::machine::{Frozen, Halt, StateMachine, Writes};
 use super::part::{Part as _, PartError, from_wire, to_wire};
 use super::store::{Pairs, Write};
 use super::wire::MeshState;
@@ -167,9 +167,9 @@ impl Mesh {
     }
 
     fn apply_registry(&mut self, index: u64, batch: &Batch) -> RegistryOutcome {
-        let (changes, outcome) = Arc::make_mut(&mut self.registry).apply(Revision(index), batch);
-        self.unshown.merge(&changes);
-        self.unwritten.merge(&changes);
+        let (mut changes, outcome) = Arc::make_mut(&mut self.registry).apply(Revision(index), batch);
+        self.unwritten.merge(changes.split_written());
+        self.unshown.merge(changes);
         outcome
     }
 
@@ -229,34 +229,38 @@ impl StateMachine for Mesh {
         Ok(outcome)
     }
 
-    fn take_writes(&mut self) -> Vec<Write> {
-        let changes = std::mem::take(&mut self.unwritten);
-        let registry = self.registry.writes(&changes).into_iter();
-        let ca = std::mem::take(&mut self.ca_writes).into_iter();
-        let mut writes: Vec<Write> =
-            registry.map(|(key, value)| Write { key: [REGISTRY_KEYS, &key].concat(), value }).collect();
-        writes.extend(ca.map(|(key, value)| Write { key: [CA_KEYS, &key].concat(), value }));
-        writes.extend(self.cluster.take_writes());
-        writes.extend(self.access.take_writes());
-        writes.extend(self.audit.take_writes());
-        writes
+    fn take_writes(&mut self) -> Writes {
+        let (registry, changes) = (self.registry.clone(), std::mem::take(&mut self.unwritten));
+        let ca = std::mem::take(&mut self.ca_writes);
+        let parts = [self.cluster.take_writes(), self.access.take_writes(), self.audit.take_writes()];
+        Box::new(move || {
+            let registry = registry.writes(&changes).into_iter();
+            let mut writes: Vec<Write> =
+                registry.map(|(key, value)| Write { key: [REGISTRY_KEYS, &key].concat(), value }).collect();
+            let ca = ca.into_iter();
+            writes.extend(ca.map(|(key, value)| Write { key: [CA_KEYS, &key].concat(), value }));
+            writes.extend(parts.into_iter().flat_map(|part| part()));
+            writes
+        })
     }
 
-    fn all_writes(&mut self) -> Vec<Write> {
+    fn all_writes(&mut self) -> Writes {
         self.unwritten = Changes::default();
         self.ca_writes.clear();
-        let registry = self.registry.pairs().into_iter();
-        let mut writes: Vec<Write> = registry
-            .map(|(key, value)| Write { key: [REGISTRY_KEYS, &key].concat(), value: Some(value) })
-            .collect();
-        let ca = self.ca.entries().into_iter();
-        writes.extend(
-            ca.map(|entry| Write { key: [CA_KEYS, entry.key.as_bytes()].concat(), value: entry.value }),
-        );
-        writes.extend(self.cluster.all_writes());
-        writes.extend(self.access.all_writes());
-        writes.extend(self.audit.all_writes());
-        writes
+        let (registry, ca) = (self.registry.clone(), self.ca.clone());
+        let parts = [self.cluster.all_writes(), self.access.all_writes(), self.audit.all_writes()];
+        Box::new(move || {
+            let registry = registry.pairs().into_iter();
+            let mut writes: Vec<Write> = registry
+                .map(|(key, value)| Write { key: [REGISTRY_KEYS, &key].concat(), value: Some(value) })
+                .collect();
+            let ca = ca.entries().into_iter();
+            writes.extend(
+                ca.map(|entry| Write { key: [CA_KEYS, entry.key.as_bytes()].concat(), value: entry.value }),
+            );
+            writes.extend(parts.into_iter().flat_map(|part| part()));
+            writes
+        })
     }
 
     fn publish(&mut self, index: u64, now: Instant) {

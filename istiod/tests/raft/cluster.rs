@@ -106,9 +106,8 @@ impl Cluster {
         };
         let mut out = Output::default();
         driver.step(event, self.now, &mut self.wires, &mut out).expect("steps");
-        while let Some(job) = out.snapshot.take() {
-            let saved = Event::SnapshotSaved(job.run());
-            driver.step(saved, self.now, &mut self.wires, &mut out).expect("steps");
+        while let Some(job) = out.jobs.pop() {
+            driver.step(job.run(), self.now, &mut self.wires, &mut out).expect("steps");
         }
         let applied = driver.status().applied;
         let map = &driver.machine().map;

@@ -82,7 +82,7 @@ fn after_kill_9_the_state_is_what_was_acknowledged() {
                 "round {round}: {key} is {found} at {found_index}, acknowledged was {number} at {index}"
             );
         }
-        driver.close().expect("closes");
+        driver.close([]).expect("closes");
     }
     println!("{ROUNDS} kills, {total} acknowledged writes, none lost, {:?}", began.elapsed());
     assert!(total > u64::from(ROUNDS) * 20, "only {total} writes were acknowledged");

@@ -42,8 +42,8 @@ impl Rig {
         let event = Event::Propose { sequence: self.sequence, command: text.as_bytes().to_vec() };
         let mut out = Output::default();
         driver.step(event, now(), &mut NoPeers, &mut out)?;
-        if let Some(job) = out.snapshot {
-            driver.step(Event::SnapshotSaved(job.run()), now(), &mut NoPeers, &mut Output::default())?;
+        for job in out.jobs {
+            driver.step(job.run(), now(), &mut NoPeers, &mut Output::default())?;
         }
         match out.answers.as_slice() {
             [(sequence, Answer::Applied(index, _))] if *sequence == self.sequence => Ok(*index),
@@ -189,7 +189,7 @@ fn a_log_older_than_the_applied_state_is_refused() {
     let mut rig = Rig::new(1);
     let mut driver = rig.start().expect("starts");
     rig.write(&mut driver, "a=1").expect("writes");
-    driver.close().expect("stores all");
+    driver.close([]).expect("stores all");
     let newer = rig.store.clone();
     let mut other = Rig::new(2);
     drop(other.start().expect("starts"));

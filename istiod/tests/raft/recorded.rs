@@ -170,7 +170,7 @@ impl Member {
 
     fn apply(&mut self, index: u64, command: &[u8]) -> Result<Outcome, Halt> {
         let outcome = self.mesh.apply(index, command)?;
-        for write in self.mesh.take_writes() {
+        for write in self.mesh.take_writes()() {
             match write.value {
                 Some(value) => self.stored.insert(write.key, value),
                 None => self.stored.remove(&write.key),

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use istiod::raft::disk::Disk;
-use istiod::raft::machine::{Frozen, Halt, StateMachine};
+use istiod::raft::machine::{Frozen, Halt, StateMachine, Writes};
 use istiod::raft::node::files::{Beginning, OpenStore, open};
 use istiod::raft::node::{Driver, Fatal, Settings};
 use istiod::raft::store::{Pairs, Write};
@@ -33,14 +33,16 @@ impl StateMachine for Toy {
         Ok(before.map_or(0, |(index, _)| index))
     }
 
-    fn take_writes(&mut self) -> Vec<Write> {
+    fn take_writes(&mut self) -> Writes {
         let dirty = std::mem::take(&mut self.dirty);
         let value =
             |key: &str| self.map.get(key).map(|(index, value)| format!("{index} {value}").into_bytes());
-        dirty.into_iter().map(|key| Write { value: value(&key), key: key.into_bytes() }).collect()
+        let write = |key: String| Write { value: value(&key), key: key.into_bytes() };
+        let writes = dirty.into_iter().map(write).collect();
+        Box::new(move || writes)
     }
 
-    fn all_writes(&mut self) -> Vec<Write> {
+    fn all_writes(&mut self) -> Writes {
         self.dirty = self.map.keys().cloned().collect();
         self.take_writes()
     }

@@ -63,6 +63,14 @@ pub fn read(text: &str) -> (Vec<Node>, Vec<SyntaxError>) {
     (loader.documents, loader.errors)
 }
 
+/// As [`read`], of a text that is most likely JSON and whose places nobody asks for: the nodes have none. A text that is
+/// no JSON is read as YAML.
+#[must_use]
+pub fn read_json(text: &str) -> (Vec<Node>, Vec<SyntaxError>) {
+    let documents = if text.len() > MAX_TEXT { None } else { json(text) };
+    documents.map_or_else(|| read(text), |documents| (documents, Vec::new()))
+}
+
 /// JSON that the YAML parser does not take: the tree is the same, without places.
 fn json(text: &str) -> Option<Vec<Node>> {
     if !text.trim_start().starts_with(['{', '[']) {

@@ -29,12 +29,18 @@ impl Changes {
     }
 
     /// Adds what `later` changed.
-    pub fn merge(&mut self, later: &Self) {
-        self.hosts.extend(later.hosts.iter().cloned());
-        self.objects.extend(later.objects.iter().cloned());
-        self.workloads.extend(later.workloads.iter().cloned());
+    pub fn merge(&mut self, later: Self) {
+        self.hosts.extend(later.hosts);
+        self.objects.extend(later.objects);
+        self.workloads.extend(later.workloads);
         self.mesh |= later.mesh;
-        self.written.extend(later.written.iter().cloned());
+        self.written.extend(later.written);
+    }
+
+    /// Takes out what must be written.
+    #[must_use]
+    pub fn split_written(&mut self) -> Self {
+        Self { written: std::mem::take(&mut self.written), ..Self::default() }
     }
 }
 

@@ -1,12 +1,13 @@
 //! The last changes of the configuration, for `istioctl history`, `diff` and `rollback`.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 
 use super::command::Revision;
+use crate::chunks::Chunks;
 use crate::config::Object;
 
 /// How many entries are kept unless the operator says otherwise.
@@ -123,9 +124,8 @@ pub struct History {
     retention: Retention,
     /// The newest revision that was forgotten; 0 when none was.
     forgotten: Revision,
-    entries: VecDeque<Arc<Entry>>,
-    /// Bytes of each entry, and of all.
-    weights: VecDeque<usize>,
+    /// Each with its bytes; and the bytes of all.
+    entries: Chunks<Revision, (Arc<Entry>, usize)>,
     bytes: usize,
 }
 
@@ -151,14 +151,13 @@ impl History {
 
     /// The entries, oldest first.
     pub fn entries(&self) -> impl DoubleEndedIterator<Item = &Arc<Entry>> {
-        self.entries.iter()
+        self.entries.iter().map(|(_, (entry, _))| entry)
     }
 
     /// The entry of `revision`, if it is remembered.
     #[must_use]
     pub fn entry(&self, revision: Revision) -> Option<&Arc<Entry>> {
-        let at = self.entries.binary_search_by_key(&revision, |entry| entry.revision).ok()?;
-        self.entries.get(at)
+        self.entries.get(&revision).map(|(entry, _)| entry)
     }
 
     /// The history with these entries.
@@ -181,8 +180,7 @@ impl History {
     fn add(&mut self, entry: Entry) {
         let weight = entry.weight();
         self.bytes = self.bytes.saturating_add(weight);
-        self.weights.push_back(weight);
-        self.entries.push_back(Arc::new(entry));
+        self.entries.insert(entry.revision, (Arc::new(entry), weight));
     }
 
     /// Sets the bounds; returns the revisions that are forgotten.
@@ -199,8 +197,8 @@ impl History {
             || self.bytes > MAX_BYTES && self.entries.len() > 1
             || self.oldest_is_too_old()
         {
-            let Some(entry) = self.entries.pop_front() else { break };
-            self.bytes = self.bytes.saturating_sub(self.weights.pop_front().unwrap_or_default());
+            let Some((entry, weight)) = self.entries.pop_first() else { break };
+            self.bytes = self.bytes.saturating_sub(weight);
             self.forgotten = entry.revision;
             forgotten.push(entry.revision);
         }
@@ -208,7 +206,9 @@ impl History {
     }
 
     fn oldest_is_too_old(&self) -> bool {
-        let (Some(oldest), Some(newest)) = (self.entries.front(), self.entries.back()) else { return false };
+        let mut entries = self.entries();
+        let Some(oldest) = entries.next() else { return false };
+        let newest = entries.next_back().unwrap_or(oldest);
         let age = u64::try_from(newest.time_ms.saturating_sub(oldest.time_ms)).unwrap_or(0);
         self.retention.age_ms != 0 && age > self.retention.age_ms
     }
@@ -232,7 +232,7 @@ mod tests {
         assert_eq!(push(4, MAX_BYTES * 2), [Revision(2), Revision(3)]);
         assert_eq!(history.entries().count(), 1);
         assert_eq!(history.set_retention(0, 0), [Revision(4)]);
-        assert_eq!((history.bytes, history.weights.len(), history.forgotten()), (0, 0, Revision(4)));
+        assert_eq!((history.bytes, history.entries.len(), history.forgotten()), (0, 0, Revision(4)));
     }
 
     #[test]

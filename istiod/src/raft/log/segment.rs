@@ -62,20 +62,22 @@ pub(super) fn check_header(bytes: &[u8], segment: u64, incarnation: u64) -> Resu
     if u64_at(bytes, 12) != Some(segment) { Err(BadHeader::Damaged) } else { Ok(()) }
 }
 
-/// A batch as the bytes that go to the file at `offset`.
-pub(super) fn frame(batch: &LogBatch, segment: u64, offset: u64) -> Vec<u8> {
-    let body = batch.encode_to_vec();
-    let mut out = Vec::with_capacity(FRAME_HEAD + body.len() + 1 + 8);
-    out.extend_from_slice(FRAME_MAGIC);
-    out.extend_from_slice(&u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes());
-    out.extend_from_slice(&batch.sequence.to_le_bytes());
-    out.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
-    let crc = head_checksum(segment, offset, &out);
-    out.extend_from_slice(&crc.to_le_bytes());
-    out.extend_from_slice(&body);
+/// A batch as the bytes that go to the file at `offset`, in `out`, which is emptied first.
+pub(super) fn frame(batch: &LogBatch, segment: u64, offset: u64, out: &mut Vec<u8>) {
+    out.clear();
+    out.resize(FRAME_HEAD, 0);
+    batch.encode_raw(out);
+    let body = out.get(FRAME_HEAD..).unwrap_or_default();
+    let mut head = Vec::with_capacity(FRAME_HEAD);
+    head.extend_from_slice(FRAME_MAGIC);
+    head.extend_from_slice(&u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes());
+    head.extend_from_slice(&batch.sequence.to_le_bytes());
+    head.extend_from_slice(&crc32c::crc32c(body).to_le_bytes());
+    let crc = head_checksum(segment, offset, &head);
+    head.extend_from_slice(&crc.to_le_bytes());
+    out.splice(..FRAME_HEAD, head);
     out.push(END_MARK);
     out.resize(out.len().next_multiple_of(8), 0);
-    out
 }
 
 /// The checksum of a frame's head, which is bound to its place.

@@ -16,6 +16,10 @@ use crate::raft::wire::{self, LogBatch, LogStart};
 pub const SEGMENT_BYTES: u64 = 16 << 20;
 /// Zeros are written this far ahead, so that most syncs need not write the file's size as well.
 const AHEAD: u64 = 1 << 20;
+/// What is written ahead, a piece at a time.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+/// The room for a frame that is kept from one write to the next.
+const BUFFER: usize = 1 << 20;
 /// The end of a segment's name.
 const SUFFIX: &str = ".wal";
 
@@ -33,6 +37,8 @@ pub struct Wal {
     end: u64,
     /// Zeros (or frames) are in the file up to here.
     ahead: u64,
+    /// Where frames are put together.
+    buffer: Vec<u8>,
     sequence: u64,
     entries: VecDeque<Entry>,
     bytes: u64,
@@ -129,6 +135,7 @@ impl Wal {
             file,
             end: end as u64,
             ahead: length as u64,
+            buffer: Vec::new(),
             sequence: replay.sequence.unwrap_or(0),
             entries: replay.entries,
             bytes,
@@ -157,6 +164,7 @@ impl Wal {
             file,
             end: segment::FIRST_FRAME as u64,
             ahead: segment::FIRST_FRAME as u64,
+            buffer: Vec::new(),
             sequence: 0,
             entries: VecDeque::new(),
             bytes: 0,
@@ -182,15 +190,23 @@ impl Wal {
             entries: pending.entries,
             hard_state: pending.hard_state.then(|| (&self.hard_state).into()),
         };
-        let mut bytes = segment::frame(&batch, self.current.number, self.end);
-        let end = self.end + bytes.len() as u64;
+        segment::frame(&batch, self.current.number, self.end, &mut self.buffer);
+        let end = self.end + self.buffer.len() as u64;
+        let path = path(&self.dir, self.current.number);
+        self.file.write_at(&self.buffer, self.end).map_err(io("write", &path))?;
+        self.buffer.clear();
+        self.buffer.shrink_to(BUFFER);
         if end > self.ahead {
             let step = AHEAD.min(self.segment_bytes).max(1);
             self.ahead = (end + step).next_multiple_of(step);
-            bytes.resize(usize::try_from(self.ahead - self.end).unwrap_or(bytes.len()), 0);
+            let mut at = end;
+            while at < self.ahead {
+                let left = usize::try_from(self.ahead - at).unwrap_or(usize::MAX);
+                let zeros = ZEROS.get(..left).unwrap_or(&ZEROS);
+                self.file.write_at(zeros, at).map_err(io("write", &path))?;
+                at += zeros.len() as u64;
+            }
         }
-        let path = path(&self.dir, self.current.number);
-        self.file.write_at(&bytes, self.end).map_err(io("write", &path))?;
         self.file.sync().map_err(io("sync", &path))?;
         self.took = self.took.max(Some(self.file.sync_took()));
         self.end = end;

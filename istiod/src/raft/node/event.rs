@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use raft::eraftpb::{ConfState, Message};
 
-use super::SnapshotJob;
+use super::Job;
 use crate::raft::log::LogError;
 use crate::raft::machine::Halt;
 use crate::raft::member::MemberError;
 use crate::raft::snapshots::SnapshotError;
-use crate::raft::store::StoreError;
+use crate::raft::store::{KvStore, StoreError};
 use crate::raft::wire::{self, SnapshotMetadata};
 
 /// What can happen to a member.
@@ -61,8 +61,10 @@ pub enum Event {
         /// Whether it got it.
         delivered: bool,
     },
-    /// A [`SnapshotJob`] has ended.
+    /// A snapshot is on disk, or could not be written.
     SnapshotSaved(Result<SnapshotMetadata, Fatal>),
+    /// The store of applied state has what it was given, and is given back.
+    Stored(Result<Box<dyn KvStore>, Fatal>),
     /// Leadership is to move.
     Transfer(u64),
     /// A peer says that this member was removed from the cluster.
@@ -73,8 +75,8 @@ pub enum Event {
 pub struct Output<A> {
     /// Answers by sequence.
     pub answers: Vec<(u64, Answer<A>)>,
-    /// A snapshot to be written, on another thread or at once; its end is told by [`Event::SnapshotSaved`].
-    pub snapshot: Option<SnapshotJob>,
+    /// Slow work, for other threads or to be done at once; what each gives is an event for the driver.
+    pub jobs: Vec<Job>,
     /// Proposals for the leader; what became of each is told by [`Event::ForwardAnswered`].
     pub forwards: Vec<Forward>,
 }
@@ -92,7 +94,7 @@ pub struct Forward {
 
 impl<A> Default for Output<A> {
     fn default() -> Self {
-        Self { answers: Vec::new(), snapshot: None, forwards: Vec::new() }
+        Self { answers: Vec::new(), jobs: Vec::new(), forwards: Vec::new() }
     }
 }
 

@@ -61,7 +61,7 @@ impl Settings {
             messages_in_flight: 128,
             uncommitted_bytes: 64 << 20,
             apply_bytes: 8 << 20,
-            snapshot_entries: 20_000,
+            snapshot_entries: 50_000,
             snapshot_bytes: 64 << 20,
             keep_entries: 5_000,
             segment_bytes: SEGMENT_BYTES,

@@ -8,9 +8,9 @@ use raft::RawNode;
 
 use super::fitness::Fitness;
 use super::storage::LogStorage;
+use super::stored::Stored;
 use super::{
     Driver, Fatal, MACHINE_KEYS, Proposals, Reads, SESSION_KEYS, Settings, Waiting, decode_body, drain,
-    stored_writes,
 };
 use crate::raft::log::Log;
 use crate::raft::machine::StateMachine;
@@ -83,15 +83,18 @@ impl<M: StateMachine> Driver<M> {
         let Parts { settings, incarnation, client, mut log, snapshots, store, machine, guard } = parts;
         let newest = snapshots.newest()?;
         mend_log(log.as_mut(), newest)?;
-        let mut restored =
-            Restored { store, machine, sessions: Sessions::default(), mark: AppliedMark::default() };
-        let mark = restored.store.mark()?;
-        match mark.filter(|mark| mark.index >= log.start().0) {
-            Some(mark) => restored.load(mark)?,
+        let mut restored = Restored { machine, sessions: Sessions::default(), mark: AppliedMark::default() };
+        let mark = store.mark()?.filter(|mark| mark.index >= log.start().0);
+        // What is restored from a snapshot is stored once the member runs.
+        let stored = match mark {
+            Some(mark) => Some(restored.load(store.as_ref(), mark)?),
             // A member that is about to join: the leader will send it a snapshot.
-            None if newest.is_none() && log.last_index() == 0 => {}
-            None => restored.rebuild(incarnation, &snapshots, log.start().0)?,
-        }
+            None if newest.is_none() && log.last_index() == 0 => Some(0),
+            None => {
+                restored.rebuild(incarnation, &snapshots, log.start().0)?;
+                None
+            }
+        };
         let mark = restored.mark;
         check(&mark, log.as_ref())?;
         if log.hard_state().commit < mark.index {
@@ -107,7 +110,7 @@ impl<M: StateMachine> Driver<M> {
         let raw = RawNode::new(&config, storage, &drain::logger())?;
         let mut driver = Self {
             raw,
-            store: restored.store,
+            stored: Stored::new(store, stored),
             machine: restored.machine,
             sessions: restored.sessions,
             settings,
@@ -115,7 +118,6 @@ impl<M: StateMachine> Driver<M> {
             client,
             applied: (mark.index, mark.term),
             shown: 0,
-            stored: (mark.index, 0),
             proposals: Proposals::default(),
             waiting: Waiting::default(),
             reads: Reads::new(client),
@@ -181,24 +183,25 @@ fn check(mark: &AppliedMark, log: &dyn Log) -> Result<(), Fatal> {
 }
 
 struct Restored<M> {
-    store: Box<dyn KvStore>,
     machine: M,
     sessions: Sessions,
     mark: AppliedMark,
 }
 
 impl<M: StateMachine> Restored<M> {
-    fn load(&mut self, mark: AppliedMark) -> Result<(), Fatal> {
-        let sessions = self.store.range(SESSION_KEYS)?;
+    /// From the store; gives its index.
+    fn load(&mut self, store: &dyn KvStore, mark: AppliedMark) -> Result<u64, Fatal> {
+        let sessions = store.range(SESSION_KEYS)?;
         self.sessions = Sessions::from_values(sessions.iter().map(|(_, value)| value.as_slice()))
             .map_err(|error| StoreError::Damaged(format!("the table of sessions: {error}")))?;
-        let mut pairs = self.store.range(MACHINE_KEYS)?;
+        let mut pairs = store.range(MACHINE_KEYS)?;
         for (key, _) in &mut pairs {
             key.drain(..MACHINE_KEYS.len());
         }
         self.machine.load(mark.index, pairs)?;
+        let index = mark.index;
         self.mark = mark;
-        Ok(())
+        Ok(index)
     }
 
     fn rebuild(&mut self, incarnation: u64, snapshots: &Snapshots, least: u64) -> Result<(), Fatal> {
@@ -214,8 +217,6 @@ impl<M: StateMachine> Restored<M> {
             incarnation,
             ..AppliedMark::default()
         };
-        let writes = stored_writes(self.machine.all_writes(), &mut self.sessions);
-        self.store.clear()?;
-        Ok(self.store.batch(&writes, &self.mark)?)
+        Ok(())
     }
 }

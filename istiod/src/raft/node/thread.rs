@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use super::{Answer, Driver, Event, Fatal, Forward, Output, Refusal, SnapshotJob, Status, Transport};
+use super::{Answer, Driver, Event, Fatal, Forward, Job, Output, Refusal, Status, Transport};
 use crate::raft::machine::StateMachine;
 use crate::raft::metrics::Metrics;
 use crate::raft::wire;
@@ -106,7 +106,7 @@ impl<M: StateMachine> Node<M> {
             replies: BTreeMap::new(),
             proposals: 0,
             others: OTHERS,
-            snapshot: None,
+            jobs: Vec::new(),
         };
         // The runtime is only for the timer and the queues; everything that blocks blocks this thread alone.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
@@ -227,7 +227,8 @@ struct Worker<M: StateMachine> {
     /// Numbers of proposals are without gaps, because the table of sessions remembers gaps.
     proposals: u64,
     others: u64,
-    snapshot: Option<JoinHandle<()>>,
+    /// Threads that do slow work; each gives its event if nobody took it.
+    jobs: Vec<JoinHandle<Option<Event>>>,
 }
 
 impl<M: StateMachine> Worker<M> {
@@ -260,14 +261,14 @@ impl<M: StateMachine> Worker<M> {
             }
             self.step(&mut events, &mut requests, tokio::time::Instant::now().into_std())?;
         }
-        if let Some(thread) = self.snapshot.take().filter(|thread| !thread.is_finished()) {
-            // The file is complete under its name or not there at all; waiting is only politeness.
-            self.messages.close();
-            if thread.join().is_err() {
-                tracing::warn!("the snapshot thread panicked");
-            }
+        // A snapshot's file is complete under its name or not there at all; but the store is to be had back.
+        self.messages.close();
+        let mut late: Vec<Event> =
+            self.jobs.into_iter().filter_map(|thread| thread.join().ok().flatten()).collect();
+        while let Ok(event) = self.messages.try_recv() {
+            late.push(event);
         }
-        self.driver.close()
+        self.driver.close(late)
     }
 
     fn step(
@@ -307,7 +308,7 @@ impl<M: StateMachine> Worker<M> {
             self.answer(sequence, answer);
         }
         looks.into_iter().for_each(|look| look(self.driver.machine()));
-        out.snapshot.map_or(Ok(()), |job| self.start_snapshot(job))
+        out.jobs.into_iter().try_for_each(|job| self.start_job(job))
     }
 
     fn note(&mut self, request: Request<M>, now: Instant) -> Option<Event> {
@@ -365,20 +366,16 @@ impl<M: StateMachine> Worker<M> {
         }
     }
 
-    /// Writes a snapshot on a thread of its own; the state it encodes is frozen already.
-    fn start_snapshot(&mut self, job: SnapshotJob) -> Result<(), Fatal> {
+    /// Does slow work on a thread of its own; what it needs of the state is frozen already.
+    fn start_job(&mut self, job: Job) -> Result<(), Fatal> {
         let (to_self, metrics) = (self.to_self.clone(), self.metrics.clone());
-        let thread = std::thread::Builder::new().name("raft-snapshot".to_owned()).spawn(move || {
-            let saved = metrics.timed_snapshot(|| {
-                let result = catch_unwind(AssertUnwindSafe(|| job.run()));
-                result.unwrap_or_else(|panic| Err(Fatal::Panicked(panic_text(panic.as_ref()))))
-            });
-            if to_self.blocking_send(Event::SnapshotSaved(saved)).is_err() {
-                tracing::debug!("the member stopped while a snapshot was written");
-            }
+        let name = if matches!(job, Job::Snapshot(_)) { "raft-snapshot" } else { "raft-store" };
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            let event = metrics.timed(job);
+            to_self.blocking_send(event).err().map(|unsent| unsent.0)
         });
-        let thread = thread.map_err(|error| Fatal::Raft(raft::Error::Io(error)))?;
-        self.snapshot = Some(thread);
+        self.jobs.retain(|thread| !thread.is_finished());
+        self.jobs.push(thread.map_err(|error| Fatal::Raft(raft::Error::Io(error)))?);
         Ok(())
     }
 }

@@ -1,8 +1,9 @@
 //! A part of the state in its place: shared with readers, with what must be written of it.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use crate::raft::machine::Writes;
 use crate::raft::part::Part;
 use crate::raft::store::Write;
 
@@ -13,12 +14,13 @@ pub(super) struct Slot<P> {
     prefix: &'static [u8],
     /// Copied on the next change only while somebody still holds it.
     part: Arc<P>,
-    writes: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+    /// Keys to be written.
+    changed: BTreeSet<Vec<u8>>,
 }
 
 impl<P: Part> Slot<P> {
     pub(super) fn new(prefix: &'static [u8], part: Arc<P>) -> Self {
-        Self { prefix, part, writes: BTreeMap::new() }
+        Self { prefix, part, changed: BTreeSet::new() }
     }
 
     pub(super) fn get(&self) -> Arc<P> {
@@ -32,22 +34,26 @@ impl<P: Part> Slot<P> {
     pub(super) fn change<T>(&mut self, change: impl FnOnce(&mut P) -> T) -> T {
         let part = Arc::make_mut(&mut self.part);
         let result = change(part);
-        self.writes.extend(part.take_writes());
+        self.changed.extend(part.take_changed());
         result
     }
 
     /// What changed since the last call.
-    pub(super) fn take_writes(&mut self) -> impl Iterator<Item = Write> + use<P> {
-        let prefix = self.prefix;
-        let writes = std::mem::take(&mut self.writes).into_iter();
-        writes.map(move |(key, value)| Write { key: [prefix, &key].concat(), value })
+    pub(super) fn take_writes(&mut self) -> Writes {
+        let (prefix, part, changed) = (self.prefix, self.part.clone(), std::mem::take(&mut self.changed));
+        Box::new(move || {
+            let write = |key: Vec<u8>| Write { value: part.value(&key), key: [prefix, &key].concat() };
+            changed.into_iter().map(write).collect()
+        })
     }
 
     /// Everything; it counts as written.
-    pub(super) fn all_writes(&mut self) -> impl Iterator<Item = Write> + use<P> {
-        self.writes.clear();
-        let prefix = self.prefix;
-        let pairs = self.part.pairs().into_iter();
-        pairs.map(move |(key, value)| Write { key: [prefix, &key].concat(), value: Some(value) })
+    pub(super) fn all_writes(&mut self) -> Writes {
+        self.changed.clear();
+        let (prefix, part) = (self.prefix, self.part.clone());
+        Box::new(move || {
+            let pairs = part.pairs().into_iter();
+            pairs.map(|(key, value)| Write { key: [prefix, &key].concat(), value: Some(value) }).collect()
+        })
     }
 }
