@@ -13,5 +13,5 @@ pub mod yaml;
 
 pub use node::{Location, Path};
 pub use object::{Kind, NotAnObject, Object, Spec, Typed};
-pub use parse::{ConfigError, Warning, parse, parse_in, parse_json_in, parse_mesh};
+pub use parse::{ConfigError, Warning, parse, parse_in, parse_mesh, parse_value};
 pub use validate::{Problem, Related, Severity, validate_set};

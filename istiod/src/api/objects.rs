@@ -101,9 +101,8 @@ impl Api {
         may_change(caller, kind, namespace)?;
         let action = if name.is_some() { "replace" } else { "create" };
         let (of, named) = (namespace.to_owned(), name.map(str::to_owned));
-        let text = object.to_string();
-        let plan = aside_unless(text.len() <= LITTLE_BYTES, move || {
-            let (object, warnings) = read_one(&of, &text)?;
+        let plan = aside_unless(bytes(&object) <= LITTLE_BYTES, move || {
+            let (object, warnings) = read_one(&of, &object)?;
             is_the_one(&object, kind, &of, named.as_deref())?;
             let puts = vec![Put { object: Arc::new(object), expected }];
             Ok(Plan { puts, deletes: Vec::new(), warnings })
@@ -205,9 +204,19 @@ fn read(request: &ApplyRequest) -> Result<(Vec<Object>, Vec<String>), ApiError> 
     Ok((objects, warnings))
 }
 
+/// About as many bytes as the value has as text.
+fn bytes(value: &Value) -> usize {
+    match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => 8,
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(bytes).sum(),
+        Value::Object(map) => map.iter().map(|(key, value)| key.len() + bytes(value)).sum(),
+    }
+}
+
 /// The one object of a JSON body; mistakes point into the body.
-fn read_one(namespace: &str, body: &str) -> Result<(Object, Vec<String>), ApiError> {
-    let read = registry::config::parse_json_in(namespace, BODY, body);
+fn read_one(namespace: &str, body: &Value) -> Result<(Object, Vec<String>), ApiError> {
+    let read = registry::config::parse_value(namespace, BODY, body);
     let (objects, warnings) = read.map_err(|wrong| {
         let in_body = |mistake: Mistake| Mistake {
             pointer: pointer(&mistake.field),

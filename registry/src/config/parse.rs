@@ -83,17 +83,17 @@ pub fn parse_in(
     objects(namespace, file_name, yaml::read(text))
 }
 
-/// Like [`parse_in`], of a JSON body: mistakes have no lines. Far quicker.
+/// Like [`parse_in`], of a document that was read already: its mistakes have no lines.
 ///
 /// # Errors
 ///
 /// As [`parse`], in the order of the fields.
-pub fn parse_json_in(
+pub fn parse_value(
     namespace: &str,
     file_name: &str,
-    text: &str,
+    value: &Value,
 ) -> Result<(Vec<Object>, Vec<Warning>), Vec<ConfigError>> {
-    objects(namespace, file_name, yaml::read_json(text))
+    objects(namespace, file_name, yaml::of_value(value))
 }
 
 fn objects(

@@ -9,7 +9,7 @@ use std::fmt;
 
 use granit_parser::{Event, Marker, Parser, ScalarStyle, Span, Tag};
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
-use serde_json::Number;
+use serde_json::{Number, Value};
 
 use super::node::{Content, Entry, Location, Node, quoted};
 
@@ -63,12 +63,18 @@ pub fn read(text: &str) -> (Vec<Node>, Vec<SyntaxError>) {
     (loader.documents, loader.errors)
 }
 
-/// As [`read`], of a text that is most likely JSON and whose places nobody asks for: the nodes have none. A text that is
-/// no JSON is read as YAML.
+/// As [`read`], of one value that was read already; its nodes have no places.
 #[must_use]
-pub fn read_json(text: &str) -> (Vec<Node>, Vec<SyntaxError>) {
-    let documents = if text.len() > MAX_TEXT { None } else { json(text) };
-    documents.map_or_else(|| read(text), |documents| (documents, Vec::new()))
+pub fn of_value(value: &Value) -> (Vec<Node>, Vec<SyntaxError>) {
+    let node = Node::from_json(value);
+    if measure(&node).1 <= MAX_DEPTH {
+        return (vec![node], Vec::new());
+    }
+    (Vec::new(), vec![SyntaxError { at: Location::default(), message: too_deep() }])
+}
+
+fn too_deep() -> String {
+    format!("maps and lists may be nested {MAX_DEPTH} deep at most")
 }
 
 /// JSON that the YAML parser does not take: the tree is the same, without places.
@@ -230,7 +236,7 @@ impl Loader {
 
     fn open(&mut self, at: Location, anchor: usize, collected: Collected) -> Step {
         if self.stack.len() >= MAX_DEPTH {
-            return fail(at, format!("maps and lists may be nested {MAX_DEPTH} deep at most"));
+            return fail(at, too_deep());
         }
         if let Some(Frame { collected: Collected::Map(map), .. }) = self.stack.last()
             && map.key.is_none()
@@ -284,7 +290,7 @@ impl Loader {
             return fail(at, format!("the aliases of this text stand for more than {MAX_ALIASED} values"));
         }
         if self.stack.len() + depth > MAX_DEPTH {
-            return fail(at, format!("maps and lists may be nested {MAX_DEPTH} deep at most"));
+            return fail(at, too_deep());
         }
         let node = node.clone();
         self.value(node, 0, false)
