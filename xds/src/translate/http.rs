@@ -1,6 +1,7 @@
 //! HTTP connection managers: one function for both directions, so that they cannot drift apart.
 
 use envoy_types::pb::envoy::config::accesslog::v3 as accesslog;
+use envoy_types::pb::envoy::config::core::v3::Http2ProtocolOptions;
 use envoy_types::pb::envoy::config::listener::v3::Filter;
 use envoy_types::pb::envoy::config::route::v3 as route;
 use envoy_types::pb::envoy::extensions::filters::http::cors::v3::Cors;
@@ -98,6 +99,8 @@ pub(super) fn manager(parts: Manager<'_>) -> Filter {
             upgrade_type: "websocket".to_owned(),
             ..Default::default()
         }],
+        // RFC 8441: a WebSocket of a peer that speaks HTTP/2, as it does under `h2UpgradePolicy`
+        http2_protocol_options: Some(Http2ProtocolOptions { allow_connect: true, ..Default::default() }),
         normalize_path: pb::boolv(parts.path_form != PathForm::None),
         merge_slashes: matches!(parts.path_form, PathForm::MergeSlashes | PathForm::DecodeAndMergeSlashes),
         path_with_escaped_slashes_action: escaped.into(),

@@ -190,6 +190,8 @@ fn http2_options(settings: Option<&HttpSettings>) -> core::Http2ProtocolOptions 
         .filter(|max| *max > 0)
         .unwrap_or(MAX_STREAMS);
     core::Http2ProtocolOptions {
+        // so that WebSockets have a form over it (RFC 8441)
+        allow_connect: true,
         max_concurrent_streams: pb::u32v(streams),
         connection_keepalive: settings.and_then(|s| s.http2_keep_alive.as_ref()).map(|alive| {
             core::KeepaliveSettings {
