@@ -565,7 +565,8 @@ fn respond(
         if let (Some(server), Some(client)) = (reply.into_left(), call.parts.extensions.remove::<OnUpgrade>())
         {
             let worker = Rc::clone(&http.worker);
-            http.worker.connections.spawn_local(tunnel::run(worker, client, server, exchange));
+            let copies = call.copies;
+            http.worker.connections.spawn_local(tunnel::run(worker, client, server, copies, exchange));
         }
         return Response::from_parts(parts, ResponseBody::default());
     }

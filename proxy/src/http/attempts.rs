@@ -16,6 +16,7 @@ use super::flags::Flags;
 use super::headers;
 use super::reply::Local;
 use super::timing::{Attempt, Late};
+use super::tunnel;
 use crate::metrics::standard::Reporter;
 use crate::retry::{self, Next, Outcome};
 use crate::upstream::health::Signal;
@@ -470,6 +471,13 @@ pub fn shadow(http: &Rc<Http>, policy: &MirrorPolicy, upstream: &Rc<Upstream>, c
     let ask = Ask { hash: None, avoid: &[], attempts: 1, original: call.exchange.connection.local };
     let Some(endpoint) = upstream.pick(ask) else { return };
     let upstream = Rc::clone(upstream);
+    if call.upgrade {
+        // what follows goes there, too, from when that server has left HTTP, as Envoy has it
+        let (sender, bytes) = tunnel::copy();
+        call.copies.push(sender);
+        http.worker.shared.tasks.spawn_local(tunnel::feed(upstream, endpoint, copy, bytes));
+        return;
+    }
     let buffered = call.replay.as_ref().and_then(super::body::Replay::again);
     if buffered.is_some() {
         // the copy must not count as somebody who still reads the client's body

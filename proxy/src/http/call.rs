@@ -22,6 +22,7 @@ use super::headers::{self, CertFacts};
 use super::path::{Normalized, normalize};
 use super::raw::Ambiguous;
 use super::reply::Local;
+use super::tunnel::Copy;
 use super::{Http, HttpResponse};
 use crate::access_log;
 use crate::listener::connection::Connection;
@@ -53,6 +54,8 @@ pub struct Call {
     pub upgrade: bool,
     /// Its headers are still read when it has been sent on.
     pub keep_headers: bool,
+    /// Where the bytes go that follow a request to leave HTTP, besides its server.
+    pub copies: Vec<Copy>,
     /// The cross-origin policy that its response must tell.
     pub cors: Option<(Arc<Cors>, HeaderValue)>,
 }
@@ -117,6 +120,7 @@ impl Call {
             https,
             upgrade: false,
             keep_headers: false,
+            copies: Vec::new(),
             cors: None,
         });
         if let Err(refusal) = call.clean_headers(http) {

@@ -1,28 +1,94 @@
 //! What follows a request to leave HTTP that both sides agreed to: bytes both ways, over a connection or over a stream
 //! of one on either side.
 
+use std::cell::Cell;
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use http::Version;
+use bytes::Bytes;
+use http::{StatusCode, Version};
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::sync::mpsc;
 
 use super::exchange::Exchange;
 use super::flags::Flags;
 use super::timing::Late;
 use crate::tcp::relay::{Counts, End, relay};
 use crate::upstream::pool::{Left, LeftStream};
+use crate::upstream::send::Outgoing;
+use crate::upstream::{Host, Upstream};
 use crate::worker::Worker;
 
+/// Pieces of up to 64 KiB on their way to a copy. Full means that the copy's server takes less than the client sends:
+/// the copy ends there, as Envoy's does when its buffer is full.
+const COPY_QUEUE: usize = 16;
+/// The longest time in which a copy's server neither answers nor takes anything.
+const COPY_PATIENCE: Duration = Duration::from_secs(300);
+
+/// Where a copy of the client's bytes goes.
+pub type Copy = mpsc::Sender<Bytes>;
+
+/// A way for the client's bytes to [`feed`].
+pub(super) fn copy() -> (Copy, mpsc::Receiver<Bytes>) {
+    mpsc::channel(COPY_QUEUE)
+}
+
+/// Asks a copy's server to leave HTTP, too, and sends it what the client sends after that; what it says is thrown away.
+/// Ends when the client ends, or when that server does not leave HTTP.
+pub(super) async fn feed(
+    upstream: Rc<Upstream>,
+    host: Rc<Host>,
+    request: Outgoing,
+    mut bytes: mpsc::Receiver<Bytes>,
+) {
+    let dialed = Cell::new(None);
+    let asked = upstream.send(&host, request, &dialed);
+    let Ok(Ok((parts, reply))) = tokio::time::timeout(COPY_PATIENCE, asked).await else { return };
+    if parts.status != StatusCode::SWITCHING_PROTOCOLS {
+        return;
+    }
+    let result = match reply.into_left().map(|left| left.stream) {
+        Some(LeftStream::H1(io, _opened)) => give(io, &mut bytes).await,
+        Some(LeftStream::H2(tunnel)) => give(tunnel, &mut bytes).await,
+        None => return,
+    };
+    tracing::debug!(?result, "copy of an upgraded connection ended");
+}
+
+async fn give(server: impl AsyncRead + AsyncWrite, bytes: &mut mpsc::Receiver<Bytes>) -> io::Result<()> {
+    let (mut said, mut taken) = tokio::io::split(server);
+    let mut nothing = tokio::io::sink();
+    let giving = async {
+        while let Some(piece) = bytes.recv().await {
+            let write = async {
+                taken.write_all(&piece).await?;
+                taken.flush().await
+            };
+            tokio::time::timeout(COPY_PATIENCE, write).await??;
+        }
+        taken.shutdown().await
+    };
+    tokio::select! {
+        given = giving => given,
+        over = tokio::io::copy(&mut said, &mut nothing) => over.map(|_| ()),
+    }
+}
+
 /// Relays once the client has the response. Whichever side breaks off, the other one's connection or stream ends, too.
-pub async fn run(worker: Rc<Worker>, client: OnUpgrade, server: Left, mut exchange: Box<Exchange>) {
+pub async fn run(
+    worker: Rc<Worker>,
+    client: OnUpgrade,
+    server: Left,
+    copies: Vec<Copy>,
+    mut exchange: Box<Exchange>,
+) {
     let Ok(client) = client.await else { return exchange.client_left() };
-    let mut client = Client::new(client, exchange.version);
+    let mut client = Client::new(client, exchange.version, copies);
     let counts = Counts::default();
     let idle = exchange.timing.idle();
     let end = tokio::select! {
@@ -60,11 +126,21 @@ struct Client {
     io: TokioIo<Upgraded>,
     /// How often a stream that seems to have ended is looked at again.
     looks: u8,
+    /// Who gets the same bytes.
+    copies: Vec<Copy>,
 }
 
 impl Client {
-    fn new(io: Upgraded, version: Version) -> Self {
-        Self { io: TokioIo::new(io), looks: u8::from(version == Version::HTTP_2) }
+    fn new(io: Upgraded, version: Version, copies: Vec<Copy>) -> Self {
+        Self { io: TokioIo::new(io), looks: u8::from(version == Version::HTTP_2), copies }
+    }
+
+    /// Gives the copies what came.
+    fn tell(&mut self, came: &[u8]) {
+        if !self.copies.is_empty() {
+            let piece = Bytes::copy_from_slice(came);
+            self.copies.retain(|copy| copy.try_send(piece.clone()).is_ok());
+        }
     }
 }
 
@@ -73,7 +149,10 @@ impl AsyncRead for Client {
         let this = self.get_mut();
         let before = buf.filled().len();
         ready!(Pin::new(&mut this.io).poll_read(cx, buf))?;
-        if buf.filled().len() > before {
+        if let Some(came) = buf.filled().get(before..)
+            && !came.is_empty()
+        {
+            this.tell(came);
             return Poll::Ready(Ok(()));
         }
         if this.looks > 0 {
@@ -82,6 +161,7 @@ impl AsyncRead for Client {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
+        this.copies.clear();
         match Pin::new(&mut this.io).poll_flush(cx) {
             Poll::Ready(Err(error)) => {
                 Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionReset, error)))

@@ -190,6 +190,51 @@ async fn a_websocket_crosses_every_pair_of_versions() {
 }
 
 #[tokio::test]
+async fn a_mirror_is_sent_what_the_server_is_sent() {
+    const MIRRORED: &str = "              - {match: {prefix: \"/\"}, route: {cluster: up, timeout: 2s, request_mirror_policies: [{cluster: copy}]}}";
+    let backend = Backend::start("a").await;
+    let (mut heard, mirror) = listening().await;
+    let clusters = cluster("up", &[backend.address], "") + "\n" + &cluster("copy", &[mirror], "");
+    let proxy = Running::start(&bootstrap(MIRRORED, ALLOW, &clusters)).await;
+    for over_h2 in [false, true] {
+        let mut opened = open(proxy.address(), over_h2, "websocket", &[]).await;
+        assert_eq!(opened.socket.read(5).await, b"ready");
+        let head = heard.recv().await.unwrap();
+        assert!(head.starts_with("GET /ws?a=b HTTP/1.1\r\n"), "{head}");
+        assert!(head.contains("-shadow\r\n") && head.contains("upgrade: websocket\r\n"), "{head}");
+        opened.socket.write(b"ping").await;
+        assert_eq!(opened.socket.read(4).await, b"ping");
+        opened.socket.write(b"pong").await;
+        opened.socket.end().await;
+        assert_eq!(opened.socket.rest().await, b"pong");
+        assert_eq!(heard.recv().await.unwrap(), "pingpong");
+    }
+    // a server that is not asked to leave HTTP any more has no copy either
+    let refused = [("x-want-refusal", "1"), ("x-want-status", "404")];
+    assert_eq!(open(proxy.address(), false, "websocket", &refused).await.status, 404);
+    assert!(heard.recv().await.unwrap().starts_with("GET /ws?a=b"));
+    assert_eq!(heard.recv().await.unwrap(), "");
+    eventually(&proxy, "envoy_cluster_upstream_rq_active{cluster_name=\"copy\"} 0").await;
+    proxy.end().await;
+}
+
+/// A server that agrees to every upgrade, and tells the head of each request and all that comes after it.
+async fn listening() -> (tokio::sync::mpsc::Receiver<String>, SocketAddr) {
+    let (listener, address) = listen().await;
+    let (tell, told) = tokio::sync::mpsc::channel(10);
+    background(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let head = agree(&mut stream).await;
+            tell.send(String::from_utf8(head).unwrap()).await.unwrap();
+            let mut rest = String::new();
+            let _over = stream.read_to_string(&mut rest).await;
+            tell.send(rest).await.unwrap();
+        }
+    });
+    (told, address)
+}
+
+#[tokio::test]
 async fn much_goes_both_ways_at_once() {
     let backend = Backend::start("a").await;
     for (before, between) in PAIRS {
@@ -279,14 +324,15 @@ async fn patient() -> SocketAddr {
     address
 }
 
-/// Answers a request for an upgrade.
-async fn agree(stream: &mut TcpStream) {
+/// Answers a request for an upgrade, and tells its head.
+async fn agree(stream: &mut TcpStream) -> Vec<u8> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         head.push(stream.read_u8().await.unwrap());
     }
     let answer = b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n";
     stream.write_all(answer).await.unwrap();
+    head
 }
 
 #[tokio::test]
