@@ -3,6 +3,7 @@
 //! An [`Upstream`] lives as long as the configuration of its cluster stays the same; when only endpoints change,
 //! those that stay keep their connections and their health. [`send`] carries requests.
 
+pub mod check;
 pub mod dns;
 pub mod h1;
 pub mod h2;
@@ -16,7 +17,7 @@ pub mod state;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
 use tokio::sync::Notify;
@@ -25,12 +26,14 @@ use tokio::time::Instant;
 use crate::metrics::standard::{Numbered, Service, Standard};
 use crate::metrics::{Counter, Registry};
 use crate::tls::Connector;
-use crate::xds::cluster::endpoint::ClusterLoadAssignment;
+use crate::xds::cluster::endpoint::{ClusterLoadAssignment, Endpoint};
 use crate::xds::cluster::{Cluster, Discovery};
 use crate::xds::decode::Address;
 use crate::xds::tls::UpstreamTls;
+use check::{Checked, Checks, Standing, Verdict};
 use health::Signal;
 pub use host::Host;
+use host::Known;
 pub use send::{Failure, FailureKind};
 use set::{HostSet, Placed};
 use state::State;
@@ -62,10 +65,13 @@ pub struct ClusterStats {
     pub ejections: Rc<Counter>,
     /// Responses by class: 1xx to 5xx.
     pub rq_xx: [Rc<Counter>; 5],
+    /// Active health checks, if it has any.
+    pub checks: Option<check::Stats>,
 }
 
 impl ClusterStats {
-    fn new(registry: &Registry, name: &str) -> Self {
+    fn new(registry: &Registry, cluster: &Cluster) -> Self {
+        let name = &*cluster.stat_name;
         let labels = [("cluster_name", name)];
         let counter = |metric| registry.counter(metric, &labels);
         let class = |code| {
@@ -85,6 +91,7 @@ impl ClusterStats {
             rq_timeout: counter("envoy_cluster_upstream_rq_timeout"),
             ejections: counter("envoy_cluster_outlier_detection_ejections_total"),
             rq_xx: ["1", "2", "3", "4", "5"].map(class),
+            checks: cluster.health_check.as_ref().map(|_| check::Stats::new(registry, name)),
         }
     }
 }
@@ -109,6 +116,10 @@ pub struct Upstream {
     original: RefCell<BTreeMap<SocketAddr, Rc<Host>>>,
     connectors: RefCell<Vec<(Arc<UpstreamTls>, Connector)>>,
     freed: Notify,
+    /// This, for tasks that must not keep it.
+    me: Weak<Self>,
+    /// The checks of its endpoints, on the worker that carries them out.
+    checks: RefCell<Checks>,
     /// Whether a limit depends on how many requests are under way.
     counts_requests: bool,
 }
@@ -128,6 +139,8 @@ pub struct Shared {
     pub secrets: Arc<crate::tls::Secrets>,
     /// Timers for streams.
     pub timers: crate::http::timing::Spare,
+    /// Whether endpoints are checked here: one worker does so for all.
+    pub checks: bool,
 }
 
 /// What a pick depends on.
@@ -153,9 +166,11 @@ impl Upstream {
         shared: Rc<Shared>,
     ) -> Rc<Self> {
         let service = shared.standard.number(service_of(&config));
-        let stats = ClusterStats::new(&shared.registry, &config.stat_name);
-        let limits = &config.limits;
-        let this = Rc::new(Self {
+        let stats = ClusterStats::new(&shared.registry, &config);
+        let limits = config.limits;
+        let this = Rc::new_cyclic(|me| Self {
+            me: Weak::clone(me),
+            checks: RefCell::default(),
             service,
             stats,
             shared,
@@ -176,8 +191,9 @@ impl Upstream {
             }
             Discovery::Static(_) | Discovery::Eds { .. } | Discovery::OriginalDst(_) => Some(endpoints),
         };
-        if let Some(first) = first {
-            this.update(&first);
+        match first {
+            Some(first) => this.update(&first),
+            None => this.update_when_resolved(),
         }
         this
     }
@@ -190,6 +206,23 @@ impl Upstream {
         }
     }
 
+    /// Checks begin before the first request asks for what DNS gave.
+    fn update_when_resolved(&self) {
+        if self.is_checker() {
+            let (me, state) = (Weak::clone(&self.me), Arc::clone(&self.state));
+            self.shared.tasks.spawn_local(async move {
+                state.was_resolved().await;
+                if let Some(this) = me.upgrade() {
+                    this.catch_up();
+                }
+            });
+        }
+    }
+
+    fn is_checker(&self) -> bool {
+        self.shared.checks && self.config.health_check.is_some()
+    }
+
     /// All endpoints.
     #[must_use]
     pub fn hosts(&self) -> Vec<Rc<Host>> {
@@ -198,15 +231,52 @@ impl Upstream {
 
     /// Ends when the cluster has endpoints, or it is known that it has none: those of some come from DNS.
     pub async fn warm(&self) {
-        if self.is_cold() {
+        if dns::is_asked(&self.config.discovery) {
             self.state.was_resolved().await;
+        }
+        if self.is_unchecked() {
+            self.state.first_round().await;
         }
     }
 
-    /// Whether its endpoints are still asked for, for the first time.
+    /// Whether its endpoints are still asked for, for the first time, or checked.
     #[must_use]
     pub fn is_cold(&self) -> bool {
-        dns::is_asked(&self.config.discovery) && self.state.resolved().is_none()
+        (dns::is_asked(&self.config.discovery) && self.state.resolved().is_none()) || self.is_unchecked()
+    }
+
+    fn is_unchecked(&self) -> bool {
+        self.config.health_check.is_some() && !self.state.had_first_round()
+    }
+
+    fn known(&self, endpoint: &Endpoint) -> Known {
+        let checked = self.config.health_check.is_some() && !endpoint.disable_health_check;
+        Known {
+            outlier: self.state.outlier(&endpoint.address),
+            checked: checked.then(|| self.state.checked(&endpoint.address)),
+        }
+    }
+
+    /// Takes the result of a check.
+    fn on_check(&self, host: &Host, checked: &Checked, verdict: Verdict, standing: Standing) {
+        let pardons = self.config.outlier.as_ref().is_some_and(|outlier| outlier.uneject);
+        let serves = matches!(verdict, Verdict::Serves { .. });
+        let is_new = checked.set(standing);
+        if is_new {
+            tracing::info!(cluster = %self.config.name, host = %host.text, ?standing, "endpoint checked");
+        }
+        // only an endpoint that is in again as far as checks go
+        if is_new | (serves && standing.serves() && pardons && host.outlier.pardon()) {
+            self.state.changed();
+            self.catch_up();
+        }
+        self.look_at_first_round();
+    }
+
+    fn look_at_first_round(&self) {
+        if self.checks.borrow().are_known() {
+            self.state.end_first_round();
+        }
     }
 
     fn rebuild(&self, endpoints: &ClusterLoadAssignment) {
@@ -217,8 +287,8 @@ impl Upstream {
         for locality in &endpoints.localities {
             let hosts = locality.endpoints.iter().map(|e| match known.remove(&e.address) {
                 Some(host) if host.endpoint == *e => Rc::clone(host),
-                Some(host) => host.with(e, cluster, standard),
-                None => Host::new(e, cluster, self.state.outlier(&e.address), standard),
+                Some(host) => host.with(e, cluster, self.known(e), standard),
+                None => Host::new(e, cluster, self.known(e), standard),
             });
             placed.push((locality.priority, locality.weight, hosts.collect::<Vec<_>>()));
         }
@@ -227,6 +297,10 @@ impl Upstream {
         }
         self.arrange(&placed, endpoints);
         self.state.forget_unused();
+        if self.is_checker() {
+            self.checks.borrow_mut().follow(self, endpoints);
+            self.look_at_first_round();
+        }
     }
 
     fn arrange(&self, placed: &[Placed], endpoints: &ClusterLoadAssignment) {
@@ -286,7 +360,7 @@ impl Upstream {
         let mut original = self.original.borrow_mut();
         let host = original.entry(address).or_insert_with(|| {
             let endpoint = Arc::new(dns::endpoint_at(address));
-            Host::new(&endpoint, &self.config, Arc::default(), &self.shared.standard)
+            Host::new(&endpoint, &self.config, Known::default(), &self.shared.standard)
         });
         Rc::clone(host)
     }
@@ -321,6 +395,9 @@ impl Upstream {
     /// The regular look: ejections that are over, connections that are idle for too long, endpoints that are new.
     pub fn sweep(&self, now: Instant) {
         let idle = self.config.http.idle_timeout;
+        if self.is_checker() {
+            self.catch_up(); // DNS may have given others to check
+        }
         let set = Rc::clone(&self.set.borrow());
         for host in &set.hosts {
             host.pools.sweep(idle, now);
@@ -349,6 +426,7 @@ impl Upstream {
         for host in self.original.borrow().values() {
             host.pools.close();
         }
+        drop(self.checks.take());
     }
 
     /// A retry, if the circuit breaker has room for one.

@@ -300,6 +300,7 @@ impl Worker {
                 standard,
                 secrets: Arc::new(secrets),
                 timers: crate::http::timing::Spare::default(),
+                checks: index == 0,
             }),
             drain: options.drain,
             connections: TaskTracker::new(),
@@ -352,6 +353,12 @@ impl Worker {
                 false
             }
         });
+        // and the first worker checks the endpoints of all of them
+        if self.shared.checks {
+            for active in tables.clusters.values().filter(|a| a.cluster.health_check.is_some()) {
+                drop(self.upstream(&active.cluster.name));
+            }
+        }
     }
 
     fn refresh_listeners(self: &Rc<Self>, tables: &Tables) {

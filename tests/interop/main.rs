@@ -2,7 +2,9 @@
 
 #[cfg(test)]
 mod generated;
+mod health;
 mod inbound;
+mod names;
 mod oracle;
 mod outbound;
 mod seat;

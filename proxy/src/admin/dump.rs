@@ -7,8 +7,9 @@ use http::StatusCode;
 use serde_json::{Map, Value, json};
 
 use super::{Admin, Answer, JSON, TEXT, json_reply, reply, text};
-use crate::tables::{Held, Tables};
-use crate::xds::cluster::endpoint::Health;
+use crate::tables::{ActiveCluster, Held, Tables};
+use crate::upstream::check::Standing;
+use crate::xds::cluster::endpoint::{ClusterLoadAssignment, Endpoint, Health};
 use crate::xds::listener::chain::Terminal;
 use crate::xds::listener::hcm::RouteSource;
 
@@ -144,6 +145,36 @@ fn health(health: Health) -> (&'static str, &'static str) {
     }
 }
 
+/// The endpoints of a cluster, those of its names where DNS gave any.
+fn endpoints(active: &ActiveCluster) -> Arc<ClusterLoadAssignment> {
+    active.state.resolved().unwrap_or_else(|| Arc::clone(&active.endpoints))
+}
+
+/// Why an endpoint is not healthy: Envoy's flags in its order, as `/clusters` and its JSON form call them.
+fn health_flags(active: &ActiveCluster, endpoint: &Endpoint) -> Vec<(&'static str, &'static str)> {
+    let found = active.state.standing(&endpoint.address);
+    let out = matches!(found, Some(Standing::Failed | Standing::Late | Standing::Unknown));
+    [
+        (out, ("/failed_active_hc", "failed_active_health_check")),
+        (active.state.is_ejected(&endpoint.address), ("/failed_outlier_check", "failed_outlier_check")),
+        (found == Some(Standing::Degraded), ("/degraded_active_hc", "failed_active_degraded_check")),
+        (found == Some(Standing::Unknown), ("/pending_active_hc", "pending_active_hc")),
+        (found == Some(Standing::Late), ("/active_hc_timeout", "active_hc_timeout")),
+    ]
+    .into_iter()
+    .filter_map(|(set, names)| set.then_some(names))
+    .collect()
+}
+
+fn health_text(active: &ActiveCluster, endpoint: &Endpoint) -> String {
+    let found: String = health_flags(active, endpoint).iter().map(|(text, _)| *text).collect();
+    match (found.is_empty(), endpoint.health) {
+        (true, health) => self::health(health).0.to_owned(),
+        (false, Health::Healthy) => found,
+        (false, health) => found + self::health(health).0,
+    }
+}
+
 /// `/clusters`
 pub(super) fn clusters(admin: &Admin, as_json: bool) -> Answer {
     let tables = admin.tables.load();
@@ -162,12 +193,12 @@ pub(super) fn clusters(admin: &Admin, as_json: bool) -> Answer {
         ] {
             out.push_str(&format!("{name}::default_priority::{key}::{value}\n"));
         }
-        for locality in &active.endpoints.localities {
+        for locality in &endpoints(active).localities {
             for endpoint in &locality.endpoints {
                 let address = &endpoint.address;
                 let place = &locality.locality;
                 for (key, value) in [
-                    ("health_flags", health(endpoint.health).0.to_owned()),
+                    ("health_flags", health_text(active, endpoint)),
                     ("weight", endpoint.weight.to_string()),
                     ("region", place.region.to_string()),
                     ("zone", place.zone.to_string()),
@@ -183,10 +214,9 @@ pub(super) fn clusters(admin: &Admin, as_json: bool) -> Answer {
     text(out)
 }
 
-fn cluster_json(active: &crate::tables::ActiveCluster, tables: &Tables) -> Value {
+fn cluster_json(active: &ActiveCluster, tables: &Tables) -> Value {
     let added_via_api = tables.known.clusters.get(&active.cluster.name).is_some_and(|h| !h.is_static);
-    let hosts: Vec<Value> = active
-        .endpoints
+    let hosts: Vec<Value> = endpoints(active)
         .localities
         .iter()
         .flat_map(|l| l.endpoints.iter().map(move |e| (l, e)))
@@ -197,9 +227,11 @@ fn cluster_json(active: &crate::tables::ActiveCluster, tables: &Tables) -> Value
                 }
                 None => json!({ "pipe": { "path": e.address.to_string() } }),
             };
+            let found = health_flags(active, e).into_iter().map(|(_, name)| (name.to_owned(), json!(true)));
+            let said = ("eds_health_status".to_owned(), json!(health(e.health).1));
             json!({
                 "address": address,
-                "health_status": { "eds_health_status": health(e.health).1 },
+                "health_status": found.chain([said]).collect::<Map<_, _>>(),
                 "weight": e.weight,
                 "priority": l.priority,
                 "hostname": &*e.hostname,

@@ -94,6 +94,12 @@ impl Outlier {
         }
     }
 
+    /// Ends an ejection: the endpoint was seen to serve. Tells whether there was one.
+    pub fn pardon(&self) -> bool {
+        self.ejection().until = None;
+        self.ejected.swap(false, Ordering::AcqRel)
+    }
+
     /// Whether the endpoint is out.
     #[must_use]
     pub fn is_ejected(&self) -> bool {
@@ -145,6 +151,7 @@ mod tests {
             max_jitter: Duration::ZERO,
             max_ejection_percent: 50,
             always_eject_one: false,
+            uneject: true,
             success_rate: SuccessRate {
                 enforcing: 0,
                 minimum_hosts: 5,

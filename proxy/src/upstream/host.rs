@@ -6,6 +6,7 @@ use std::sync::Arc;
 use http::HeaderValue;
 use tokio::time::Instant;
 
+use super::check::{Checked, Standing};
 use super::health::Outlier;
 use super::pool::{Pool, Pools};
 use crate::lb::Load;
@@ -38,7 +39,18 @@ pub struct Host {
     /// A connection is for one authority, because its server name is the request's.
     by_authority: bool,
     pub(super) outlier: Arc<Outlier>,
+    /// What checks found out, if it is checked.
+    checked: Option<Arc<Checked>>,
     since: Instant,
+}
+
+/// What all workers know of an endpoint's health.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Known {
+    /// What requests found out.
+    pub(super) outlier: Arc<Outlier>,
+    /// What checks found out, if it is checked.
+    pub(super) checked: Option<Arc<Checked>>,
 }
 
 impl Host {
@@ -46,7 +58,7 @@ impl Host {
     pub(super) fn new(
         endpoint: &Arc<Endpoint>,
         cluster: &Cluster,
-        outlier: Arc<Outlier>,
+        known: Known,
         standard: &Standard,
     ) -> Rc<Self> {
         let workload = match &endpoint.workload {
@@ -66,14 +78,21 @@ impl Host {
             tls,
             workload: standard.workload(workload),
             max_uses: cluster.http.max_requests_per_connection,
-            outlier,
+            outlier: known.outlier,
+            checked: known.checked,
             since: Instant::now(),
         })
     }
 
     /// This endpoint with what discovery says of it now. Its connections stay, unless they are made otherwise now.
-    pub(super) fn with(&self, endpoint: &Arc<Endpoint>, cluster: &Cluster, standard: &Standard) -> Rc<Self> {
-        let mut next = Self::new(endpoint, cluster, Arc::clone(&self.outlier), standard);
+    pub(super) fn with(
+        &self,
+        endpoint: &Arc<Endpoint>,
+        cluster: &Cluster,
+        known: Known,
+        standard: &Standard,
+    ) -> Rc<Self> {
+        let mut next = Self::new(endpoint, cluster, known, standard);
         let same = match (&next.tls, &self.tls) {
             (None, None) => true,
             (Some(a), Some(b)) => Arc::ptr_eq(a, b),
@@ -93,11 +112,19 @@ impl Host {
     }
 
     pub(super) fn is_healthy(&self) -> bool {
-        !self.is_ejected() && self.endpoint.health == Health::Healthy
+        !self.is_ejected() && self.endpoint.health == Health::Healthy && self.standing() == Standing::Healthy
     }
 
     pub(super) fn is_degraded(&self) -> bool {
-        !self.is_ejected() && self.endpoint.health == Health::Degraded
+        let said = matches!(self.endpoint.health, Health::Healthy | Health::Degraded);
+        let found = matches!(self.standing(), Standing::Healthy | Standing::Degraded);
+        !self.is_ejected() && said && found && !self.is_healthy()
+    }
+
+    /// What checks found out; an endpoint that is not checked counts as healthy.
+    #[must_use]
+    pub fn standing(&self) -> Standing {
+        self.checked.as_ref().map_or(Standing::Healthy, |checked| checked.standing())
     }
 
     /// Whether passive health checks left it out.

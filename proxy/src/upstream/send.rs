@@ -310,6 +310,7 @@ impl Upstream {
     /// Room for one more connection, if there is some now. A pool without any gets one in any case, as Envoy has
     /// it: connections to other endpoints, or of other workers, must not make it unreachable.
     fn try_admit(self: &Rc<Self>, pool: &Pool) -> Option<Opened> {
+        self.state.note_traffic();
         let of_host = pool.connections();
         if of_host.get() == 0 {
             self.state.connections.add();
@@ -359,6 +360,12 @@ impl Upstream {
         };
         self.stats.cx_connect_fail.inc();
         Err(outcome)
+    }
+
+    /// A connection for a check: no limit holds it up, and it counts nowhere.
+    pub(super) async fn dial(&self, host: &Host, name: &HeaderValue) -> std::io::Result<Io> {
+        let (io, _, _) = Box::pin(self.connect_now(host, Some(name))).await?;
+        Ok(io)
     }
 
     fn link(&self, io: &Io, peer: Option<Peer>, own: &[String]) -> Link {

@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use super::check::Standing;
 use super::host::Host;
 use crate::lb::locality::{self, Level, PriorityLoad};
 use crate::lb::{Balancer, Load, Policy};
@@ -54,6 +55,12 @@ fn usable(hosts: &[Rc<Host>], any_healthy: bool) -> Vec<Rc<Host>> {
     hosts.iter().filter(|h| h.is_healthy() || (!any_healthy && h.is_degraded())).cloned().collect()
 }
 
+/// What is weighed of these endpoints, `usable` of which get requests.
+fn level(all: &[Rc<Host>], usable: &[Rc<Host>], cluster: &Cluster) -> Level {
+    let counts = |h: &&Rc<Host>| !cluster.lb_common.ignore_unchecked || h.standing() != Standing::Unknown;
+    Level { total: all.iter().filter(counts).count(), healthy: usable.len() }
+}
+
 impl HostSet {
     /// Arranges endpoints. `factor` is the overprovisioning factor in percent, 0 for the default.
     pub(super) fn arrange(
@@ -71,7 +78,7 @@ impl HostSet {
             let of: Vec<_> = placed.iter().filter(|(p, _, _)| *p == priority).collect();
             let all: Vec<Rc<Host>> = of.iter().flat_map(|(_, _, h)| h.iter().cloned()).collect();
             let usable = usable(&all, any_healthy);
-            levels.push(Level { total: all.len(), healthy: usable.len() });
+            levels.push(level(&all, &usable, cluster));
             let (weights, localities): (Vec<u64>, Vec<Group>) = if cluster.lb_common.locality_weighted {
                 localities(&of, any_healthy, cluster, rng).into_iter().unzip()
             } else {
@@ -138,7 +145,7 @@ fn localities(
     of.iter()
         .map(|(_, weight, hosts)| {
             let usable = usable(hosts, any_healthy);
-            let level = Level { total: hosts.len(), healthy: usable.len() };
+            let level = level(hosts, &usable, cluster);
             (locality::locality_weight(weight.unwrap_or(0), level), group(usable, cluster, rng))
         })
         .filter(|(weight, _)| *weight > 0)

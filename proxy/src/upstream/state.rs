@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use super::check::{Checked, Standing};
 use super::health::{self, Outlier};
 use crate::xds::cluster::endpoint::ClusterLoadAssignment;
 use crate::xds::cluster::health::OutlierDetection;
@@ -62,6 +63,11 @@ pub struct State {
     /// Grows when endpoints were ejected, came back, or got other addresses.
     version: AtomicU64,
     outliers: Mutex<BTreeMap<Address, Arc<Outlier>>>,
+    checks: Mutex<BTreeMap<Address, Arc<Checked>>>,
+    /// Whether there ever was a connection.
+    traffic: AtomicBool,
+    /// Whether every endpoint was checked once.
+    first_round: watch::Sender<bool>,
     next_look: Mutex<Option<Instant>>,
     resolving: AtomicBool,
     resolved: watch::Sender<Option<Arc<ClusterLoadAssignment>>>,
@@ -76,6 +82,9 @@ impl Default for State {
             retries: Count::default(),
             version: AtomicU64::new(0),
             outliers: Mutex::default(),
+            checks: Mutex::default(),
+            traffic: AtomicBool::new(false),
+            first_round: watch::Sender::new(false),
             next_look: Mutex::default(),
             resolving: AtomicBool::new(false),
             resolved: watch::Sender::new(None),
@@ -90,10 +99,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl State {
     /// The state of a cluster that takes the place of another one of its name. What DNS gave for the old one serves
-    /// until there is an answer for the new one.
+    /// until there is an answer for the new one, and so does what its checks found out.
     #[must_use]
     pub fn after(old: &Self) -> Self {
-        Self { resolved: watch::Sender::new(old.resolved()), ..Self::default() }
+        let checks = lock(&old.checks);
+        let copied = checks.iter().map(|(a, c)| (a.clone(), Arc::new(Checked::new(c.standing())))).collect();
+        Self {
+            resolved: watch::Sender::new(old.resolved()),
+            first_round: watch::Sender::new(old.had_first_round()),
+            checks: Mutex::new(copied),
+            ..Self::default()
+        }
     }
 
     /// Changes when what workers know of the endpoints is out of date.
@@ -102,7 +118,8 @@ impl State {
         self.version.load(Ordering::Acquire)
     }
 
-    fn changed(&self) {
+    /// Lets workers look at the endpoints' health again.
+    pub(super) fn changed(&self) {
         self.version.fetch_add(1, Ordering::Release);
     }
 
@@ -112,8 +129,61 @@ impl State {
         Arc::clone(lock(&self.outliers).entry(address.clone()).or_default())
     }
 
+    /// What checks found out about the endpoint at an address.
+    #[must_use]
+    pub fn checked(&self, address: &Address) -> Arc<Checked> {
+        let unknown = || Arc::new(Checked::new(Standing::Unknown));
+        Arc::clone(lock(&self.checks).entry(address.clone()).or_insert_with(unknown))
+    }
+
+    /// What checks found out about the endpoint at an address, for whoever only looks on; `None`: it is not checked.
+    #[must_use]
+    pub fn standing(&self, address: &Address) -> Option<Standing> {
+        lock(&self.checks).get(address).map(|checked| checked.standing())
+    }
+
+    /// Whether the endpoint at an address is ejected, for whoever only looks on.
+    #[must_use]
+    pub fn is_ejected(&self, address: &Address) -> bool {
+        lock(&self.outliers).get(address).is_some_and(|outlier| outlier.is_ejected())
+    }
+
+    /// Notes a connection.
+    pub fn note_traffic(&self) {
+        if !self.traffic.load(Ordering::Relaxed) {
+            self.traffic.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether there ever was a connection.
+    #[must_use]
+    pub fn had_traffic(&self) -> bool {
+        self.traffic.load(Ordering::Relaxed)
+    }
+
+    /// Notes that every endpoint was checked once, or that there is none.
+    pub fn end_first_round(&self) {
+        if !*self.first_round.borrow() {
+            self.first_round.send_replace(true);
+        }
+    }
+
+    /// Whether every endpoint was checked once.
+    #[must_use]
+    pub fn had_first_round(&self) -> bool {
+        *self.first_round.borrow()
+    }
+
+    /// Ends when every endpoint was checked once.
+    pub async fn first_round(&self) {
+        let mut over = self.first_round.subscribe();
+        // an error means that nobody checks any more, so there is nothing to wait for
+        let _over = over.wait_for(|over| *over).await;
+    }
+
     /// Forgets endpoints that no worker has any more.
     pub fn forget_unused(&self) {
+        lock(&self.checks).retain(|_, checked| Arc::strong_count(checked) > 1);
         lock(&self.outliers).retain(|_, outlier| Arc::strong_count(outlier) > 1);
     }
 

@@ -2,20 +2,27 @@
 
 pub mod endpoint;
 pub mod health;
+pub mod health_check;
 pub mod http;
 pub mod lb;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use envoy_types::pb::envoy::config::cluster::v3 as pb;
 use envoy_types::pb::envoy::config::core::v3 as core;
+use envoy_types::pb::envoy::extensions::network::dns_resolver::cares::v3::CaresDnsResolverConfig;
 
 use self::endpoint::ClusterLoadAssignment;
 use self::health::OutlierDetection;
-use self::http::{UpstreamHttp, upstream_http};
+use self::health_check::HealthCheck;
+use self::http::{HttpVersion, UpstreamHttp, upstream_http};
 use self::lb::{LbCommon, LbPolicy, lb_common, lb_policy};
-use super::decode::{Invalid, Kind, Metadata, Rejected, Under as _, ads_only, json, timeout, u32_or};
+use super::decode::{
+    Address, Invalid, Kind, Metadata, Rejected, Under as _, address, ads_only, is, json, opt_duration,
+    timeout, u32_or, unpack,
+};
 use super::tls::{UpstreamTls, upstream};
 
 /// One cluster.
@@ -37,6 +44,8 @@ pub struct Cluster {
     pub limits: Limits,
     /// Passive health checks.
     pub outlier: Option<OutlierDetection>,
+    /// Active health checks.
+    pub health_check: Option<HealthCheck>,
     /// Which version of HTTP, and how.
     pub http: UpstreamHttp,
     /// Transport for endpoints that fit none of `transport_matches`.
@@ -74,7 +83,7 @@ pub enum Discovery {
 }
 
 /// How names are resolved.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Dns {
     /// How often.
     pub refresh: Duration,
@@ -82,6 +91,12 @@ pub struct Dns {
     pub failure_refresh: Option<(Duration, Duration)>,
     /// Which addresses.
     pub family: DnsFamily,
+    /// In place of `refresh`, how long the answer may be kept.
+    pub respect_ttl: bool,
+    /// Up to this more by chance.
+    pub jitter: Duration,
+    /// The name servers; none: the system's.
+    pub servers: Box<[SocketAddr]>,
 }
 
 /// Which addresses.
@@ -201,7 +216,7 @@ fn refuse_unsupported(pb: &pb::Cluster) -> Result<(), Invalid> {
         (!pb.filters.is_empty(), "filters"),
         (pb.upstream_config.is_some(), "upstream_config"),
         (pb.queuing_policies.is_some(), "queuing_policies"),
-        (!pb.health_checks.is_empty(), "health_checks"),
+        (pb.health_checks.len() > 1, "health_checks: more than one"),
         (pb.close_connections_on_host_health_failure, "close_connections_on_host_health_failure"),
         (pb.connection_pool_per_downstream_connection, "connection_pool_per_downstream_connection"),
         (per_host, "circuit_breakers.per_host_thresholds"),
@@ -236,6 +251,11 @@ fn cluster(mut pb: pb::Cluster) -> Result<Cluster, Invalid> {
         Some(t) => t,
         None => return Err(Invalid::new("connect_timeout", "must be more than 0")),
     };
+    let http = upstream_http(&mut pb)?;
+    let health_check = pb.health_checks.pop().map(HealthCheck::new).transpose().under("health_checks[0]")?;
+    if health_check.as_ref().is_some_and(HealthCheck::is_grpc) && http.version == HttpVersion::Http1 {
+        return Err(Invalid::new("health_checks[0].grpc_health_check", "needs endpoints that speak HTTP/2"));
+    }
     Ok(Cluster {
         stat_name: if pb.alt_stat_name.is_empty() {
             Arc::clone(&name)
@@ -254,7 +274,8 @@ fn cluster(mut pb: pb::Cluster) -> Result<Cluster, Invalid> {
             .map(OutlierDetection::new)
             .transpose()
             .under("outlier_detection")?,
-        http: upstream_http(&mut pb)?,
+        health_check,
+        http,
         tls: upstream(pb.transport_socket.take()).under("transport_socket")?,
         transport_matches,
         source_addresses: source_addresses(pb.upstream_bind_config.take()).under("upstream_bind_config")?,
@@ -304,7 +325,20 @@ fn discovery(pb: &mut pb::Cluster) -> Result<Discovery, Invalid> {
     }
 }
 
-fn dns(pb: &pb::Cluster) -> Result<Dns, Invalid> {
+/// The servers of Envoy's usual resolver, c-ares.
+fn name_servers(pb: &pb::Cluster) -> Result<Box<[SocketAddr]>, Invalid> {
+    let typed = pb.typed_dns_resolver_config.as_ref().and_then(|config| config.typed_config.as_ref());
+    let Some(typed) = typed.filter(|typed| is::<CaresDnsResolverConfig>(typed)) else {
+        return Ok(Box::default());
+    };
+    let server = |(i, server)| match address(Some(server)).at("resolvers", i)? {
+        Address::Socket(address) => Ok(address),
+        Address::Name(..) | Address::Pipe(_) => Err(Invalid::unsupported(format!("resolvers[{i}]"))),
+    };
+    unpack::<CaresDnsResolverConfig>(typed)?.resolvers.into_iter().enumerate().map(server).collect()
+}
+
+fn dns(pb: &mut pb::Cluster) -> Result<Dns, Invalid> {
     use pb::cluster::DnsLookupFamily as Pb;
     let family = match Pb::try_from(pb.dns_lookup_family) {
         Ok(Pb::Auto) => DnsFamily::Auto,
@@ -321,10 +355,15 @@ fn dns(pb: &pb::Cluster) -> Result<Dns, Invalid> {
     let refresh = timeout(pb.dns_refresh_rate, Some(default), "dns_refresh_rate")?.unwrap_or(default);
     #[expect(deprecated, reason = "configuration files still use it")]
     let failure_refresh = pb.dns_failure_refresh_rate.as_ref().map(failure_refresh).transpose();
+    #[expect(deprecated, reason = "configuration files still use them")]
+    let (respect_ttl, jitter) = (pb.respect_dns_ttl, pb.dns_jitter.take());
     Ok(Dns {
         refresh: refresh.max(Duration::from_millis(1)),
         failure_refresh: failure_refresh.under("dns_failure_refresh_rate")?,
         family,
+        respect_ttl,
+        jitter: opt_duration(jitter, "dns_jitter")?.unwrap_or_default(),
+        servers: name_servers(pb).under("typed_dns_resolver_config")?,
     })
 }
 

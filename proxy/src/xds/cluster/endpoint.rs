@@ -80,6 +80,8 @@ pub struct Endpoint {
     pub workload: Option<WorkloadLabel>,
     /// Where it is checked, if not at its own address.
     pub health_check_port: Option<u16>,
+    /// Its name for checks, if it has one of its own.
+    pub health_check_hostname: Box<str>,
     /// It is not checked.
     pub disable_health_check: bool,
 }
@@ -259,6 +261,7 @@ fn endpoint(pb: pb::LbEndpoint, dns: bool) -> Result<Endpoint, Invalid> {
         workload: metadata.str("istio", "workload").map(WorkloadLabel::parse),
         metadata,
         health_check_port,
+        health_check_hostname: check.hostname.into(),
         disable_health_check: check.disable_active_health_check,
     })
 }

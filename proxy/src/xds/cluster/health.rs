@@ -36,6 +36,8 @@ pub struct OutlierDetection {
     pub max_ejection_percent: u32,
     /// One may be out even if that is more than the share.
     pub always_eject_one: bool,
+    /// An active check that succeeds ends an ejection.
+    pub uneject: bool,
     /// Ejection by success rate: how surely, and by how many standard deviations (thousandths).
     pub success_rate: SuccessRate,
     /// Ejection by share of failures.
@@ -120,6 +122,7 @@ impl OutlierDetection {
                 .unwrap_or_default(),
             max_ejection_percent: percent(pb.max_ejection_percent, 10, "max_ejection_percent")?,
             always_eject_one: bool_or(pb.always_eject_one_host, false),
+            uneject: bool_or(pb.successful_active_health_check_uneject_host, true),
             success_rate: SuccessRate {
                 enforcing: percent(pb.enforcing_success_rate, 100, "enforcing_success_rate")?,
                 minimum_hosts: u32_or(pb.success_rate_minimum_hosts, 5),

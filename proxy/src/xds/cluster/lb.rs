@@ -63,11 +63,18 @@ pub struct LbCommon {
     pub locality_weighted: bool,
     /// Hash host names, not addresses.
     pub hash_hostname: bool,
+    /// Endpoints that were not checked yet do not count when health is weighed.
+    pub ignore_unchecked: bool,
 }
 
 impl Default for LbCommon {
     fn default() -> Self {
-        Self { panic_threshold: 50.0, locality_weighted: false, hash_hostname: false }
+        Self {
+            panic_threshold: 50.0,
+            locality_weighted: false,
+            hash_hostname: false,
+            ignore_unchecked: false,
+        }
     }
 }
 
@@ -213,5 +220,6 @@ pub(super) fn lb_common(pb: Option<pb::cluster::CommonLbConfig>) -> Result<LbCom
         panic_threshold: pb.healthy_panic_threshold.map_or(50.0, |p| p.value),
         locality_weighted,
         hash_hostname: hashing.use_hostname_for_hashing,
+        ignore_unchecked: pb.ignore_new_hosts_until_first_hc,
     })
 }

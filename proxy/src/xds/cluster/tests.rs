@@ -133,8 +133,20 @@ fn refused_clusters_name_the_field() {
         ("lb_subset_config: {subset_selectors: [{keys: [v]}]}", "lb_subset_config: not supported"),
         ("outlier_detection: {max_ejection_percent: 101}", "outlier_detection.max_ejection_percent: 101"),
         (
-            "health_checks: [{timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: {}}]",
-            "health_checks: not supported",
+            "health_checks: [{timeout: 1s, interval: 0s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: {}}]",
+            "health_checks[0].interval: must be more than 0",
+        ),
+        (
+            "health_checks: [{timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 0, tcp_health_check: {}}]",
+            "health_checks[0].healthy_threshold: must be more than 0",
+        ),
+        (
+            "health_checks: [{timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: {send: {text: 0g}}}]",
+            "tcp_health_check.send.text: `0g` is not hexadecimal",
+        ),
+        (
+            "health_checks: [{timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, http_health_check: {path: /, expected_statuses: [{start: 600, end: 700}]}}]",
+            "expected_statuses[0]: [600, 700) is no range",
         ),
         (
             r#"transport_socket: {name: x, typed_config: {"@type": type.googleapis.com/envoy.config.core.v3.Locality}}"#,
