@@ -1,5 +1,5 @@
 //! Active health checks: endpoints are asked whether they serve. [`Session`] is pure: results go in, what is known of the
-//! endpoint and when to ask again come out. [`probe`] asks once; [`run`] drives both for one endpoint.
+//! endpoint and when to ask again come out. `probe` asks once; `run` drives both for one endpoint.
 
 mod probe;
 

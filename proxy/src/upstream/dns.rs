@@ -1,4 +1,4 @@
-//! Endpoints that are names: asked for again and again, and kept while the answer is missing. [`client`] asks name
+//! Endpoints that are names: asked for again and again, and kept while the answer is missing. `client` asks name
 //! servers where it matters how long their answers may be kept.
 
 mod client;
