@@ -5,9 +5,12 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use ::http::Version;
+use anyhow::ensure;
 use tests::echo::Echo;
+use tests::envoy::Form;
+use tests::mesh::{Mesh, service, strict};
 use tests::program::{self, Program};
-use tests::workload::free_port;
+use tests::workload::{WorkloadSpec, free_port};
 use tests::{PATIENCE, eventually, http, peers};
 
 use crate::oracle::{Ask, Asked, Case, compare};
@@ -148,4 +151,60 @@ async fn a_websocket_cannot_tell_our_proxy_from_envoy() -> anyhow::Result<()> {
         program.check()?;
     }
     Ok(())
+}
+
+/// A service whose callers are to speak HTTP/2 to its proxies, whatever they are spoken to.
+fn upgraded(app: &str) -> String {
+    format!(
+        "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: {app}}}\nspec:\n  host: {app}\n  \
+         trafficPolicy: {{connectionPool: {{http: {{h2UpgradePolicy: UPGRADE}}}}}}\n---\n"
+    )
+}
+
+/// How often Envoy spoke HTTP/2, by the statistics of this name.
+async fn spoken(mesh: &Mesh, envoy: &str, statistic: &str) -> anyhow::Result<u64> {
+    let stats = mesh.envoy(envoy)?.admin(&format!("/stats?filter={statistic}")).await?;
+    Ok(stats.lines().filter_map(|l| l.rsplit_once(": ")?.1.parse::<u64>().ok()).sum())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_websocket_crosses_a_mesh_that_upgrades_to_http2() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start(&[], &["serverours-v1"], &["client"]).await?;
+    let both = ["serverours", "servertheirs"];
+    let yaml = strict().to_owned() + &service("servertheirs") + &both.map(upgraded).concat();
+    mesh.istiod.apply_and_wait(&yaml).await?;
+    let server = WorkloadSpec::server("servertheirs", "v1", ([127, 0, 0, 1], 1).into());
+    mesh.seat_envoy(server, Form::Delta).await?;
+    mesh.seat_envoy(WorkloadSpec::client("envoy"), Form::Delta).await?;
+    mesh.istiod.healthy("servertheirs", 1).await?;
+    let (h1, h2) = (Version::HTTP_11, Version::HTTP_2);
+    for client in ["client", "envoy"] {
+        let mut asked = Vec::new();
+        for name in both {
+            mesh.answers(client, name).await?;
+            asked.push(Asked { name, address: mesh.address(client, name, 80).await?, host: name });
+        }
+        let cases = vec![
+            ("a WebSocket", Ask::Upgrade(h1, "/a?b=c", "websocket", false)),
+            (
+                "a WebSocket of an application that speaks HTTP/2",
+                Ask::Upgrade(h2, "/a?b=c", "websocket", false),
+            ),
+            ("a WebSocket that is refused", Ask::Upgrade(h1, "/?stay=1&status=404", "websocket", false)),
+            ("no WebSocket", Ask::Http1("GET", "/a", &[], 0)),
+        ];
+        let [ours, theirs] = *asked.as_slice() else { anyhow::bail!("two servers") };
+        compare(ours, theirs, cases, &[]).await?;
+        for asked in asked {
+            let request = ::http::Request::get("/a").header("host", asked.host);
+            let request = request.header("connection", "upgrade").header("upgrade", "websocket");
+            let request = request.body(http_body_util::Empty::new())?;
+            let opened = http::upgrade(asked.address, request, b"there", false).await?;
+            ensure!(opened.status == 101 && opened.text() == "there", "{client}: {opened:?}");
+        }
+    }
+    let (taken, made) = ("downstream_cx_http2_total", "outbound.*upstream_cx_http2_total");
+    ensure!(spoken(&mesh, "servertheirs-v1", taken).await? > 0, "our proxy has spoken no HTTP/2");
+    ensure!(spoken(&mesh, "envoy", made).await? > 0, "Envoy has spoken no HTTP/2");
+    mesh.finish(&[])
 }
