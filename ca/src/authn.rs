@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroize as _;
 
 use crate::identity::{SpiffeId, TrustDomain};
+use crate::node::NodeId;
 use crate::x509::{self, Facts, X509Error};
 
 /// Beginning of every join token.
@@ -23,6 +24,7 @@ pub const MAX_TOKEN_LEN: usize = 8 * 1024;
 pub struct Caller {
     identity: SpiffeId,
     proof: Proof,
+    node: Option<NodeId>,
 }
 
 /// How a caller proved who it is.
@@ -35,6 +37,8 @@ pub enum Proof {
         /// The token's public id.
         id: String,
     },
+    /// With a certificate that has ended, and a request that is signed by its key.
+    EndedCertificate,
 }
 
 /// Why a client certificate does not tell who is calling.
@@ -64,13 +68,23 @@ impl Caller {
         if !facts.is_valid_at(now) {
             return Err(AuthnError::NotValid);
         }
-        Ok(Self { identity: facts.spiffe_id()?, proof: Proof::Certificate })
+        Ok(Self { identity: facts.spiffe_id()?, proof: Proof::Certificate, node: facts.node() })
+    }
+
+    pub(crate) fn new(identity: SpiffeId, proof: Proof, node: Option<NodeId>) -> Self {
+        Self { identity, proof, node }
     }
 
     /// The caller that redeemed the token `id`, which was bound to `identity`.
     #[must_use]
     pub fn from_redeemed_token(identity: SpiffeId, id: impl Into<String>) -> Self {
-        Self { identity, proof: Proof::JoinToken { id: id.into() } }
+        Self { identity, proof: Proof::JoinToken { id: id.into() }, node: None }
+    }
+
+    /// The same caller, that joins with the public key of this hash.
+    #[must_use]
+    pub fn with_key(self, key: Hash) -> Self {
+        Self { node: Some(NodeId::of_key(key)), ..self }
     }
 
     /// Who is calling.
@@ -84,6 +98,12 @@ impl Caller {
     pub fn proof(&self) -> &Proof {
         &self.proof
     }
+
+    /// Which node it is, if that is known.
+    #[must_use]
+    pub fn node(&self) -> Option<NodeId> {
+        self.node
+    }
 }
 
 /// SHA-256 of a secret or of a public key.
@@ -96,6 +116,12 @@ impl Hash {
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
         Self(x509::sha256(bytes))
+    }
+
+    /// The first eight bytes.
+    pub(crate) fn first_bytes(&self) -> [u8; 8] {
+        let [a, b, c, d, e, f, g, h, ..] = self.0;
+        [a, b, c, d, e, f, g, h]
     }
 
     /// Whether both are equal, in a time that does not tell where they differ.

@@ -15,6 +15,7 @@ use zeroize::Zeroizing;
 
 use crate::authn::Caller;
 use crate::identity::{SpiffeId, TrustDomain};
+use crate::node::NodeId;
 use crate::svid::{Chain, PrivateKey};
 use crate::x509::{self, Facts, X509Error};
 
@@ -25,6 +26,10 @@ pub use plugged::{PluggedError, PluggedIn};
 pub const BACK_DATE: Duration = Duration::from_secs(60);
 /// Lifetime of a root made here.
 pub const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+/// The most names of a refused request that are told.
+const NAMES_TOLD: usize = 8;
+/// The most characters of each.
+const NAME_TOLD: usize = 256;
 /// Longest lifetime of a member's intermediate.
 pub const MAX_MEMBER_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -42,6 +47,23 @@ impl Serial {
         let mut bytes = [0; 16];
         rand::fill(&mut bytes).map_err(|_| SignError::NoRandomness)?;
         Ok(Self::from_bytes(bytes))
+    }
+
+    /// A new one for a certificate of `node`: the node's name, and 63 random bits.
+    ///
+    /// # Errors
+    ///
+    /// When the system has no randomness.
+    pub fn of_node(node: NodeId) -> Result<Self, SignError> {
+        let Self(mut bytes) = Self::random()?;
+        bytes[..8].copy_from_slice(&node.bytes());
+        Ok(Self::from_bytes(bytes))
+    }
+
+    /// The number, most significant byte first.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
     }
 
     /// A given one; the first bit is cleared and the last is set, so that it is positive (RFC 5280, 4.1.2.2).
@@ -81,6 +103,14 @@ pub enum SignError {
     /// The certificate request is malformed, not signed by its own key, or its key is of a kind not allowed.
     #[error("the certificate request is refused")]
     Csr(#[source] X509Error),
+    /// The request asks for names that are not its caller's.
+    #[error("the certificate request asks for names that are not `{identity}`'s: {names}")]
+    ForeignNames {
+        /// The caller's identity.
+        identity: SpiffeId,
+        /// The names, the first few of them.
+        names: String,
+    },
     /// The caller asks for an identity that callers never get.
     #[error("`{0}` is the control plane's own identity")]
     Reserved(SpiffeId),
@@ -266,6 +296,12 @@ impl Authority {
         &self.chain
     }
 
+    /// The longest that a leaf lives.
+    #[must_use]
+    pub fn longest_lifetime(&self) -> Duration {
+        self.lifetimes.max
+    }
+
     /// The issuing key in PEM, for the member's own key store.
     #[must_use]
     pub fn key_pem(&self) -> Zeroizing<String> {
@@ -287,7 +323,8 @@ impl Authority {
         Self::new(self.domain.clone(), self.chain.clone(), self.key.clone(), roots, self.lifetimes)
     }
 
-    /// Signs a leaf for `caller`. Of the request only the public key is used.
+    /// Signs a leaf for `caller`. Of the request only the public key is used; it may ask for the caller's identity as
+    /// its name, or for no name.
     ///
     /// The leaf has an empty subject, the caller's identity as its one name, both extended key usages, begins
     /// [`BACK_DATE`] before `now`, and lives as long as was requested, within the limits and no longer than the
@@ -295,8 +332,8 @@ impl Authority {
     ///
     /// # Errors
     ///
-    /// When the request is refused, the caller's identity is the control plane's or of another trust domain, or the
-    /// issuing certificate is not valid at `now`.
+    /// When the request is refused or asks for names of others, the caller's identity is the control plane's or of
+    /// another trust domain, or the issuing certificate is not valid at `now`.
     pub fn sign(
         &self,
         csr: &CertificateSigningRequestDer<'_>,
@@ -312,6 +349,7 @@ impl Authority {
         if *identity == SpiffeId::control_plane(&self.domain) {
             return Err(SignError::Reserved(identity.clone()));
         }
+        names_are_of(csr, identity)?;
         self.issue(csr, vec![uri_name(identity)?], requested, now, serial)
     }
 
@@ -368,6 +406,27 @@ impl Authority {
         let leaf = params.signed_by(&public_key, &self.issuer)?.der().clone();
         Ok(Chain { leaf, intermediates: self.presented.clone(), roots: self.roots.clone() })
     }
+}
+
+/// Whether a request asks for no other name than this identity.
+///
+/// # Errors
+///
+/// [`SignError::ForeignNames`] if it does, [`SignError::Csr`] if it cannot be read.
+pub fn names_are_of(csr: &CertificateSigningRequestDer<'_>, identity: &SpiffeId) -> Result<(), SignError> {
+    let own = format!("URI:{identity}");
+    let mut foreign = x509::csr_names(csr).map_err(SignError::Csr)?;
+    foreign.retain(|name| *name != own);
+    if foreign.is_empty() {
+        return Ok(());
+    }
+    let more = foreign.len().saturating_sub(NAMES_TOLD);
+    let told = foreign.iter().take(NAMES_TOLD).map(|name| name.chars().take(NAME_TOLD).collect::<String>());
+    let mut names = told.collect::<Vec<_>>().join(", ");
+    if more > 0 {
+        names = format!("{names}, and {more} more");
+    }
+    Err(SignError::ForeignNames { identity: identity.clone(), names })
 }
 
 fn authority_params(domain: &TrustDomain, name: &str, constraints: BasicConstraints) -> CertificateParams {

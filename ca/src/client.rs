@@ -39,6 +39,8 @@ pub enum Presented {
     Initial,
     /// The identity that it holds.
     Certificate(Arc<Identity>),
+    /// The identity that it held until its certificate ended; the request is for the key of that certificate.
+    Ended(Arc<Identity>),
 }
 
 /// Why a request was not answered with a certificate.
@@ -65,6 +67,9 @@ pub trait Issuance: Send + 'static {
         presented: &Presented,
         lifetime: Option<Duration>,
     ) -> impl Future<Output = Result<Chain, RequestError>> + Send;
+
+    /// Whether there is something to join with, should the identity be lost.
+    fn can_join(&self) -> bool;
 }
 
 /// Why there is no identity.
@@ -117,7 +122,8 @@ pub struct CertificateSource<I> {
 impl<I: Issuance> CertificateSource<I> {
     /// Waits for the first identity, then goes on renewing it on `tasks` until `stop`.
     ///
-    /// A valid identity in the key store is the first one; nobody is asked then. While the authority cannot be
+    /// A valid identity in the key store is the first one; nobody is asked then. With one that has ended the authority is
+    /// asked for another, and only if it refuses, what the workload was given to join with is used. While the authority cannot be
     /// reached, this waits and tries again.
     ///
     /// # Errors
@@ -149,6 +155,8 @@ struct Renewing<I> {
     source: CertificateSource<I>,
     schedule: Schedule,
     current: Option<Arc<Identity>>,
+    /// The stored identity, if it has ended.
+    ended: Option<Arc<Identity>>,
     pending: Option<PrivateKey>,
 }
 
@@ -160,9 +168,13 @@ impl<I: Issuance> Renewing<I> {
             None => Stored::default(),
         };
         let fits = |found: &Identity| source.expected.as_ref().is_none_or(|id| *id == found.spiffe_id);
-        let current = stored.identity.filter(|found| fits(found) && now < found.not_after).map(Arc::new);
+        let found = stored.identity.filter(fits).map(Arc::new);
+        let (current, ended) = match found {
+            Some(found) if now < found.not_after => (Some(found), None),
+            found => (None, found),
+        };
         let schedule = Schedule::new(current.as_deref().map(validity), now, &mut source.rng);
-        Ok(Self { source, schedule, current, pending: stored.pending })
+        Ok(Self { source, schedule, current, ended, pending: stored.pending })
     }
 
     async fn first(&mut self) -> Result<Arc<Identity>, SourceError> {
@@ -198,13 +210,28 @@ impl<I: Issuance> Renewing<I> {
     }
 
     async fn attempt(&mut self, credential: Credential) -> Result<Arc<Identity>, SourceError> {
+        if let (Credential::Certificate, Some(current)) = (credential, &self.current) {
+            let presented = Presented::Certificate(Arc::clone(current));
+            let key = self.pending_key().await?;
+            return self.ask(&presented, key).await;
+        }
+        if let Some(ended) = self.current.as_ref().or(self.ended.as_ref()).cloned() {
+            let key = ended.key.clone();
+            match self.ask(&Presented::Ended(ended), key).await {
+                Err(SourceError::Request(RequestError::Refused(why))) if self.source.issuance.can_join() => {
+                    tracing::info!(%why, "the certificate that has ended brings no other, joining again");
+                }
+                answered => return answered,
+            }
+        }
         let key = self.pending_key().await?;
+        self.ask(&Presented::Initial, key).await
+    }
+
+    /// Asks for a certificate of `key`.
+    async fn ask(&mut self, presented: &Presented, key: PrivateKey) -> Result<Arc<Identity>, SourceError> {
         let csr = key.request()?;
-        let presented = match (credential, &self.current) {
-            (Credential::Certificate, Some(current)) => Presented::Certificate(Arc::clone(current)),
-            (Credential::Certificate | Credential::Initial, _) => Presented::Initial,
-        };
-        let chain = self.source.issuance.request(csr.der(), &presented, self.source.lifetime).await?;
+        let chain = self.source.issuance.request(csr.der(), presented, self.source.lifetime).await?;
         let identity = Identity::new(chain, key, (self.source.clock)())?;
         if let Some(expected) = self.source.expected.as_ref().filter(|id| **id != identity.spiffe_id) {
             let found = identity.spiffe_id;

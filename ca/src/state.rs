@@ -1,4 +1,5 @@
-//! Replicated state of the certificate authority: join tokens and the trust bundle; its commands and `apply`.
+//! Replicated state of the certificate authority: join tokens, revoked nodes and the trust bundle; its commands and
+//! `apply`.
 //!
 //! [`CaState::apply`] is deterministic and cannot fail: a command that does not apply is answered with an outcome and
 //! changes nothing. Time enters as a field of the command. A command or a stored value is JSON; new fields are
@@ -12,11 +13,14 @@ use serde::{Deserialize, Serialize};
 use crate::authn::{Hash, JoinToken, PresentedToken};
 use crate::bundle::Bundle;
 use crate::identity::{CONTROL_PLANE_ACCOUNT, IdentityError, ROOT_NAMESPACE, SpiffeId, TrustDomain};
+use crate::node::{NodeId, Revocation, Revocations};
 
 /// Key of the bundle in the key/value form.
 const BUNDLE_KEY: &str = "bundle";
 /// Beginning of a token's key in the key/value form.
 const TOKEN_KEY: &str = "token/";
+/// Beginning of a revoked node's key in the key/value form.
+const REVOKED_KEY: &str = "revoked/";
 
 /// A join token as the control plane stores it: bound, limited, and without its secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,7 +115,9 @@ pub enum CaCommand {
         /// Seconds since 1970, by the clock of the member that proposed.
         at: u64,
     },
-    /// Removes tokens that ended before this second since 1970.
+    /// Revokes a node: it gets no certificates and is not served. One that is revoked already stays as it is.
+    RevokeNode(Revocation),
+    /// Removes tokens, and revocations that nothing depends on any more, that ended before this second since 1970.
     Prune {
         /// Seconds since 1970.
         before: u64,
@@ -140,6 +146,12 @@ pub enum RedeemRefused {
     /// The token was used by another key.
     #[error("the join token is used up by another machine; make another one with `istioctl token create`")]
     UsedUp,
+    /// The key is of a node that was revoked.
+    #[error(
+        "this machine's key is of node {0}, which was revoked; join with a new key, from an empty data folder, and a \
+         new token"
+    )]
+    Revoked(NodeId),
 }
 
 /// What a redemption does to its token.
@@ -205,6 +217,8 @@ pub struct CaState {
     tokens: BTreeMap<String, TokenRecord>,
     #[serde(default)]
     bundle: Bundle,
+    #[serde(default, skip_serializing_if = "Revocations::is_empty")]
+    revoked: Revocations,
 }
 
 impl CaState {
@@ -217,6 +231,19 @@ impl CaState {
     #[must_use]
     pub fn token(&self, id: &str) -> Option<&TokenRecord> {
         self.tokens.get(id)
+    }
+
+    /// The revoked nodes, until nothing depends on it any more.
+    #[must_use]
+    pub fn revoked(&self) -> &Revocations {
+        &self.revoked
+    }
+
+    /// Whether [`CaCommand::Prune`] would remove anything.
+    #[must_use]
+    pub fn has_ended(&self, before: u64) -> bool {
+        self.tokens.values().any(|token| token.expires_at < before)
+            || self.revoked.values().any(|revocation| revocation.until < before)
     }
 
     /// The trust bundle.
@@ -233,11 +260,8 @@ impl CaState {
             CaCommand::Redeem { id, secret_hash, key_hash, at } => {
                 self.redeem(&id, secret_hash, key_hash, at)
             }
-            CaCommand::Prune { before } => {
-                let ended: Vec<_> =
-                    self.tokens.values().filter(|t| t.expires_at < before).map(|t| t.id.clone()).collect();
-                self.remove(&ended)
-            }
+            CaCommand::RevokeNode(revocation) => self.revoke(revocation),
+            CaCommand::Prune { before } => self.prune(before),
             CaCommand::SetBundle(bundle) if bundle == self.bundle => CaEffect::unchanged(),
             CaCommand::SetBundle(bundle) => {
                 self.bundle = bundle;
@@ -265,6 +289,29 @@ impl CaState {
         CaEffect { outcome: CaOutcome::Changed, writes }
     }
 
+    fn revoke(&mut self, revocation: Revocation) -> CaEffect {
+        if self.revoked.contains_key(&revocation.node) {
+            return CaEffect::unchanged();
+        }
+        let write = revoked_write(&revocation);
+        self.revoked.insert(revocation.node, revocation);
+        CaEffect { outcome: CaOutcome::Changed, writes: vec![write] }
+    }
+
+    fn prune(&mut self, before: u64) -> CaEffect {
+        let ended: Vec<_> =
+            self.tokens.values().filter(|t| t.expires_at < before).map(|t| t.id.clone()).collect();
+        let mut effect = self.remove(&ended);
+        let forgotten = self.revoked.extract_if(.., |_, revocation| revocation.until < before);
+        let forgotten: Vec<_> =
+            forgotten.map(|(node, _)| Write { key: format!("{REVOKED_KEY}{node}"), value: None }).collect();
+        if !forgotten.is_empty() {
+            effect.outcome = CaOutcome::Changed;
+            effect.writes.extend(forgotten);
+        }
+        effect
+    }
+
     /// What a redemption would do at `now`, without doing it.
     ///
     /// To be asked before a redemption is proposed, so that callers without a good token write nothing to the log. A
@@ -288,6 +335,10 @@ impl CaState {
         let token = token.ok_or(RedeemRefused::Unknown)?;
         if token.ended(at) {
             return Err(RedeemRefused::Expired);
+        }
+        let node = NodeId::of_key(key);
+        if self.revoked.contains_key(&node) {
+            return Err(RedeemRefused::Revoked(node));
         }
         match (token.redeemed_by.contains_key(&key), token.uses_left) {
             (true, _) => Ok(Redemption::Repeated),
@@ -322,7 +373,11 @@ impl CaState {
     /// The key/value form: every key with its value, in the order of the keys.
     #[must_use]
     pub fn entries(&self) -> Vec<Write> {
-        std::iter::once(self.bundle_write()).chain(self.tokens.values().map(token_write)).collect()
+        let tokens = self.tokens.values().map(token_write);
+        std::iter::once(self.bundle_write())
+            .chain(self.revoked.values().map(revoked_write))
+            .chain(tokens)
+            .collect()
     }
 
     /// Reads the key/value form.
@@ -341,6 +396,9 @@ impl CaState {
             } else if key.starts_with(TOKEN_KEY) {
                 let token: TokenRecord = serde_json::from_slice(value).map_err(failed)?;
                 state.tokens.insert(token.id.clone(), token);
+            } else if key.starts_with(REVOKED_KEY) {
+                let revocation: Revocation = serde_json::from_slice(value).map_err(failed)?;
+                state.revoked.insert(revocation.node, revocation);
             } else {
                 return Err(DecodeError { key: key.to_owned(), source: None });
             }
@@ -383,6 +441,10 @@ pub fn unix_seconds(time: SystemTime) -> u64 {
 
 fn token_write(token: &TokenRecord) -> Write {
     Write { key: format!("{TOKEN_KEY}{}", token.id), value: Some(to_json(token)) }
+}
+
+fn revoked_write(revocation: &Revocation) -> Write {
+    Write { key: format!("{REVOKED_KEY}{}", revocation.node), value: Some(to_json(revocation)) }
 }
 
 fn to_json(value: &impl Serialize) -> Vec<u8> {

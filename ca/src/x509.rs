@@ -8,10 +8,13 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer};
-use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate, X509CertificationRequest};
+use x509_parser::prelude::{
+    FromDer as _, GeneralName, ParsedCriAttribute, ParsedExtension, X509Certificate, X509CertificationRequest,
+};
 use x509_parser::public_key::PublicKey;
 
 use crate::identity::{IdentityError, SpiffeId};
+use crate::node::NodeId;
 
 /// Longest certificate request that is looked at, in bytes of DER.
 pub const MAX_CSR_LEN: usize = 16 * 1024;
@@ -137,6 +140,12 @@ impl Facts {
         }
     }
 
+    /// The node that the certificate belongs to, see [`crate::node`].
+    #[must_use]
+    pub fn node(&self) -> Option<NodeId> {
+        NodeId::of_serial(&self.serial)
+    }
+
     /// Whether `now` is within the certificate's validity.
     #[must_use]
     pub fn is_valid_at(&self, now: SystemTime) -> bool {
@@ -237,24 +246,55 @@ pub fn hex(bytes: &[u8]) -> String {
 
 /// The public key of a certificate request whose signature is right and whose key is of an allowed kind.
 ///
-/// Nothing else of a request is ever used: no subject, no names, no extensions. The result is a
+/// Nothing else of a request is ever used for what is signed: no subject, no names, no extensions. The result is a
 /// `SubjectPublicKeyInfo` in DER.
 ///
 /// # Errors
 ///
 /// When it is not a request, is too long, is not signed by its own key, or its key is of a kind not allowed.
 pub fn csr_public_key(csr: &CertificateSigningRequestDer<'_>) -> Result<Vec<u8>, X509Error> {
-    if csr.len() > MAX_CSR_LEN {
-        return Err(X509Error::CsrTooLong(csr.len()));
-    }
-    let (rest, csr) = X509CertificationRequest::from_der(csr).map_err(|e| X509Error::Csr(e.to_string()))?;
-    if !rest.is_empty() {
-        return Err(X509Error::Csr("trailing bytes".to_owned()));
-    }
+    let csr = parse_request(csr)?;
     let key = &csr.certification_request_info.subject_pki;
     check_key_type(key)?;
     csr.verify_signature().map_err(|_| X509Error::CsrSignature)?;
     Ok(key.raw.to_vec())
+}
+
+/// The alternative names that a certificate request asks for, each with its kind: `URI:spiffe://..`, `DNS:a.example`.
+///
+/// # Errors
+///
+/// When it is not a request, is too long, or a name is malformed.
+pub fn csr_names(csr: &CertificateSigningRequestDer<'_>) -> Result<Vec<String>, X509Error> {
+    let csr = parse_request(csr)?;
+    let mut names = Vec::new();
+    for attribute in csr.certification_request_info.iter_attributes() {
+        let ParsedCriAttribute::ExtensionRequest(wanted) = attribute.parsed_attribute() else { continue };
+        for extension in &wanted.extensions {
+            match extension.parsed_extension() {
+                ParsedExtension::SubjectAlternativeName(wanted) => {
+                    names.extend(wanted.general_names.iter().map(name_text));
+                }
+                ParsedExtension::ParseError { .. } => return Err(X509Error::MalformedName),
+                _ => {}
+            }
+        }
+    }
+    Ok(names)
+}
+
+#[expect(clippy::wildcard_enum_match_arm, reason = "other kinds of names are told as what they are")]
+fn name_text(name: &GeneralName<'_>) -> String {
+    match name {
+        GeneralName::URI(uri) => format!("URI:{uri}"),
+        GeneralName::DNSName(dns) => format!("DNS:{dns}"),
+        GeneralName::RFC822Name(mail) => format!("email:{mail}"),
+        GeneralName::IPAddress(bytes) => match ip_from(bytes) {
+            Ok(address) => format!("IP:{address}"),
+            Err(_) => format!("IP:{}", hex(bytes)),
+        },
+        other => other.to_string(),
+    }
 }
 
 /// Whether `issuer` has signed `cert` and is named as its issuer.
@@ -266,6 +306,16 @@ pub fn is_issued_by(cert: &CertificateDer<'_>, issuer: &CertificateDer<'_>) -> R
     let (cert, issuer) = (parse_certificate(cert)?, parse_certificate(issuer)?);
     let named = cert.issuer().as_raw() == issuer.subject().as_raw();
     Ok(named && cert.verify_signature(Some(issuer.public_key())).is_ok())
+}
+
+fn parse_request<'a>(
+    csr: &'a CertificateSigningRequestDer<'_>,
+) -> Result<X509CertificationRequest<'a>, X509Error> {
+    if csr.len() > MAX_CSR_LEN {
+        return Err(X509Error::CsrTooLong(csr.len()));
+    }
+    let (rest, csr) = X509CertificationRequest::from_der(csr).map_err(|e| X509Error::Csr(e.to_string()))?;
+    if rest.is_empty() { Ok(csr) } else { Err(X509Error::Csr("trailing bytes".to_owned())) }
 }
 
 fn parse_certificate<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, X509Error> {
@@ -445,6 +495,7 @@ mod tests {
         fn foreign_bytes_never_panic(bytes: Vec<u8>, cut in 0..2000_usize, flip in 0..2000_usize) {
             drop(Facts::parse(&bytes.clone().into()));
             drop(csr_public_key(&bytes.clone().into()));
+            drop(csr_names(&bytes.clone().into()));
             drop(certificates_from_pem(&bytes));
             let mut der = cert(vec![uri("spiffe://td/a")]).to_vec();
             der.truncate(cut);

@@ -96,6 +96,9 @@ pub(crate) enum Command {
     /// Tokens with which workloads join
     #[command(subcommand)]
     Token(Token),
+    /// The machines that joined, and which of them are revoked
+    #[command(subcommand)]
+    Nodes(Nodes),
     /// Who may use the admin API
     #[command(subcommand)]
     Auth(Auth),
@@ -296,6 +299,31 @@ pub(crate) enum Token {
     Revoke {
         /// Identifier, as `list` prints it
         id: String,
+    },
+}
+
+/// Machines that joined.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Nodes {
+    /// Show the machines that are known, and the revoked ones
+    List,
+    /// Take a machine out of the mesh: it gets no certificates, what it has open ends, its workloads go
+    Revoke {
+        /// Its name, as `list` prints it
+        #[arg(required_unless_present = "workload")]
+        node: Option<String>,
+        /// A workload that it has registered, instead of its name
+        #[arg(long, conflicts_with = "node")]
+        workload: Option<String>,
+        /// Namespace of the workload
+        #[arg(long, short, default_value = "default")]
+        namespace: String,
+        /// Why; the machine is told
+        #[arg(long, default_value = "")]
+        reason: String,
+        /// Also a machine that nobody knows
+        #[arg(long)]
+        force: bool,
     },
 }
 

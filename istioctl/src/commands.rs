@@ -7,6 +7,7 @@ pub(crate) mod config;
 mod history;
 mod members;
 mod mesh;
+mod nodes;
 mod proxy;
 
 use std::process::ExitCode;
@@ -35,6 +36,7 @@ pub(crate) async fn run(client: &Client, output: Output, command: Command) -> an
         Command::Workloads => mesh::workloads(client, output).await,
         Command::Auth(args) => auth::auth(client, output, &args).await,
         Command::Token(args) => mesh::token(client, output, &args).await,
+        Command::Nodes(args) => nodes::run(client, output, &args).await,
         Command::Members(args) => members::run(client, output, &args).await,
         Command::Version => mesh::version(client, output).await,
         Command::Demo(_)

@@ -19,6 +19,7 @@ pub mod history;
 pub mod limits;
 mod members;
 mod mesh;
+mod nodes;
 mod objects;
 pub mod openapi;
 pub mod page;
@@ -59,7 +60,9 @@ use crate::raft::{Command, Origin, Outcome, Raft, View};
 
 pub use self::caller::{Caller, Source};
 pub use self::change::{Mode, Plan};
+pub(crate) use self::nodes::NODE_ANNOTATION;
 pub use self::problem::ApiError;
+pub(crate) use self::view::rfc3339;
 
 /// Longest time that a caller may wait for a revision.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(300);

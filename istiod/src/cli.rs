@@ -83,6 +83,9 @@ struct DevArgs {
     /// Lifetime of workload certificates in seconds
     #[arg(long, default_value_t = 24 * 3600)]
     leaf_lifetime: u64,
+    /// Seconds after the end of its certificate in which a machine may come back with its key
+    #[arg(long, default_value_t = 7 * 24 * 3600)]
+    dormancy: u64,
     /// Seconds without a sign of life after which a workload is sent no traffic
     #[arg(long, default_value_t = 60)]
     lease: u64,
@@ -205,9 +208,9 @@ fn settings(command: Command) -> Result<(Config, Option<Scratch>), Vec<String>> 
             let data_dir =
                 args.data_dir.or_else(|| scratch.as_ref().map(|s| s.0.clone())).unwrap_or_default();
             let leaf_lifetime = Duration::from_secs(args.leaf_lifetime);
-            let lease = Duration::from_secs(args.lease);
+            let (lease, dormancy) = (Duration::from_secs(args.lease), Duration::from_secs(args.dormancy));
             let DevArgs { admin, xds, metrics, sources, .. } = args;
-            let dev = Dev { data_dir, admin, xds, metrics, leaf_lifetime, lease, sources };
+            let dev = Dev { data_dir, admin, xds, metrics, leaf_lifetime, dormancy, lease, sources };
             Ok((Config::dev(dev)?, scratch))
         }
     }

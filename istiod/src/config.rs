@@ -10,7 +10,7 @@
 //! admin: {address: 127.0.0.1:15080, tls: true, names: [mesh.example.com], callsPerSecond: 1000, callBurst: 2000,
 //!         guessesPerSecond: 5, guessBurst: 50}
 //! metrics: {address: 0.0.0.0:15014}
-//! ca: {directory: /etc/istio/cacerts, leafLifetime: 24h, maxLeafLifetime: 2160h}
+//! ca: {directory: /etc/istio/cacerts, leafLifetime: 24h, maxLeafLifetime: 2160h, dormancy: 7d}
 //! push: {debounceQuiet: 10ms, debounceLongest: 1s, workers: 2}
 //! raft: {electionTimeout: 800ms, heartbeat: 200ms, snapshotEntries: 50000, snapshotBytes: 67108864, answerWithin: 5s,
 //!        slowSync: 1s, slowSyncFor: 10s, leastFreeBytes: 67108864}
@@ -29,6 +29,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ca::authority::Lifetimes;
+use ca::dormancy::{DEFAULT_DORMANCY, LONGEST_DORMANCY};
 use ca::identity::TrustDomain;
 use xds::debounce::Limits;
 
@@ -74,6 +75,8 @@ pub struct Config {
     pub ca_directory: Option<PathBuf>,
     /// Lifetimes of leaves.
     pub lifetimes: Lifetimes,
+    /// How long after its certificate has ended a machine may come back with it; zero: not at all.
+    pub dormancy: Duration,
     /// How changes are merged before a push.
     pub debounce: Limits,
     /// Translations at the same time; 0: one per core.
@@ -156,6 +159,8 @@ pub struct Dev {
     pub metrics: SocketAddr,
     /// Lifetime of leaves.
     pub leaf_lifetime: Duration,
+    /// How long after its certificate has ended a machine may come back with it.
+    pub dormancy: Duration,
     /// How long an agent may be silent.
     pub lease: Duration,
     /// File with the settings of sources.
@@ -189,6 +194,10 @@ impl Config {
         if dev.leaf_lifetime.is_zero() || dev.leaf_lifetime > config.lifetimes.max {
             return Err(vec!["--leaf-lifetime: from 1 s to 90 days".to_owned()]);
         }
+        if dev.dormancy > LONGEST_DORMANCY {
+            return Err(vec!["--dormancy: at most 30 days".to_owned()]);
+        }
+        config.dormancy = dev.dormancy;
         if dev.lease.is_zero() {
             return Err(vec!["--lease: at least 1 s".to_owned()]);
         }
@@ -259,6 +268,7 @@ impl Config {
             metrics: address([0, 0, 0, 0], 15014),
             ca_directory: None,
             lifetimes: Lifetimes::default(),
+            dormancy: DEFAULT_DORMANCY,
             debounce: Limits::default(),
             push_workers: 0,
             consensus: Consensus::default(),
@@ -358,6 +368,7 @@ fn taken(reader: &mut Reader) -> Config {
             default: reader.take("ca.leafLifetime", base.lifetimes.default, |text| span(text, second)),
             max: reader.take("ca.maxLeafLifetime", base.lifetimes.max, |text| span(text, second)),
         },
+        dormancy: reader.take("ca.dormancy", base.dormancy, |text| span(text, Duration::ZERO)),
         debounce: Limits {
             quiet: reader.take("push.debounceQuiet", base.debounce.quiet, |text| span(text, Duration::ZERO)),
             longest: reader
@@ -431,6 +442,10 @@ fn check(reader: &mut Reader, config: &Config) {
             format!("must not be longer than ca.maxLeafLifetime: {leaf} is more than {max}"),
         );
     }
+    if config.dormancy > LONGEST_DORMANCY {
+        let (dormancy, longest) = (Span(config.dormancy), Span(LONGEST_DORMANCY));
+        reader.wrong("ca.dormancy", format!("must be at most {longest}, this is {dormancy}"));
+    }
     if debounce.quiet > debounce.longest {
         let (quiet, longest) = (Span(debounce.quiet), Span(debounce.longest));
         let message = format!("must not be longer than push.debounceLongest: {quiet} is more than {longest}");
@@ -494,7 +509,8 @@ impl fmt::Display for Config {
             writeln!(f, "  directory: {}", path(dir))?;
         }
         let (leaf, max) = (Span(self.lifetimes.default), Span(self.lifetimes.max));
-        writeln!(f, "  leafLifetime: {leaf}\n  maxLeafLifetime: {max}\npush:")?;
+        let dormancy = Span(self.dormancy);
+        writeln!(f, "  leafLifetime: {leaf}\n  maxLeafLifetime: {max}\n  dormancy: {dormancy}\npush:")?;
         let (quiet, longest) = (Span(self.debounce.quiet), Span(self.debounce.longest));
         writeln!(
             f,

@@ -5,11 +5,11 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ca::authn::{Caller, Hash, PresentedToken};
+use ca::authn::{Caller, Hash, PresentedToken, Proof};
 use ca::authority::Authority;
 use ca::identity::SpiffeId;
 use ca::renewal::Clock;
-use ca::service::{Backend, RedeemError};
+use ca::service::{Backend, NotAdmitted, RedeemError};
 use ca::state::{CaCommand, CaOutcome, Redemption};
 use ca::tls::PeerCertificates;
 use futures::{Stream, StreamExt};
@@ -29,10 +29,12 @@ use wire::mesh::{
 };
 use xds::balance::Fleet;
 
+use crate::api::NODE_ANNOTATION;
 use crate::authority::Issuing;
 use crate::liveness::Liveness;
 use crate::names::{Asker, Basis};
 use crate::raft::{Command, Outcome, ProposeError, Raft};
+use crate::revoked::{self, Revoked};
 
 /// The most registrations of one service account.
 const MOST: usize = 1000;
@@ -63,6 +65,10 @@ pub(crate) struct Joining {
     pub(crate) clock: Clock,
     /// Who the members are.
     pub(crate) fleet: watch::Receiver<Fleet>,
+    /// Which nodes are revoked.
+    pub(crate) revoked: Revoked,
+    /// How long after the end of its certificate a machine may come back.
+    pub(crate) dormancy: Duration,
     /// Ends what goes on for long.
     pub(crate) stop: CancellationToken,
 }
@@ -106,18 +112,40 @@ impl Backend for Joining {
         }
     }
 
+    async fn admit(&self, caller: &Caller) -> Result<(), NotAdmitted> {
+        let Some(node) = caller.node() else { return Ok(()) };
+        let revoked = if *caller.proof() == Proof::EndedCertificate {
+            // It may have been revoked while this member was behind, which is no reason to let it come back.
+            let unavailable = |e: ProposeError| NotAdmitted::Unavailable(e.to_string());
+            self.raft.read_index().await.map_err(unavailable)?;
+            self.raft.view().await.map_err(unavailable)?.ca.revoked().get(&node).map(revoked::told)
+        } else {
+            self.revoked.borrow().get(&node).map(revoked::told)
+        };
+        revoked.map_or(Ok(()), |told| Err(NotAdmitted::Revoked(told)))
+    }
+
+    fn dormancy(&self) -> Duration {
+        self.dormancy
+    }
+
     fn authority(&self) -> Arc<Authority> {
         self.issuing.load_full()
     }
 }
 
 impl Joining {
-    /// Namespace and service account of the caller, from its certificate and from nothing else.
-    fn caller<T>(&self, request: &Request<T>) -> Result<(String, String), Status> {
+    /// Who calls, from its certificate and from nothing else.
+    fn certified<T>(&self, request: &Request<T>) -> Result<Caller, Status> {
         let peer = request.extensions().get::<PeerCertificates>();
         let peer = peer.ok_or_else(|| Status::unauthenticated("a client certificate is needed"))?;
-        let caller = Caller::from_certificate(peer.chain(), (self.clock)())
-            .map_err(|e| Status::unauthenticated(e.to_string()))?;
+        Caller::from_certificate(peer.chain(), (self.clock)())
+            .map_err(|e| Status::unauthenticated(e.to_string()))
+    }
+
+    /// Namespace and service account of the caller.
+    fn caller<T>(&self, request: &Request<T>) -> Result<(String, String), Status> {
+        let caller = self.certified(request)?;
         let parts = caller.identity().workload_parts();
         let (namespace, account) =
             parts.ok_or_else(|| Status::permission_denied("the certificate is not a workload's"))?;
@@ -219,6 +247,7 @@ impl WorkloadService for Joining {
         request: Request<RegisterRequest>,
     ) -> Result<Response<RegisterResponse>, Status> {
         let (namespace, service_account) = self.caller(&request)?;
+        let node = self.certified(&request)?.node();
         let request = request.into_inner();
         own("namespace", &request.namespace, &namespace)?;
         own("service account", &request.service_account, &service_account)?;
@@ -231,6 +260,8 @@ impl WorkloadService for Joining {
         }
         let mut registration =
             vm::register(group, &join).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let node = node.map(|node| (NODE_ANNOTATION.to_owned(), node.to_string()));
+        registration.annotations.extend(node);
         let of_account = snapshot.workloads().filter(|workload| {
             workload.key.namespace == join.namespace
                 && workload.registration.as_ref().is_some_and(|r| r.service_account == join.service_account)

@@ -20,6 +20,7 @@ pub mod preview;
 pub mod publish;
 pub mod push;
 pub mod raft;
+mod revoked;
 mod sources;
 mod supervisor;
 mod upkeep;
@@ -149,7 +150,7 @@ impl Member<'_> {
         upkeep::start(config, &started, followed, clock, tasks, stop);
 
         // Snapshots to proxies.
-        let Started { raft, updates, snapshots, access, thread, .. } = started;
+        let Started { raft, updates, snapshots, access, revoked, thread, .. } = started;
         let (joins, joined) = mpsc::channel(JOINS);
         let push = Push::new(config.push(), updates, joined, status.clone(), tasks.clone());
         tasks.spawn(push.run(stop.clone()));
@@ -176,6 +177,8 @@ impl Member<'_> {
             liveness,
             clock: clock.clone(),
             fleet: fleet.clone(),
+            revoked: revoked.clone(),
+            dormancy: config.dormancy,
             stop: stop.clone(),
         };
         let events = Events::default();
@@ -202,7 +205,7 @@ impl Member<'_> {
             members: Members::new(raft.clone(), peers, clock.clone()),
             kept: Arc::default(),
         };
-        let gate = Gate::new(ports::access(config)?, access, clock.clone(), config.rates);
+        let gate = Gate::new(ports::access(config)?, (access, revoked), clock.clone(), config.rates);
         tasks.spawn(upkeep::note_use(gate.clone(), raft.clone(), clock.clone(), stop.clone()));
         tracing::info!(xds = %xds.local_addr()?, admin = %admin.local_addr()?, "ready");
         ports::serve_agents(xds, identity.clone(), ads, joining, tasks, stop)?;

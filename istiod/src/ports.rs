@@ -26,6 +26,7 @@ use crate::api::gate::{Access, Gate, Peer};
 use crate::api::{Api, rest};
 use crate::config::Config;
 use crate::join::Joining;
+use crate::revoked::Refusing;
 
 /// File with the operator's bearer token, in the data folder.
 const TOKEN_FILE: &str = "admin-token";
@@ -63,9 +64,11 @@ pub(crate) fn serve_agents(
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
     let clock = joining.clock.clone();
+    let refusing = Refusing(joining.revoked.clone());
     let config = ca::tls::server_config_with_roots(identity, ClientAuth::Optional, &[b"h2"])?;
     let connections = accept::incoming(listener, ServerContext::from(config), tasks, stop.clone());
     let router = xds::server::tune(tonic::transport::Server::builder())
+        .layer(refusing)
         .add_service(ads)
         .add_service(CertificateService::new(Arc::new(joining.clone()), clock).into_server())
         .add_service(WorkloadServiceServer::new(joining));

@@ -32,6 +32,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ca::identity::TrustDomain;
+use ca::node::Revocations;
 use registry::snapshot::Snapshot;
 use registry::state::{Revision, State};
 use tokio::sync::watch;
@@ -91,6 +92,8 @@ pub struct Started {
     pub snapshots: watch::Receiver<Arc<Snapshot>>,
     /// Who may use the admin API.
     pub access: watch::Receiver<Arc<AccessState>>,
+    /// The revoked nodes.
+    pub revoked: watch::Receiver<Arc<Revocations>>,
     /// The files of the whole state, for members that lack it.
     pub files: Snapshots,
     /// The thread, to be waited for at the end.
@@ -229,7 +232,7 @@ impl Raft {
             Ok(Box::new(SledStore::open_or_move_aside(path, incarnation)?) as Box<_>)
         };
         let mesh = Mesh::new(publisher);
-        let (cluster, access) = (mesh.members(), mesh.watch_access());
+        let (cluster, access, revoked) = (mesh.members(), mesh.watch_access(), mesh.revoked());
         let mut parts = files::open(&disk, &open_store, &dir, (settings, beginning), mesh, random)?;
         parts.guard = Some(Box::new(lock));
         let files = parts.snapshots.clone();
@@ -238,7 +241,7 @@ impl Raft {
             .unwrap_or_else(|panic| Err(Fatal::Panicked(panic_text(panic.as_ref()))))?;
         let (node, handle) = Node::spawn(driver, transport, metrics, stop).map_err(|e| io(&dir, e))?;
         let raft = Self { node, cluster };
-        Ok(Started { raft, updates, snapshots, access, files, thread: RaftThread { handle } })
+        Ok(Started { raft, updates, snapshots, access, revoked, files, thread: RaftThread { handle } })
     }
 
     /// The raft thread, for the links to peers.

@@ -65,13 +65,13 @@ pub(crate) fn start(
     }
 }
 
-/// Removes join tokens that have ended, until `stop`.
+/// Removes join tokens that have ended, and revocations that nothing depends on any more, until `stop`.
 async fn prune(raft: Raft, clock: Clock, stop: CancellationToken) {
     let mut looks = tokio::time::interval(PRUNE);
     while stop.run_until_cancelled(looks.tick()).await.is_some() {
         let before = unix_seconds(clock());
         let Ok(view) = raft.view().await else { return };
-        let ended = view.ca.tokens().any(|token| token.expires_at < before);
+        let ended = view.ca.has_ended(before);
         drop(view);
         if ended && let Err(error) = raft.propose(&Command::Ca(CaCommand::Prune { before })).await {
             tracing::info!(%error, "ended join tokens are removed later");

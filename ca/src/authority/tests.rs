@@ -76,16 +76,41 @@ fn a_leaf_verifies_as_client_and_as_server_but_not_after_its_end() {
 }
 
 #[test]
+fn names_of_others_are_refused_and_named() {
+    let uri = |text: &str| SanType::URI(text.try_into().unwrap());
+    let dns = |text: &str| SanType::DnsName(text.try_into().unwrap());
+    let own = uri("spiffe://cluster.local/ns/default/sa/reviews");
+    let admin = uri("spiffe://cluster.local/ns/default/sa/admin");
+    let wanted = |names: &[SanType]| {
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = names.to_vec();
+        let csr = params.serialize_request(&KeyPair::generate().unwrap()).unwrap();
+        authority().sign(csr.der(), &reviews(), None, t0(), serial(3)).map(drop).map_err(|e| e.to_string())
+    };
+    // as agents of Istio ask
+    assert_eq!(wanted(std::slice::from_ref(&own)), Ok(()));
+    let refused = |names: &str| {
+        let who = "`spiffe://cluster.local/ns/default/sa/reviews`";
+        Err(format!("the certificate request asks for names that are not {who}'s: {names}"))
+    };
+    let foreign = "URI:spiffe://cluster.local/ns/default/sa/admin";
+    assert_eq!(wanted(std::slice::from_ref(&admin)), refused(foreign));
+    let address = SanType::IpAddress([10, 0, 0, 1].into());
+    let several = [own, admin, dns("istiod.istio-system.svc"), address];
+    assert_eq!(wanted(&several), refused(&format!("{foreign}, DNS:istiod.istio-system.svc, IP:10.0.0.1")));
+    let many: Vec<_> = (0..20).map(|n| dns(&format!("{n}.example"))).collect();
+    let told = wanted(&many).unwrap_err();
+    assert!(told.ends_with("DNS:7.example, and 12 more"), "{told}");
+    let long = wanted(&[dns(&"x".repeat(8000))]).unwrap_err();
+    assert!(long.len() < 600, "{long}");
+}
+
+#[test]
 fn wishes_in_the_request_are_ignored() {
     let key = PrivateKey::generate().unwrap();
     let mut params = CertificateParams::default();
     params.distinguished_name.push(DnType::CommonName, "admin");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.subject_alt_names = vec![
-        SanType::URI("spiffe://cluster.local/ns/istio-system/sa/istiod".try_into().unwrap()),
-        SanType::URI("spiffe://cluster.local/ns/default/sa/admin".try_into().unwrap()),
-        SanType::DnsName("istiod.istio-system.svc".try_into().unwrap()),
-    ];
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
     params.custom_extensions = vec![CustomExtension::from_oid_content(&[1, 2, 3, 4], vec![5, 0])];
     let csr = params.serialize_request(&key.key_pair().unwrap()).unwrap();

@@ -10,7 +10,7 @@ use rustls_pki_types::{CertificateSigningRequestDer, ServerName};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_rustls::TlsConnector;
-use tonic::metadata::{Ascii, MetadataValue};
+use tonic::metadata::{BinaryMetadataValue, MetadataMap, MetadataValue};
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Request, Status};
 
@@ -19,11 +19,12 @@ use crate::authn::{Hash, JoinToken};
 use crate::authority::{Authority, Serial, SignError};
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::renewal::Clock;
+use crate::service::ENDED_CERTIFICATE;
 use crate::service::pb::IstioCertificateRequest;
 use crate::service::pb::istio_certificate_service_client::IstioCertificateServiceClient;
 use crate::svid::{Chain, Identity};
 use crate::tls::verify::FingerprintVerifier;
-use crate::tls::{self, ClientTls, ExpectedIdentities, MinVersion, Own, Verify};
+use crate::tls::{self, ClientTls, ExpectedIdentities, MinVersion, Own, Trust, Verify};
 use crate::x509;
 
 /// A connection to the certificate service that takes longer is given up.
@@ -78,14 +79,17 @@ impl Remote {
         Self { endpoints, ..self }
     }
 
-    fn credentials(
-        &self,
-        presented: &Presented,
-    ) -> Result<(Arc<ClientConfig>, Option<MetadataValue<Ascii>>), RequestError> {
+    fn credentials(&self, presented: &Presented) -> Result<(Arc<ClientConfig>, MetadataMap), RequestError> {
+        let mut shown = MetadataMap::new();
         let tls_error = |e: rustls::Error| RequestError::Unavailable(e.to_string());
         match (presented, &self.token) {
             (Presented::Certificate(identity), _) => {
-                Ok((renewal_tls(Arc::clone(identity)).map_err(tls_error)?, None))
+                Ok((renewal_tls(Arc::clone(identity)).map_err(tls_error)?, shown))
+            }
+            (Presented::Ended(identity), _) => {
+                let chain = BinaryMetadataValue::from_bytes(identity.chain_pem().as_bytes());
+                shown.insert_bin(ENDED_CERTIFICATE, chain);
+                Ok((returning_tls(identity).map_err(tls_error)?, shown))
             }
             (Presented::Initial, Some(token)) => {
                 let header = format!("Bearer {}", token.to_text());
@@ -93,7 +97,8 @@ impl Remote {
                     .map_err(|_| RequestError::Refused("the join token is damaged".to_owned()))?;
                 header.set_sensitive(true);
                 let tls = bootstrap_tls(token.root_sha256, &token.trust_domain).map_err(tls_error)?;
-                Ok((tls, Some(header)))
+                shown.insert("authorization", header);
+                Ok((tls, shown))
             }
             (Presented::Initial, None) => {
                 Err(RequestError::Refused("there is neither a valid certificate nor a join token".to_owned()))
@@ -116,10 +121,13 @@ impl Issuance for Remote {
         let endpoint = endpoint.ok_or_else(|| RequestError::Refused("no address to ask at".to_owned()))?;
         // the next attempt asks the next member, also after an answer: members share the work
         self.next = self.next.wrapping_add(1);
-        let (tls, bearer) = self.credentials(presented)?;
+        let (tls, shown) = self.credentials(presented)?;
         let channel = connect(&endpoint, tls).await.map_err(|e| match (presented, e) {
-            // What a token is pinned to does not change; a control plane may be restored in the course of time.
-            (Presented::Initial, ConnectError::Stranger(text)) => RequestError::Refused(text),
+            // What a token is pinned to does not change, nor what a machine knew when it was switched off; a control
+            // plane may be restored in the course of time.
+            (Presented::Initial | Presented::Ended(_), ConnectError::Stranger(text)) => {
+                RequestError::Refused(text)
+            }
             (_, e) => RequestError::Unavailable(e.into()),
         })?;
         let seconds = lifetime.map_or(0, |lifetime| lifetime.as_secs());
@@ -128,9 +136,7 @@ impl Issuance for Remote {
             validity_duration: i64::try_from(seconds).unwrap_or(i64::MAX),
             metadata: None,
         });
-        if let Some(bearer) = bearer {
-            request.metadata_mut().insert("authorization", bearer);
-        }
+        *request.metadata_mut() = shown;
         let mut client = IstioCertificateServiceClient::new(channel);
         let answer = tokio::time::timeout(REQUEST_TIMEOUT, client.create_certificate(request))
             .await
@@ -138,6 +144,10 @@ impl Issuance for Remote {
             .map_err(|status| from_status(&endpoint, &status))?;
         Chain::from_reply(&answer.into_inner().cert_chain)
             .map_err(|e| RequestError::Unavailable(format!("{endpoint}: {e}")))
+    }
+
+    fn can_join(&self) -> bool {
+        self.token.is_some()
     }
 }
 
@@ -150,6 +160,14 @@ fn renewal_tls(identity: Arc<Identity>) -> Result<Arc<ClientConfig>, rustls::Err
     let control_plane = SpiffeId::control_plane(&identity.spiffe_id.trust_domain());
     let (_, fixed) = watch::channel(identity);
     tls::client_config(fixed, ExpectedIdentities::one(control_plane), &[b"h2"])
+}
+
+/// TLS without a certificate, to the control plane of a machine whose own has ended.
+fn returning_tls(identity: &Identity) -> Result<Arc<ClientConfig>, rustls::Error> {
+    let expected = ExpectedIdentities::one(SpiffeId::control_plane(&identity.spiffe_id.trust_domain()));
+    let verify = Verify::Peer { trust: Trust::Fixed(Arc::clone(identity.anchors())), expected };
+    ClientTls { own: Own::Nothing, verify, alpn: vec![b"h2".to_vec()], min_version: MinVersion::Tls12 }
+        .build()
 }
 
 /// Why there is no connection to the control plane; names the address and the cause.
@@ -244,5 +262,9 @@ impl Issuance for Local {
         let serial = Serial::random().map_err(failed)?;
         let (authority, now) = ((self.authority)(), (self.clock)());
         authority.sign_control_plane(csr, &self.dns_names, lifetime, now, serial).map_err(failed)
+    }
+
+    fn can_join(&self) -> bool {
+        true
     }
 }

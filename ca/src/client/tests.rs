@@ -22,6 +22,7 @@ enum Next {
 struct Seen {
     after: Duration,
     by_certificate: bool,
+    ended: bool,
     key: Vec<u8>,
 }
 
@@ -46,6 +47,7 @@ impl Issuance for Scripted {
         let seen = Seen {
             after: now.duration_since(self.began).unwrap(),
             by_certificate: matches!(presented, Presented::Certificate(_)),
+            ended: matches!(presented, Presented::Ended(_)),
             key: x509::csr_public_key(csr).unwrap(),
         };
         self.seen.lock().unwrap().push(seen);
@@ -61,6 +63,10 @@ impl Issuance for Scripted {
                 Err(RequestError::Unavailable("lost".to_owned()))
             }
         }
+    }
+
+    fn can_join(&self) -> bool {
+        true
     }
 }
 
@@ -153,6 +159,42 @@ async fn an_outage_longer_than_the_certificate_ends_with_a_new_one() {
     let seen = fixture.seen();
     assert!(seen.iter().any(|s| s.by_certificate) && !seen.last().unwrap().by_certificate);
     fixture.end().await;
+}
+
+/// What a machine does at its next start whose certificate has ended; the requests of before are not counted.
+async fn comes_back(script: &[Next]) -> (Result<Arc<Identity>, SourceError>, Arc<Identity>, Vec<Seen>) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = KeyStore::open(dir.path()).unwrap();
+    let fixture = fixture(&[]);
+    let stop = CancellationToken::new();
+    let first = fixture.source(Some(store.clone())).start(&fixture.tasks, stop.clone()).await.unwrap();
+    let first = Arc::clone(&first.borrow());
+    stop.cancel();
+    tokio::time::sleep(HOUR * 30).await;
+    fixture.authority.script.lock().unwrap().extend(script);
+    let again = fixture.source(Some(store)).start(&fixture.tasks, fixture.stop.clone()).await;
+    let seen = fixture.seen().split_off(1);
+    fixture.end().await;
+    (again.map(|identity| Arc::clone(&identity.borrow())), first, seen)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_machine_that_was_off_for_long_comes_back_with_its_key() {
+    let (again, first, seen) = comes_back(&[Next::Fail, Next::Lose, Next::Sign]).await;
+    let again = again.unwrap();
+    assert_eq!(again.key, first.key, "the key proves who it is");
+    assert_ne!(again.chain, first.chain);
+    assert_eq!(seen.iter().map(|seen| seen.ended).collect::<Vec<_>>(), [true, true, true]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_machine_that_may_not_come_back_joins_again_with_a_new_key_if_it_has_a_token() {
+    let (again, first, seen) = comes_back(&[Next::Refuse, Next::Sign]).await;
+    assert_ne!(again.unwrap().key, first.key);
+    assert_eq!(seen.iter().map(|seen| seen.ended).collect::<Vec<_>>(), [true, false]);
+    let (again, _, seen) = comes_back(&[Next::Refuse, Next::Refuse]).await;
+    assert!(matches!(again, Err(SourceError::Refused(_))));
+    assert_eq!(seen.len(), 2);
 }
 
 #[tokio::test(start_paused = true)]

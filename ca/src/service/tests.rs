@@ -15,6 +15,7 @@ use crate::client::{CertificateSource, Issuance as _, Presented, Remote, Request
 use crate::fixtures::{Ca, HOUR, ca, domain, now, reviews};
 use crate::identity::SpiffeId;
 use crate::keystore::KeyStore;
+use crate::node::Revocation;
 use crate::state::{CaCommand, CaOutcome, CaState, TokenRecord};
 use crate::svid::{Identity, PrivateKey};
 use crate::tls::accept::incoming;
@@ -38,6 +39,18 @@ impl Backend for OneMember {
             CaOutcome::Refused(reason) => Err(reason.into()),
             CaOutcome::Changed | CaOutcome::Unchanged => Err(RedeemError::Unavailable("?".to_owned())),
         }
+    }
+
+    async fn admit(&self, caller: &Caller) -> Result<(), NotAdmitted> {
+        let state = self.state.lock().unwrap();
+        match caller.node().and_then(|node| state.revoked().get(&node)) {
+            Some(revocation) => Err(NotAdmitted::Revoked(format!("revoked: {}", revocation.reason))),
+            None => Ok(()),
+        }
+    }
+
+    fn dormancy(&self) -> Duration {
+        HOUR
     }
 
     fn authority(&self) -> Arc<Authority> {
@@ -196,6 +209,70 @@ async fn a_malformed_request_does_not_use_the_token_up() {
     let result = client.create_certificate(request(&huge, Some(&token))).await;
     assert_eq!(code(result), Code::OutOfRange);
     assert_eq!(code(client.create_certificate(request(&csr(), Some(&token))).await), Code::Ok);
+    fixture.end().await;
+}
+
+/// A request that asks for these names.
+fn csr_for(names: &[&str]) -> String {
+    let mut params = rcgen::CertificateParams::default();
+    params.subject_alt_names =
+        names.iter().map(|name| rcgen::SanType::URI((*name).try_into().unwrap())).collect();
+    params.serialize_request(&rcgen::KeyPair::generate().unwrap()).unwrap().pem().unwrap()
+}
+
+#[tokio::test]
+async fn a_request_for_the_name_of_another_is_told_so_and_does_not_use_the_token_up() {
+    let fixture = start().await;
+    let token = fixture.token(1).to_text();
+    let mut client = fixture.anonymous().await;
+    let foreign = csr_for(&["spiffe://cluster.local/ns/default/sa/ratings"]);
+    let refused = client.create_certificate(request(&foreign, Some(&token))).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    let told = "asks for names that are not `spiffe://cluster.local/ns/default/sa/reviews`'s: \
+                URI:spiffe://cluster.local/ns/default/sa/ratings";
+    assert!(refused.message().contains(told), "{refused}");
+    // Who changes what the token says only loses the token.
+    let mut changed = JoinToken::parse(&token).unwrap();
+    changed.service_account = "ratings".to_owned();
+    let refused = client.create_certificate(request(&foreign, Some(&changed.to_text()))).await.unwrap_err();
+    assert!(refused.message().contains(told), "{refused}");
+    let own = csr_for(&[reviews().as_str()]);
+    let other = fixture.token(1).to_text();
+    assert_eq!(code(client.create_certificate(request(&own, Some(&other))).await), Code::Ok);
+    fixture.end().await;
+}
+
+#[tokio::test]
+async fn a_machine_comes_back_with_its_key_until_it_is_revoked_or_too_late() {
+    let fixture = start().await;
+    let old = fixture.ca.issue_at(&reviews(), now() - HOUR / 2, HOUR / 4);
+    let node = x509::Facts::parse(&old.chain[0]).unwrap().node().unwrap();
+    let mut remote = Remote::renew_only(vec![fixture.address.clone()]);
+    let request = old.key.request().unwrap();
+    let back = Presented::Ended(Arc::clone(&old));
+    let chain = remote.request(request.der(), &back, None).await.unwrap();
+    assert_eq!(x509::Facts::parse(&chain.leaf).unwrap().node(), Some(node), "it stays the same node");
+    Identity::new(chain, old.key.clone(), now()).unwrap();
+
+    let other = PrivateKey::generate().unwrap().request().unwrap();
+    let stolen = remote.request(other.der(), &back, None).await.unwrap_err().to_string();
+    assert!(stolen.contains("not signed by the key of the certificate"), "{stolen}");
+    *fixture.skew.lock().unwrap() = HOUR;
+    let late = remote.request(request.der(), &back, None).await.unwrap_err().to_string();
+    assert!(late.contains("a machine may come back within 60 minutes; make a token"), "{late}");
+    *fixture.skew.lock().unwrap() = Duration::ZERO;
+    let revocation = Revocation {
+        node,
+        namespace: String::new(),
+        service_account: String::new(),
+        at: 0,
+        by: String::new(),
+        reason: "stolen".to_owned(),
+        until: u64::MAX,
+    };
+    fixture.backend.state.lock().unwrap().apply(CaCommand::RevokeNode(revocation));
+    let revoked = remote.request(request.der(), &back, None).await.unwrap_err();
+    assert!(matches!(&revoked, RequestError::Refused(why) if why.contains("revoked: stolen")), "{revoked}");
     fixture.end().await;
 }
 

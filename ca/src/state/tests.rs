@@ -129,6 +129,50 @@ fn pruning_removes_what_has_ended_before() {
     assert_eq!(state.tokens().count(), 0);
 }
 
+fn revocation(key: &str, until: u64) -> Revocation {
+    Revocation {
+        node: NodeId::of_key(Hash::of(key.as_bytes())),
+        namespace: "shop".to_owned(),
+        service_account: "payments".to_owned(),
+        at: 5,
+        by: "ann".to_owned(),
+        reason: "stolen".to_owned(),
+        until,
+    }
+}
+
+#[test]
+fn a_revoked_node_redeems_no_token_again_and_others_do() {
+    let mut state = CaState::default();
+    state.apply(CaCommand::AddJoinToken(record("t", 2)));
+    redeem(&mut state, "t", "secret", "key1", 1).unwrap();
+    let revoked = revocation("key1", 50);
+    assert_eq!(state.apply(CaCommand::RevokeNode(revoked.clone())).outcome, CaOutcome::Changed);
+    let refused = redeem(&mut state, "t", "secret", "key1", 2).unwrap_err();
+    assert_eq!(refused, RedeemRefused::Revoked(revoked.node));
+    assert!(refused.to_string().contains(&format!("node {}, which was revoked", revoked.node)), "{refused}");
+    redeem(&mut state, "t", "secret", "key2", 2).unwrap();
+    // A stranger learns nothing of it.
+    assert_eq!(redeem(&mut state, "t", "wrong", "key1", 2), Err(RedeemRefused::Unknown));
+    // Who revoked it first, and why, stays.
+    let again = Revocation { by: "bob".to_owned(), ..revoked.clone() };
+    assert_eq!(state.apply(CaCommand::RevokeNode(again)), CaEffect::unchanged());
+    assert_eq!(state.revoked().get(&revoked.node), Some(&revoked));
+}
+
+#[test]
+fn a_revocation_is_forgotten_when_nothing_depends_on_it() {
+    let mut state = CaState::default();
+    let revoked = revocation("key1", 50);
+    state.apply(CaCommand::RevokeNode(revoked.clone()));
+    assert_eq!((state.has_ended(50), state.has_ended(51)), (false, true));
+    assert_eq!(state.apply(CaCommand::Prune { before: 50 }), CaEffect::unchanged());
+    let gone = Write { key: format!("revoked/{}", revoked.node), value: None };
+    let expected = CaEffect { outcome: CaOutcome::Changed, writes: vec![gone] };
+    assert_eq!(state.apply(CaCommand::Prune { before: 51 }), expected);
+    assert_eq!(state, CaState::default());
+}
+
 #[test]
 fn no_token_gives_the_control_planes_identity() {
     let td = TrustDomain::default();
@@ -148,10 +192,11 @@ fn stored_commands_decode() {
     let old = format!(
         r#"[{{"add_join_token":{{"id":"t","hash":"{hash}","namespace":"shop","service_account":"payments","expires_at":100,"uses_left":1}}}},
         {{"redeem":{{"id":"t","secret_hash":"{hash}","key_hash":"{hash}","at":5}}}},
-        {{"revoke_join_token":{{"id":"t"}}}},{{"prune":{{"before":7}}}},{{"set_bundle":[]}}]"#
+        {{"revoke_join_token":{{"id":"t"}}}},{{"prune":{{"before":7}}}},{{"set_bundle":[]}},
+        {{"revoke_node":{{"node":"3a7816bf8f01cfea","at":5,"until":9}}}}]"#
     );
     let commands: Vec<CaCommand> = serde_json::from_str(&old).unwrap();
-    assert_eq!(commands.len(), 5);
+    assert_eq!(commands.len(), 6);
 }
 
 fn commands() -> impl Strategy<Value = Vec<CaCommand>> {
@@ -164,7 +209,11 @@ fn commands() -> impl Strategy<Value = Vec<CaCommand>> {
         .prop_map(|(id, secret_hash, key_hash, at)| CaCommand::Redeem { id, secret_hash, key_hash, at });
     let revoke = id.prop_map(|id| CaCommand::RevokeJoinToken { id });
     let prune = (0..12_u64).prop_map(|before| CaCommand::Prune { before });
-    prop::collection::vec(prop_oneof![3 => add, 6 => redeem, 1 => revoke, 1 => prune], 0..40)
+    let node = (0..3_u8, 0..12_u64).prop_map(|(key, until)| {
+        let node = NodeId::of_key(Hash::of(&[key]));
+        CaCommand::RevokeNode(Revocation { node, ..revocation("key", until) })
+    });
+    prop::collection::vec(prop_oneof![3 => add, 6 => redeem, 1 => revoke, 1 => prune, 1 => node], 0..40)
 }
 
 proptest! {

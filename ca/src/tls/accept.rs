@@ -20,6 +20,7 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::server::Connected;
 
 use crate::identity::SpiffeId;
+use crate::node::NodeId;
 use crate::x509;
 
 /// A handshake that takes longer is cut.
@@ -48,6 +49,12 @@ impl PeerCertificates {
     #[must_use]
     pub fn chain(&self) -> &[CertificateDer<'static>] {
         &self.0
+    }
+
+    /// The client's node, when its leaf tells one.
+    #[must_use]
+    pub fn node(&self) -> Option<NodeId> {
+        x509::Facts::parse(self.0.first()?).ok()?.node()
     }
 
     /// The client's identity, when its leaf has exactly one.

@@ -14,6 +14,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use ca::authn::Hash;
+use ca::node::Revocations;
 use ca::renewal::Clock;
 use ca::tls::accept::PeerCertificates;
 use tokio::sync::{Semaphore, watch};
@@ -23,6 +24,7 @@ use super::limits::{Buckets, Rates};
 use super::problem::refusal;
 use super::routes::{Form, Route, Scope};
 use crate::access::{AccessState, ApiSecret, Grant, Permission, Role, USE_GRAIN};
+use crate::revoked::{self, Revoked};
 
 /// Calls that are answered at the same time. Full means overload: more are told to come again.
 const AT_ONCE: usize = 1024;
@@ -45,6 +47,9 @@ pub struct Peer {
     pub certificates: PeerCertificates,
 }
 
+/// The state by which callers are known, as applied here: tokens and roles, and revoked nodes.
+pub type Known = (watch::Receiver<Arc<AccessState>>, watch::Receiver<Arc<Revocations>>);
+
 /// What decides about calls. Clones are the same.
 #[derive(Clone)]
 pub struct Gate {
@@ -54,6 +59,7 @@ pub struct Gate {
 struct Shared {
     access: Access,
     state: watch::Receiver<Arc<AccessState>>,
+    revoked: Revoked,
     clock: Clock,
     rates: Mutex<Limits>,
     /// Tokens of the log that were used since the last [`Gate::take_used`].
@@ -164,13 +170,15 @@ const ELSEWHERE: &str = "; the one in a member's data folder opens that member a
 const NEEDED: &str = "a bearer token is needed, or a client certificate that has a role; istioctl takes a token with --token-file";
 
 impl Gate {
-    /// A gate that knows tokens and roles from `state`, and lets callers call at `rates`.
+    /// A gate that knows tokens and roles, and the revoked nodes, from `state`, and lets callers call at `rates`.
     #[must_use]
-    pub fn new(access: Access, state: watch::Receiver<Arc<AccessState>>, clock: Clock, rates: Rates) -> Self {
+    pub fn new(access: Access, state: Known, clock: Clock, rates: Rates) -> Self {
+        let (state, revoked) = state;
         let rates = Limits { calls: Buckets::new(rates.calls), guesses: Buckets::new(rates.guesses) };
         let shared = Shared {
             access,
             state,
+            revoked,
             clock,
             rates: Mutex::new(rates),
             used: Mutex::default(),
@@ -228,8 +236,13 @@ impl Gate {
         let Some(identity) = peer.certificates.identity() else { return Ok(None) };
         // The connection may have outlived its certificate.
         let now = (self.shared.clock)();
-        ca::authn::Caller::from_certificate(peer.certificates.chain(), now)
+        let caller = ca::authn::Caller::from_certificate(peer.certificates.chain(), now)
             .map_err(|e| Denied::Unauthenticated(e.to_string()))?;
+        let revoked =
+            caller.node().and_then(|node| self.shared.revoked.borrow().get(&node).map(revoked::told));
+        if let Some(told) = revoked {
+            return Err(Denied::Unauthenticated(told));
+        }
         let state = self.shared.state.borrow().clone();
         let Some(binding) = state.binding(&identity) else {
             return Err(Denied::Unauthenticated(format!("{identity} has no role; {NEEDED}")));

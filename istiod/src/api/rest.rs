@@ -9,6 +9,7 @@ pub mod backup;
 pub mod history;
 pub mod members;
 pub mod mesh;
+pub mod nodes;
 pub mod objects;
 pub mod plain;
 pub mod trust;

@@ -17,6 +17,7 @@ pub const AREAS: &[&[Route]] = &[
     rest::objects::ROUTES,
     rest::mesh::ROUTES,
     rest::trust::ROUTES,
+    rest::nodes::ROUTES,
     rest::access::ROUTES,
     rest::history::ROUTES,
     rest::audit::ROUTES,

@@ -2,6 +2,7 @@
 
 mod access;
 pub mod members;
+mod nodes;
 mod problem;
 mod query;
 
@@ -14,6 +15,7 @@ use serde_json::Value;
 use super::preview::PreviewReport;
 
 pub use self::access::{ApiTokenCreated, ApiTokenRequest, ApiTokenRow, BindingRequest, BindingRow, WhoAmI};
+pub use self::nodes::{NodeRevocation, NodeRevoked, NodeRow};
 pub use self::problem::{Mistake, Problem};
 pub use self::query::{
     Changing, Consistency, DryRun, Expected, Listing, Patience, ProxyTypes, Read, Rows, Since, Watching,

@@ -213,7 +213,7 @@ pub(super) fn token_row(token: &TokenRecord) -> TokenRow {
 }
 
 /// Seconds since 1970 as RFC 3339 in UTC.
-pub(super) fn rfc3339(seconds: u64) -> String {
+pub(crate) fn rfc3339(seconds: u64) -> String {
     let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
     jiff::Timestamp::from_second(seconds).map(|t| t.to_string()).unwrap_or_default()
 }

@@ -48,6 +48,11 @@ pub const SETTINGS: &[Setting] = &[
     setting("ca.directory", "", "folder with ca-cert.pem, ca-key.pem, cert-chain.pem and root-cert.pem"),
     setting("ca.leafLifetime", "24h", "how long a certificate is valid if its owner asks for nothing"),
     setting("ca.maxLeafLifetime", "90d", "the longest that a certificate is valid"),
+    setting(
+        "ca.dormancy",
+        "7d",
+        "how long after its certificate has ended a machine may come back with its key; 0s: not at all, at most 30d",
+    ),
     setting("push.debounceQuiet", "10ms", "in a storm a push waits until nothing changed for so long"),
     setting("push.debounceLongest", "1s", "no change waits longer than this"),
     setting("push.workers", "0", "translations at the same time; 0: one per core"),

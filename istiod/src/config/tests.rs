@@ -55,6 +55,7 @@ fn the_settings_in_force_are_a_file_that_gives_them() {
     config.advertise = Some("mesh.example.org:15012".to_owned());
     config.ca_directory = Some("/etc/ca".into());
     config.lifetimes.default = Duration::from_secs(20);
+    config.dormancy = Duration::ZERO;
     config.debounce.quiet = Duration::from_millis(15);
     config.log_level = "info,xds=debug".to_owned();
     config.log_json = true;
@@ -86,9 +87,10 @@ fn all_mistakes_are_told_together_with_their_places() {
 #[test]
 fn contradictions_are_told() {
     check(
-        "dataDir: /d\nca: {leafLifetime: 100d}\npush: {debounceQuiet: 2s}\nraft: {heartbeat: 900ms}\nadmin: {address: 0.0.0.0:15012, tls: false}\n",
+        "dataDir: /d\nca: {leafLifetime: 100d, dormancy: 31d}\npush: {debounceQuiet: 2s}\nraft: {heartbeat: 900ms}\nadmin: {address: 0.0.0.0:15012, tls: false}\n",
         &[
             "istiod.yaml:2:20: ca.leafLifetime: must not be longer than ca.maxLeafLifetime: 100d is more than 90d",
+            "istiod.yaml:2:36: ca.dormancy: must be at most 30d, this is 31d",
             "istiod.yaml:3:23: push.debounceQuiet: must not be longer than push.debounceLongest: 2s is more than 1s",
             "istiod.yaml:4:19: raft.heartbeat: must be at most a third of raft.electionTimeout",
             "istiod.yaml:5:18: admin.address: must differ from xds.address, both are 0.0.0.0:15012",
@@ -131,6 +133,7 @@ fn a_member_with_an_open_admin_api_stays_on_loopback() {
         xds: "127.0.0.1:0".parse().unwrap(),
         metrics: "127.0.0.1:0".parse().unwrap(),
         leaf_lifetime: Duration::from_secs(20),
+        dormancy: Duration::from_secs(60),
         lease: Duration::from_secs(60),
         sources: None,
     };

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use ca::node::Revocations;
 use ca::state::{CaCommand, CaOutcome, CaState};
 use prost::Message as _;
 use registry::state::{Batch, Changes, Outcome as RegistryOutcome, Revision, State};
@@ -64,7 +65,11 @@ impl View {
             (to_wire(&*self.cluster), to_wire(&*self.access), to_wire(&*self.audit));
         // What an older program can read is written so that it does.
         let old = cluster.is_none() && access.is_none() && audit.is_none();
-        let version = if old { 1 } else { VERSION };
+        let version = match (self.ca.revoked().is_empty(), old) {
+            (false, _) => 3,
+            (true, false) => 2,
+            (true, true) => 1,
+        };
         let (registry, ca) = (self.registry.encode().into(), self.ca.encode().into());
         MeshState { version, registry, ca, cluster, access, audit }.encode_to_vec()
     }
@@ -107,6 +112,10 @@ pub struct Mesh {
     shown_access: watch::Sender<Arc<AccessState>>,
     /// The members, for those who follow them.
     members: watch::Sender<Arc<ClusterState>>,
+    /// The revoked nodes, for whoever serves nodes.
+    revoked: watch::Sender<Arc<Revocations>>,
+    /// They may be others than those that are shown.
+    unshown_revoked: bool,
     /// Since the last publication; the revision that was published.
     unshown: Changes,
     shown: Revision,
@@ -132,6 +141,8 @@ impl Mesh {
             publisher,
             shown_access: watch::Sender::new(Arc::default()),
             members: watch::Sender::new(Arc::default()),
+            revoked: watch::Sender::new(Arc::default()),
+            unshown_revoked: false,
             unshown: Changes::default(),
             shown: Revision(0),
             replaced: false,
@@ -151,6 +162,12 @@ impl Mesh {
     #[must_use]
     pub fn members(&self) -> watch::Receiver<Arc<ClusterState>> {
         self.members.subscribe()
+    }
+
+    /// The revoked nodes, always the latest.
+    #[must_use]
+    pub fn revoked(&self) -> watch::Receiver<Arc<Revocations>> {
+        self.revoked.subscribe()
     }
 
     /// The state as it is now.
@@ -174,6 +191,7 @@ impl Mesh {
     }
 
     fn apply_ca(&mut self, command: CaCommand) -> CaOutcome {
+        self.unshown_revoked |= matches!(command, CaCommand::RevokeNode(_) | CaCommand::Prune { .. });
         let effect = Arc::make_mut(&mut self.ca).apply(command);
         self.note_ca(effect.writes);
         effect.outcome
@@ -211,6 +229,7 @@ impl Mesh {
         self.unwritten = Changes::default();
         self.ca_writes.clear();
         self.replaced = true;
+        self.unshown_revoked = true;
     }
 }
 
@@ -282,6 +301,15 @@ impl StateMachine for Mesh {
             *shown = access;
             changed
         });
+        if std::mem::take(&mut self.unshown_revoked) {
+            self.revoked.send_if_modified(|shown| {
+                let changed = **shown != *self.ca.revoked();
+                if changed {
+                    *shown = Arc::new(self.ca.revoked().clone());
+                }
+                changed
+            });
+        }
         let cluster = self.cluster.get();
         self.members.send_if_modified(|shown| {
             let changed = !Arc::ptr_eq(shown, &cluster) && **shown != *cluster;

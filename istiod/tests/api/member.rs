@@ -127,7 +127,7 @@ impl Member {
             members: istiod::cluster::members::Members::new(started.raft.clone(), None, clock.clone()),
             kept: Arc::default(),
         };
-        let gate = Gate::new(start.access, started.access, clock.clone(), start.rates);
+        let gate = Gate::new(start.access, (started.access, started.revoked), clock.clone(), start.rates);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         serve_operators(listener, start.identity, api.clone(), &gate, &tasks, &stop).unwrap();

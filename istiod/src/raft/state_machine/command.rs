@@ -14,8 +14,8 @@ use crate::raft::wire::{self, JoinCommand, MeshCommand};
 
 /// The newest version of commands and states that this program reads; it reads all before it too.
 ///
-/// Version 2 added the members, access, the audit trail, origins, and how long history is kept.
-pub const VERSION: u32 = 2;
+/// Version 2 added the members, access, the audit trail, origins, and how long history is kept; version 3 revoked nodes.
+pub const VERSION: u32 = 3;
 
 /// One entry of the log.
 #[derive(Debug, Clone, PartialEq)]
@@ -88,6 +88,7 @@ impl Command {
                 let newer = |change: &Change| matches!(change, Change::SetHistoryRetention { .. });
                 if batch.commands.iter().any(newer) { 2 } else { 1 }
             }
+            Self::Ca(CaCommand::RevokeNode(_)) => 3,
             Self::Ca(_) => 1,
             Self::Cluster(_) | Self::Access(_) | Self::Audit(_) => 2,
         }

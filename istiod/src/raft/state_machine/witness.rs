@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ca::authn::Hash;
+use ca::node::NodeId;
 use ca::state::CaCommand;
 use registry::config::Object;
 use registry::state::{Batch, Command as Change, ObjectKey};
@@ -21,6 +22,7 @@ pub(super) enum Named {
     Object(ObjectKey),
     Mesh,
     Token(String),
+    Node(NodeId),
     Bundle,
     History,
     Members,
@@ -95,6 +97,7 @@ fn in_ca(command: &CaCommand) -> Vec<Named> {
     match command {
         CaCommand::AddJoinToken(record) => vec![Named::Token(record.id.clone())],
         CaCommand::RevokeJoinToken { id } | CaCommand::Redeem { id, .. } => vec![Named::Token(id.clone())],
+        CaCommand::RevokeNode(revocation) => vec![Named::Node(revocation.node)],
         CaCommand::SetBundle(_) => vec![Named::Bundle],
         CaCommand::Prune { .. } => Vec::new(),
     }
@@ -116,6 +119,10 @@ pub(super) fn see(view: &View, named: &[Named]) -> Seen {
             Named::Token(id) => {
                 let token = view.ca.token(id).and_then(|token| serde_json::to_value(token).ok());
                 seen.extend(token.map(|token| (format!("JoinToken/{id}"), Thing::Json(token))));
+            }
+            Named::Node(node) => {
+                let revoked = view.ca.revoked().get(node).and_then(|node| serde_json::to_value(node).ok());
+                seen.extend(revoked.map(|revoked| (format!("RevokedNode/{node}"), Thing::Json(revoked))));
             }
             Named::Bundle => {
                 let bundle = serde_json::to_value(view.ca.bundle()).ok();
