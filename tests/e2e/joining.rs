@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, ensure};
 use ca::authn::{Hash, JoinToken, Secret};
 use ca::authority::BACK_DATE;
-use ca::client::{Issuance, Presented, Remote, RequestError};
+use ca::client::{Issuance, Presented, Remote};
 use ca::svid::{Chain, Identity, PrivateKey};
 use ca::x509::Facts;
 use rustls_pki_types::CertificateSigningRequestDer;
@@ -153,30 +153,47 @@ async fn a_request_that_was_overheard_gives_nobody_else_a_certificate() -> anyho
     mesh.finish(&[])
 }
 
+/// A request that asks for these names, and to be an authority.
+fn wishes(
+    key: &rcgen::KeyPair,
+    dns: &[&str],
+    uris: &[&str],
+) -> anyhow::Result<CertificateSigningRequestDer<'static>> {
+    let mut wishes =
+        rcgen::CertificateParams::new(dns.iter().map(|&name| name.to_owned()).collect::<Vec<_>>())?;
+    for name in uris {
+        wishes.subject_alt_names.push(rcgen::SanType::URI((*name).try_into()?));
+    }
+    wishes.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    Ok(wishes.serialize_request(key)?.der().clone())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn names_that_a_request_asks_for_are_not_given() -> anyhow::Result<()> {
+async fn a_request_for_names_of_others_is_refused_and_told_which() -> anyhow::Result<()> {
+    const OWN: &str = "spiffe://cluster.local/ns/default/sa/web";
+    const BANK: &str = "spiffe://cluster.local/ns/default/sa/bank";
     let mesh = Mesh::start(&[], &[], &[]).await?;
     let token = mesh.istiod.token("default", "web").await?;
     let key = rcgen::KeyPair::generate()?;
-    let mut wishes = rcgen::CertificateParams::new(vec!["istiod.istio-system.svc".to_owned()])?;
-    let names =
-        ["spiffe://cluster.local/ns/istio-system/sa/istiod", "spiffe://cluster.local/ns/default/sa/bank"];
-    for name in names {
-        wishes.subject_alt_names.push(rcgen::SanType::URI(name.try_into()?));
-    }
-    wishes.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-    let chain = certified(&token, wishes.serialize_request(&key)?.der()).await?;
+    let foreign = wishes(&key, &["istiod.istio-system.svc"], &[OWN, BANK])?;
+    let told = format!("names that are not `{OWN}`'s: DNS:istiod.istio-system.svc, URI:{BANK}");
+    let refused = certified(&token, &foreign).await.err().context("names of others were given")?;
+    ensure!(refused.to_string().contains(&told), "{refused:#}");
+
+    // The token is not used up; who asks for its own name, as agents of Istio do, gets that and nothing else.
+    let chain = certified(&token, &wishes(&key, &[], &[OWN])?).await?;
     let facts = Facts::parse(&chain.leaf)?;
-    ensure!(facts.uris == ["spiffe://cluster.local/ns/default/sa/web"], "{facts:?}");
-    ensure!(facts.dns.is_empty() && facts.ips.is_empty() && !facts.is_ca, "{facts:?}");
+    ensure!(facts.uris == [OWN] && facts.dns.is_empty() && facts.ips.is_empty() && !facts.is_ca, "{facts:?}");
     // With a certificate nobody becomes somebody else either.
     let now = issued(&chain)?;
     let identity = Identity::new(chain, PrivateKey::from_pem(key.serialize_pem().as_bytes())?, now)?;
-    let endpoints = vec![mesh.istiod.xds.to_string()];
-    let csr = wishes.serialize_request(&rcgen::KeyPair::generate()?)?;
-    let renewed: Result<_, RequestError> = Remote::renew_only(endpoints)
-        .request(csr.der(), &Presented::Certificate(std::sync::Arc::new(identity)), None)
-        .await;
-    ensure!(Facts::parse(&renewed?.leaf)?.uris == ["spiffe://cluster.local/ns/default/sa/web"]);
+    let presented = Presented::Certificate(std::sync::Arc::new(identity));
+    let mut remote = Remote::renew_only(vec![mesh.istiod.xds.to_string()]);
+    let next = rcgen::KeyPair::generate()?;
+    let refused = remote.request(&wishes(&next, &[], &[BANK])?, &presented, None).await;
+    let refused = refused.err().context("the name of another was given")?.to_string();
+    ensure!(refused.contains(&format!("names that are not `{OWN}`'s: URI:{BANK}")), "{refused}");
+    let renewed = remote.request(&wishes(&next, &[], &[OWN])?, &presented, None).await?;
+    ensure!(Facts::parse(&renewed.leaf)?.uris == [OWN]);
     mesh.finish(&[])
 }

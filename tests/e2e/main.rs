@@ -9,6 +9,7 @@ mod joining;
 mod member;
 mod operate;
 mod refusal;
+mod revocation;
 mod security;
 mod survival;
 mod traffic;

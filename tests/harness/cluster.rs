@@ -331,8 +331,18 @@ impl Member {
     ///
     /// When it does not start.
     pub async fn restart(&mut self) -> anyhow::Result<()> {
-        *self = Self::launch(&self.folder, &self.name, self.site.clone(), &[])?;
+        self.launch_again()?;
         self.ready().await
+    }
+
+    /// As [`Member::restart`], without waiting: it may need others that are not there yet.
+    ///
+    /// # Errors
+    ///
+    /// When it does not start.
+    pub fn launch_again(&mut self) -> anyhow::Result<()> {
+        *self = Self::launch(&self.folder, &self.name, self.site.clone(), &[])?;
+        Ok(())
     }
 
     /// What it wrote to its log.

@@ -100,7 +100,17 @@ async fn a_certificate_has_the_role_that_its_identity_was_given_and_no_other() {
     // Another authority's certificate with the same name ends the connection.
     assert!(get(&member, own(&stranger), &server, path).await.is_none());
 
+    // Whoever has a stolen certificate has no role, whatever its identity has.
+    let node = ca::x509::Facts::parse(&operator.chain[0]).unwrap().node().unwrap().to_string();
+    let revocation = json!({ "node": node, "reason": "stolen", "force": true });
+    let revocation = serde_json::from_value(revocation).unwrap();
+    member.api.revoke_node(&istiod::api::Caller::local(), &revocation).await.unwrap();
+    let (status, told) = get(&member, own(&operator), &server, path).await.unwrap();
+    assert!(status.as_u16() == 401 && told.to_string().contains("was revoked at "), "{told}");
+    let other = identity(&issuing, Some("alice"), &clock);
+    assert_eq!(get(&member, own(&other), &server, path).await.unwrap().0.as_u16(), 200);
+
     member.api.unbind(&istiod::api::Caller::local(), alice).await.unwrap();
-    assert_eq!(get(&member, own(&operator), &server, path).await.unwrap().0.as_u16(), 401);
+    assert_eq!(get(&member, own(&other), &server, path).await.unwrap().0.as_u16(), 401);
     member.stop().await;
 }

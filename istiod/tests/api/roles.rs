@@ -120,7 +120,7 @@ fn the_table_gives_no_route_away() {
         if route.path.starts_with("/api/") && !route.verb.is_safe() {
             assert!(route.needs >= Permission::Write, "{told} changes something");
         }
-        for secret in ["/access/", "/tokens", "/backup", "/audit", "/members/"] {
+        for secret in ["/access/", "/tokens", "/nodes", "/backup", "/audit", "/members/"] {
             let guarded = !route.path.contains(secret) || route.needs == Permission::Administer;
             assert!(guarded, "{told} is for admins");
         }
@@ -165,6 +165,35 @@ async fn a_caller_of_one_namespace_sees_and_changes_nothing_of_another() {
     assert_eq!(rows["items"].as_array().unwrap().len(), 2, "its own and the one that it made: {rows}");
     let history = member.call(Method::GET, "/api/v1/history", token, "").await;
     assert!(!String::from_utf8_lossy(&history.body).contains("bank"), "{history:?}");
+    member.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_is_revoked_once_and_one_that_nobody_knows_only_with_force() {
+    let member = Member::start().await;
+    let limited = member.token(Role::Admin, &["shop"]).await.token;
+    let revoke = async |token: &str, node: &str, reason: &str, force: bool| {
+        let body = serde_json::json!({ "node": node, "reason": reason, "force": force }).to_string();
+        member.call(Method::POST, "/api/v1/nodes/revoke", Some(token), &body).await
+    };
+    let admin = member.token(Role::Admin, &[]).await.token;
+    let node = "3a7816bf8f01cfea";
+    assert_eq!(revoke(&admin, "3a78", "", true).await.status, 422);
+    assert_eq!(revoke(&admin, node, &"x".repeat(257), true).await.status, 422);
+    assert_eq!(revoke(&admin, node, "a\nb", true).await.status, 422);
+    assert_eq!(revoke(&admin, node, "", false).await.status, 404);
+    assert_eq!(revoke(&limited, node, "", true).await.status, 404);
+    let revoked = revoke(&admin, node, "stolen", true).await;
+    assert_eq!((revoked.status, &revoked.json()["revoked"]["reason"]), (200, &"stolen".into()));
+    let again = revoke(&admin, node, "lost", false).await;
+    assert_eq!((again.status, &again.json()["revoked"]["reason"]), (200, &"stolen".into()));
+    let rows = member.call(Method::GET, "/api/v1/nodes", Some(&admin), "").await.json();
+    assert_eq!((&rows["items"][0]["id"], rows["items"].as_array().unwrap().len()), (&node.into(), 1));
+    let rows = member.call(Method::GET, "/api/v1/nodes", Some(&limited), "").await.json();
+    assert_eq!(rows["items"], serde_json::json!([]));
+    let audit = member.call(Method::GET, "/api/v1/audit", Some(&admin), "").await;
+    let audit = String::from_utf8_lossy(&audit.body).into_owned();
+    assert!(audit.contains("revoke node") && audit.contains(&format!("RevokedNode/{node}")), "{audit}");
     member.stop().await;
 }
 

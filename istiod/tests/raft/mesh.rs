@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ca::authn::{Hash, JoinToken, Secret};
 use ca::identity::TrustDomain;
+use ca::node::Revocation;
 use ca::state::{CaCommand, CaOutcome, RedeemRefused, TokenRecord};
 use istiod::raft::metrics::Metrics;
 use istiod::raft::node::Settings;
@@ -159,6 +160,43 @@ async fn the_state_is_built_from_snapshot_and_log_when_the_store_is_lost_or_dama
 }
 
 #[tokio::test]
+async fn a_revocation_is_shown_before_it_is_answered_and_is_in_every_form_of_the_state() {
+    let dir = tempfile::tempdir().expect("makes a folder");
+    let stop = CancellationToken::new();
+    let started = start(dir.path(), &stop).expect("starts");
+    let raft = started.raft.clone();
+    let revocation = Revocation {
+        node: "3a7816bf8f01cfea".parse().expect("is a node"),
+        namespace: "shop".to_owned(),
+        service_account: "pay".to_owned(),
+        at: 5,
+        by: "admin".to_owned(),
+        reason: "stolen".to_owned(),
+        until: 4_000_000_000,
+    };
+    let older = raft.view().await.expect("views").encode();
+    let command = Command::Ca(CaCommand::RevokeNode(revocation.clone()));
+    assert_eq!((command.version(), Command::Ca(CaCommand::Prune { before: 1 }).version()), (3, 1));
+    raft.propose(&command).await.expect("commits");
+    assert_eq!(started.revoked.borrow().get(&revocation.node), Some(&revocation));
+    let view = raft.view().await.expect("views");
+    let snapshot = View::decode(view.revision.0, &view.encode()).expect("is a state");
+    assert_eq!(snapshot.ca, view.ca);
+    // What an older program reads has its version for as long as there is nothing that it does not know.
+    assert_eq!((older.get(..2), view.encode().get(..2)), (Some(&[8, 1][..]), Some(&[8, 3][..])));
+    end(started, stop).await;
+
+    let stop = CancellationToken::new();
+    let started = start(dir.path(), &stop).expect("starts again");
+    started.raft.read_index().await.expect("reads");
+    assert_eq!(started.revoked.borrow().get(&revocation.node), Some(&revocation));
+    let later = Command::Ca(CaCommand::Prune { before: revocation.until + 1 });
+    started.raft.propose(&later).await.expect("commits");
+    assert!(started.revoked.borrow().is_empty());
+    end(started, stop).await;
+}
+
+#[tokio::test]
 async fn a_join_redeems_and_registers_in_one_command_or_does_neither() {
     let dir = tempfile::tempdir().expect("makes a folder");
     let stop = CancellationToken::new();
@@ -268,7 +306,7 @@ const RECORDED_EMPTY_BATCH: &str = "080112347b2276657273696f6e223a312c2274696d65
 
 #[test]
 fn a_newer_command_halts_and_says_what_to_do() {
-    let newer = unhex("08031200");
+    let newer = unhex("08041200");
     let halt = Command::decode(9, &newer).expect_err("halts").to_string();
     assert!(halt.contains("entry 9") && halt.contains("upgrade this member"), "{halt}");
     let unknown_kind = unhex("0801");
