@@ -122,9 +122,9 @@ pub struct CertificateSource<I> {
 impl<I: Issuance> CertificateSource<I> {
     /// Waits for the first identity, then goes on renewing it on `tasks` until `stop`.
     ///
-    /// A valid identity in the key store is the first one; nobody is asked then. With one that has ended the authority is
-    /// asked for another, and only if it refuses, what the workload was given to join with is used. While the authority cannot be
-    /// reached, this waits and tries again.
+    /// A valid identity in the key store is the first one; nobody is asked then. With one that has ended the authority
+    /// is asked for another, and only if it refuses, what the workload was given to join with is used. While the
+    /// authority cannot be reached, this waits and tries again.
     ///
     /// # Errors
     ///

@@ -35,7 +35,7 @@ impl Validity {
 /// What to prove one's identity with in the next request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Credential {
-    /// What the workload was given to join with.
+    /// The certificate that it had until it ended, or else what the workload was given to join with.
     Initial,
     /// The certificate it has.
     Certificate,

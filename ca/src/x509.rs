@@ -271,12 +271,11 @@ pub fn csr_names(csr: &CertificateSigningRequestDer<'_>) -> Result<Vec<String>, 
     for attribute in csr.certification_request_info.iter_attributes() {
         let ParsedCriAttribute::ExtensionRequest(wanted) = attribute.parsed_attribute() else { continue };
         for extension in &wanted.extensions {
-            match extension.parsed_extension() {
-                ParsedExtension::SubjectAlternativeName(wanted) => {
-                    names.extend(wanted.general_names.iter().map(name_text));
-                }
-                ParsedExtension::ParseError { .. } => return Err(X509Error::MalformedName),
-                _ => {}
+            let extension = extension.parsed_extension();
+            if let ParsedExtension::SubjectAlternativeName(wanted) = extension {
+                names.extend(wanted.general_names.iter().map(name_text));
+            } else if matches!(extension, ParsedExtension::ParseError { .. }) {
+                return Err(X509Error::MalformedName);
             }
         }
     }

@@ -182,11 +182,10 @@ impl Member<'_> {
             stop: stop.clone(),
         };
         let events = Events::default();
-        let (seen, held) = (snapshots.clone(), status.clone());
         tasks.spawn(api::events::observe(
             events.clone(),
-            seen,
-            held,
+            snapshots.clone(),
+            status.clone(),
             raft.status(),
             clock.clone(),
             stop.clone(),

@@ -145,6 +145,12 @@ impl Body for UntilRevoked {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use ca::authn::Caller;
+    use ca::authority::{Lifetimes, Serial, SigningRoot};
+    use ca::identity::{SpiffeId, TrustDomain};
+    use ca::svid::PrivateKey;
     use http_body_util::{BodyExt as _, Full, StreamBody};
     use tower::ServiceExt as _;
 
@@ -169,11 +175,14 @@ mod tests {
 
     /// A request over a connection of a certificate whose node is the given one.
     fn request(node: NodeId) -> Request<()> {
-        let key = rcgen::KeyPair::generate().unwrap();
-        let mut params = rcgen::CertificateParams::default();
-        let serial = ca::authority::Serial::of_node(node).unwrap();
-        params.serial_number = Some(rcgen::SerialNumber::from_slice(serial.bytes()));
-        let leaf = params.self_signed(&key).unwrap().der().clone();
+        let (domain, now) = (TrustDomain::default(), UNIX_EPOCH + Duration::from_secs(1_800_000_000));
+        let root = SigningRoot::generate(&domain, now, Serial::random().unwrap()).unwrap();
+        let authority =
+            root.member(&domain, "1", Lifetimes::default(), now, Serial::random().unwrap()).unwrap();
+        let caller = Caller::from_redeemed_token(SpiffeId::workload(&domain, "shop", "pay").unwrap(), "t");
+        let csr = PrivateKey::generate().unwrap().request().unwrap();
+        let serial = Serial::of_node(node).unwrap();
+        let leaf = authority.sign(csr.der(), &caller, None, now, serial).unwrap().leaf;
         let mut request = Request::new(());
         request.extensions_mut().insert(PeerCertificates::new(&[leaf]));
         request
