@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, ensure};
 use ca::authority::BACK_DATE;
-use ca::client::{Issuance, Presented, Remote, connect};
+use ca::client::{Issuance, Presented, Remote, RequestError, connect};
 use ca::identity::SpiffeId;
 use ca::keystore::KeyStore;
 use ca::node::NodeId;
@@ -75,14 +75,20 @@ async fn refused_everywhere(
 ) -> anyhow::Result<()> {
     let status = watch(member, identity).await?.err().context("a stream was opened")?;
     ensure_told(&status, node)?;
-    let mut remote = Remote::renew_only(vec![member.to_string()]);
     let (new, own) = (PrivateKey::generate()?.request()?, identity.key.request()?);
     for (csr, presented) in [
         (new.der(), Presented::Certificate(Arc::clone(identity))),
         (own.der(), Presented::Ended(Arc::clone(identity))),
     ] {
-        let refused = remote.request(csr, &presented, None).await;
-        let refused = refused.err().with_context(|| format!("{presented:?} was renewed"))?.to_string();
+        // A member that has just started may not know a leader to ask yet.
+        let refused = eventually(PATIENCE, "the member decides", || async {
+            match Remote::renew_only(vec![member.to_string()]).request(csr, &presented, None).await {
+                Err(RequestError::Refused(why)) => Ok(why),
+                Err(undecided) => Err(undecided.into()),
+                Ok(_) => anyhow::bail!("{presented:?} was renewed"),
+            }
+        })
+        .await?;
         ensure!(refused.contains(&format!("node {node} was revoked at ")), "{refused}");
     }
     Ok(())

@@ -80,7 +80,7 @@ async fn a_certificate_has_the_role_that_its_identity_was_given_and_no_other() {
     let stranger = identity(&authority(&strangers, &clock), Some("alice"), &clock);
     let (_keep, shown) = watch::channel(server.clone());
     let start = Start { identity: Some(shown), ..Start::default() };
-    let member = Member::start_as(start, root, clock).await;
+    let member = Member::start_as(start, root, clock.clone()).await;
     let path = "/api/v1/whoami";
 
     let alice = "spiffe://cluster.local/ns/ops/sa/alice";
