@@ -5,12 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use ca::authn::Hash;
+use ca::node::Revocation;
 use ca::state::{CaCommand, TokenRecord};
 use istiod::access::{AccessCommand, ApiToken, Binding, Grant, Role};
 use istiod::audit::{AuditCommand, Origin, Retention};
 use istiod::cluster::{ClusterCommand, Description, TicketRecord};
 use istiod::publish::Publisher;
 use istiod::raft::machine::{Halt, StateMachine as _};
+use istiod::raft::state_machine::VERSION;
 use istiod::raft::{Command, Mesh, Outcome};
 use registry::state::{Batch, Command as Change, State, StoredCommand};
 
@@ -122,6 +124,35 @@ fn version_2() -> Vec<(Command, Option<Origin>)> {
     ]
 }
 
+/// Every kind of command that version 3 added.
+fn version_3() -> Vec<(Command, Option<Origin>)> {
+    let revoke = |node: &str, reason: &str| {
+        Command::Ca(CaCommand::RevokeNode(Revocation {
+            node: node.parse().expect("is a node"),
+            namespace: text("shop"),
+            service_account: text("pay"),
+            at: 1_800_000_000,
+            by: text("ann"),
+            reason: text(reason),
+            until: 1_810_000_000,
+        }))
+    };
+    vec![
+        (revoke("3a7816bf8f01cfea", "stolen"), Some(origin(7))),
+        (revoke("0000000000abcdef", ""), None),
+        (revoke("3a7816bf8f01cfea", "lost"), Some(origin(8))),
+    ]
+}
+
+/// Every kind of command that a version added.
+fn added_by(version: u32) -> Vec<(Command, Option<Origin>)> {
+    match version {
+        1 => version_1(),
+        2 => version_2(),
+        _ => version_3(),
+    }
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -138,9 +169,8 @@ impl Recorded {
         let path =
             Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/raft/recorded/version-{version}.hex"));
         if std::env::vars_os().any(|(name, _)| name == "UPDATE") {
-            let made = if version == 1 { version_1() } else { version_2() };
-            let commands: Vec<Vec<u8>> = made.iter().map(encoded).collect();
-            let earlier = if version == 1 { Vec::new() } else { Self::of(version - 1).commands };
+            let commands: Vec<Vec<u8>> = added_by(version).iter().map(encoded).collect();
+            let earlier: Vec<_> = (1..version).flat_map(|earlier| Self::of(earlier).commands).collect();
             let (state, _) = replay(&[earlier, commands.clone()].concat(), None);
             let lines: String = commands.iter().map(|command| hex(command) + "\n").collect();
             std::fs::write(&path, format!("{lines}state {}\n", Hash::of(&state))).expect("writes");
@@ -218,9 +248,10 @@ fn replay(commands: &[Vec<u8>], restart: Option<(usize, Way)>) -> (Vec<u8>, Vec<
 
 #[test]
 fn recorded_logs_make_the_same_state_on_every_member() {
-    let (first, second) = (Recorded::of(1), Recorded::of(2));
-    let rolling = [first.commands.clone(), second.commands].concat();
-    for (version, log, state) in [(1, first.commands, first.state), (2, rolling, second.state)] {
+    let mut log = Vec::new();
+    for version in 1..=VERSION {
+        let Recorded { commands, state } = Recorded::of(version);
+        log.extend(commands);
         let (expected, outcomes) = replay(&log, None);
         assert_eq!(
             Hash::of(&expected).to_string(),
@@ -239,7 +270,8 @@ fn recorded_logs_make_the_same_state_on_every_member() {
 
 #[test]
 fn recorded_commands_are_read_and_written_as_they_were() {
-    for (version, made) in [(1, version_1()), (2, version_2())] {
+    for version in 1..=VERSION {
+        let made = added_by(version);
         let recorded = Recorded::of(version).commands;
         assert_eq!(recorded.len(), made.len());
         for (bytes, made) in recorded.iter().zip(made) {
@@ -253,8 +285,8 @@ fn recorded_commands_are_read_and_written_as_they_were() {
 
 #[test]
 fn a_command_of_the_next_version_halts_every_member_at_the_same_entry_with_the_same_words() {
-    let log = [Recorded::of(1).commands, Recorded::of(2).commands].concat();
-    let next = unhex("0803120178");
+    let log: Vec<_> = (1..=VERSION).flat_map(|version| Recorded::of(version).commands).collect();
+    let next = unhex("0804120178");
     let mut told = BTreeSet::new();
     for restart in [None, Some(Way::Snapshot), Some(Way::Store)] {
         let mut member = Member::new();
@@ -277,7 +309,7 @@ fn a_command_of_the_next_version_halts_every_member_at_the_same_entry_with_the_s
     let told: Vec<String> = told.into_iter().collect();
     let [words] = told.as_slice() else { panic!("{told:?}") };
     let entry = format!("entry {}", log.len() + 1);
-    for part in [entry.as_str(), "version 3", "up to 2", "upgrade this member"] {
+    for part in [entry.as_str(), "version 4", "up to 3", "upgrade this member"] {
         assert!(words.contains(part), "{part:?} is not in {words}");
     }
 }
