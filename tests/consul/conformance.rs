@@ -9,10 +9,10 @@ use registry::source::consul::client::Client;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::fake::catalog::Catalog;
-use crate::fake::server::Server;
-use crate::real::{Consul, client};
 use crate::world::registration;
+use tests::consul::catalog::Catalog;
+use tests::consul::fake::Server;
+use tests::consul::real::{Consul, client};
 
 struct Peer(Client);
 

@@ -26,9 +26,9 @@ use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-use crate::fake::catalog::Catalog;
-use crate::fake::server::Server;
-use crate::real::{Consul, client};
+use tests::consul::catalog::Catalog;
+use tests::consul::fake::Server;
+use tests::consul::real::{Consul, client};
 
 /// A catalog to write into, and ways to look at it.
 struct Peer {

@@ -9,8 +9,8 @@ use registry::source::consul::export::desired::Desired;
 use serde_json::json;
 
 use crate::export_world::{World, entries, entry, settings};
-use crate::fake::catalog::{Catalog, Response};
 use crate::world::{MINUTE, SECOND};
+use tests::consul::catalog::{Catalog, Response};
 
 /// Somebody else's service on our node.
 fn theirs(consul: &mut Catalog) {

@@ -8,8 +8,8 @@ use registry::source::consul::export::desired::Desired;
 use registry::source::consul::export::writer::{Call, Status, Time, Writer};
 use registry::source::consul::export::{HEALTHY, Settings};
 
-use crate::fake::catalog::{Catalog, Request, Response};
 use crate::world::origin;
+use tests::consul::catalog::{Catalog, Request, Response};
 
 /// A call takes so long to its server, and its answer back.
 const LATENCY: Duration = Duration::from_millis(2);

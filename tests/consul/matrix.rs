@@ -6,8 +6,8 @@ use std::time::Duration;
 use registry::model::service::Health;
 use serde_json::json;
 
-use crate::fake::catalog::{Catalog, Request, Response};
 use crate::world::{MINUTE, SECOND, World, address, json_of, known, of_web, registration, settings, web};
+use tests::consul::catalog::{Catalog, Request, Response};
 
 fn of_list(request: &Request) -> bool {
     request.path == "/v1/catalog/services"

@@ -15,8 +15,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::fake::catalog::Catalog;
-use crate::fake::server::Server;
+use tests::consul::catalog::Catalog;
+use tests::consul::fake::Server;
 
 const SERVICES: usize = if cfg!(debug_assertions) { 1_000 } else { 10_000 };
 const INSTANCES: usize = 10;

@@ -11,7 +11,7 @@ use registry::source::consul::datacenter::{Action, Datacenter, Query, Settings, 
 use registry::state::{Batch, Command, Revision, State};
 use serde_json::{Value, json};
 
-use crate::fake::catalog::{Catalog, Request, Response};
+use tests::consul::catalog::{Catalog, Request, Response};
 
 /// An answer takes so long.
 const LATENCY: Duration = Duration::from_millis(2);

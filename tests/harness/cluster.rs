@@ -38,15 +38,17 @@ struct Site {
     /// Where peers and proxies reach it.
     own: Ipv4Addr,
     machine: Option<Machine>,
+    /// YAML of further settings.
+    settings: String,
 }
 
 impl Site {
-    fn loopback() -> anyhow::Result<Self> {
-        Ok(Self { own: own_address(free_block()?), machine: None })
+    fn loopback(settings: &str) -> anyhow::Result<Self> {
+        Ok(Self { own: own_address(free_block()?), machine: None, settings: settings.to_owned() })
     }
 
     fn of(machine: &Machine) -> Self {
-        Self { own: machine.v4, machine: Some(machine.clone()) }
+        Self { own: machine.v4, machine: Some(machine.clone()), settings: String::new() }
     }
 
     /// Where operators reach it: on its machine only, because the admin API is plain.
@@ -70,7 +72,16 @@ impl Cluster {
     ///
     /// When a member does not start, or does not become a voter.
     pub async fn start(folder: &Path, members: usize) -> anyhow::Result<Self> {
-        let sites: anyhow::Result<Vec<Site>> = (0..members).map(|_| Site::loopback()).collect();
+        Self::start_with(folder, members, "").await
+    }
+
+    /// As [`Cluster::start`], with these settings of every member besides, as YAML.
+    ///
+    /// # Errors
+    ///
+    /// When a member does not start, or does not become a voter.
+    pub async fn start_with(folder: &Path, members: usize, settings: &str) -> anyhow::Result<Self> {
+        let sites: anyhow::Result<Vec<Site>> = (0..members).map(|_| Site::loopback(settings)).collect();
         Self::start_at(folder, sites?).await
     }
 
@@ -228,8 +239,9 @@ impl Member {
         let yaml = format!(
             "dataDir: {}\nname: {name}\npeers: {{address: '{own}:15019', advertise: '{own}:15019'}}\n\
              xds: {{address: '{own}:15012', advertise: '{own}:15012'}}\nadmin: {{address: '{admin}', tls: false}}\n\
-             metrics: {{address: '{metrics}'}}\n",
-            folder.join(name).display()
+             metrics: {{address: '{metrics}'}}\n{}",
+            folder.join(name).display(),
+            site.settings
         );
         std::fs::write(&settings, yaml)?;
         let mut args = ["run", "--config", &settings.display().to_string()].map(str::to_owned).to_vec();

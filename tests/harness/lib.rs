@@ -5,12 +5,13 @@
 //! [`echo`] is the application behind a proxy;
 //! [`envoy`] puts a stock Envoy into a proxy's seat;
 //! [`http`] and [`tls`] ask, rightly and wrongly; [`load`] sends requests at a rate and keeps every failure;
-//! [`peers`] finds what `tests/run` installed; [`netns`] makes several machines of one;
+//! [`consul`] starts real servers of it, and a fake; [`peers`] finds what `tests/run` installed; [`netns`] makes several machines of one;
 //! [`failover`] takes leaders away while clients use [`registers`] through [`admin`] APIs, which [`history`] judges, and
 //! simulated [`proxies`] hold streams.
 
 pub mod admin;
 pub mod cluster;
+pub mod consul;
 pub mod echo;
 pub mod envoy;
 pub mod failover;

@@ -90,6 +90,11 @@ impl Mesh {
         self.workload(&spec).await
     }
 
+    /// Keeps an application that runs.
+    pub fn hold(&mut self, name: &str, echo: Echo) {
+        self.echoes.insert(name.to_owned(), echo);
+    }
+
     /// Starts a workload.
     ///
     /// # Errors

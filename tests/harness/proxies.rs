@@ -24,6 +24,7 @@ use rustls_pki_types::ServerName;
 use serde_json::json;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -42,6 +43,8 @@ const LISTENERS: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";
 const ENDPOINTS: &str = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment";
 /// Requests on their way; full means that the member does not read.
 const REQUESTS: usize = 64;
+/// A response with everything of a large mesh.
+const MAX_MESSAGE: usize = 512 << 20;
 /// The name that is asked for in handshakes; who answers is decided by its identity.
 const SERVER_NAME: &str = "istiod.istio-system.svc";
 
@@ -69,6 +72,8 @@ pub struct Seen {
     pub cut: Vec<String>,
     /// Responses of an older revision than what the proxy had.
     pub backward: Vec<String>,
+    /// The endpoints of each cluster: how often any proxy acknowledged some, and when one did last.
+    pub endpoints: BTreeMap<String, (usize, Option<Instant>)>,
     /// Members that may lose their streams.
     dying: BTreeSet<SocketAddr>,
 }
@@ -154,6 +159,12 @@ impl Proxies {
             Ok(())
         })
         .await
+    }
+
+    /// How often any proxy acknowledged endpoints of a cluster, and when one did last.
+    #[must_use]
+    pub fn endpoints(&self, cluster: &str) -> (usize, Option<Instant>) {
+        lock(&self.seen).endpoints.get(cluster).copied().unwrap_or_default()
     }
 
     /// Says that a member is about to be killed, or runs again.
@@ -299,6 +310,14 @@ impl Proxy {
                 // Why nobody takes it any more is told instead of the next response.
                 requests.send(request).await.unwrap_or_default();
             }
+            if response.type_url == ENDPOINTS {
+                let (now, mut seen) = (Instant::now(), lock(&self.seen));
+                for resource in response.resources {
+                    let (count, last) = seen.endpoints.entry(resource.name).or_default();
+                    *count += 1;
+                    *last = Some(now);
+                }
+            }
         }
     }
 
@@ -334,7 +353,8 @@ impl Proxy {
         if let Some(revision) = choice.revision() {
             request.metadata_mut().insert(members::REVISION, revision.into());
         }
-        let mut client = AggregatedDiscoveryServiceClient::new(channel);
+        let mut client =
+            AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
         let (told, responses, _) = client.delta_aggregated_resources(request).await?.into_parts();
         Ok((told, responses, requests))
     }

@@ -7,21 +7,27 @@ use serde_json::{Map, Value, json};
 
 /// A request as a server reads it.
 #[derive(Debug, Clone)]
-pub(crate) struct Request {
-    pub(crate) method: String,
-    pub(crate) path: String,
-    pub(crate) query: BTreeMap<String, String>,
-    pub(crate) token: String,
-    pub(crate) body: Vec<u8>,
+pub struct Request {
+    /// `GET` or `PUT`.
+    pub method: String,
+    /// The path, without its query.
+    pub path: String,
+    /// The query.
+    pub query: BTreeMap<String, String>,
+    /// The ACL token; empty for none.
+    pub token: String,
+    /// What is put.
+    pub body: Vec<u8>,
 }
 
 impl Request {
     /// `GET` of a path with its query.
-    pub(crate) fn get(target: &str) -> Self {
+    pub fn get(target: &str) -> Self {
         Self::new("GET", target, "", Vec::new())
     }
 
-    pub(crate) fn new(method: &str, target: &str, token: &str, body: Vec<u8>) -> Self {
+    /// A request of any kind.
+    pub fn new(method: &str, target: &str, token: &str, body: Vec<u8>) -> Self {
         let (path, query) = target.split_once('?').unwrap_or((target, ""));
         let pairs = query.split('&').filter(|pair| !pair.is_empty());
         let query = pairs.map(|pair| {
@@ -42,12 +48,12 @@ impl Request {
     }
 
     /// The index that is waited for to be passed; none when the answer is to come at once.
-    pub(crate) fn index(&self) -> Option<u64> {
+    pub fn index(&self) -> Option<u64> {
         self.query.get("index")?.parse().ok().filter(|index| *index > 0)
     }
 
     /// How long an answer may be waited for, with the jitter that a server adds at most.
-    pub(crate) fn wait(&self) -> Duration {
+    pub fn wait(&self) -> Duration {
         let told = self.query.get("wait").and_then(|text| span(text)).unwrap_or(Duration::from_secs(300));
         let told = told.min(Duration::from_secs(600));
         told + told / 16
@@ -88,25 +94,38 @@ fn unescape(text: &str) -> String {
 
 /// An answer of a server.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Response {
-    pub(crate) status: u16,
-    pub(crate) headers: BTreeMap<String, String>,
-    pub(crate) body: Vec<u8>,
+pub struct Response {
+    /// Status code.
+    pub status: u16,
+    /// Headers, by their names in lower case.
+    pub headers: BTreeMap<String, String>,
+    /// What is answered.
+    pub body: Vec<u8>,
 }
 
 impl Response {
-    pub(crate) fn error(status: u16, text: &str) -> Self {
+    /// A refusal with its reason.
+    pub fn error(status: u16, text: &str) -> Self {
         Self { status, headers: BTreeMap::new(), body: text.as_bytes().to_vec() }
     }
 
     /// Sets a header, or removes it.
-    pub(crate) fn with(mut self, name: &str, value: Option<&str>) -> Self {
+    pub fn with(mut self, name: &str, value: Option<&str>) -> Self {
         match value {
             Some(value) => self.headers.insert(name.to_owned(), value.to_owned()),
             None => self.headers.remove(name),
         };
         self
     }
+}
+
+/// What a question is about.
+enum Subject<'a> {
+    Services,
+    Datacenters,
+    Leader,
+    Health(&'a str),
+    Node(&'a str),
 }
 
 #[derive(Debug, Clone)]
@@ -131,8 +150,9 @@ struct Check {
 
 /// The catalog of one datacenter.
 #[derive(Debug, Clone)]
-pub(crate) struct Catalog {
-    pub(crate) datacenter: String,
+pub struct Catalog {
+    /// Name of the datacenter.
+    pub datacenter: String,
     index: u64,
     nodes: BTreeMap<String, Node>,
     services: BTreeMap<(String, String), Service>,
@@ -145,11 +165,12 @@ pub(crate) struct Catalog {
     by_name: BTreeMap<String, u64>,
     ids: BTreeMap<String, BTreeSet<(String, String)>>,
     /// Tokens that may do everything; everybody may when it is empty.
-    pub(crate) tokens: BTreeSet<String>,
+    pub tokens: BTreeSet<String>,
 }
 
 impl Catalog {
-    pub(crate) fn new(datacenter: &str) -> Self {
+    /// The catalog of a server that knows only itself.
+    pub fn new(datacenter: &str) -> Self {
         let mut catalog = Self {
             datacenter: datacenter.to_owned(),
             index: 1,
@@ -169,7 +190,7 @@ impl Catalog {
     }
 
     /// What a request changes, if it is one that does.
-    pub(crate) fn change(&mut self, request: &Request) -> Option<Response> {
+    pub fn change(&mut self, request: &Request) -> Option<Response> {
         if request.method != "PUT" {
             return None;
         }
@@ -193,35 +214,51 @@ impl Catalog {
     }
 
     /// The answer to a question as things stand, and the index of what it is about.
-    pub(crate) fn read(&self, request: &Request) -> (Response, u64) {
+    pub fn read(&self, request: &Request) -> (Response, u64) {
+        let (subject, index) = match self.subject(request) {
+            Ok(found) => found,
+            Err(refused) => return (refused, u64::MAX),
+        };
+        let body = match subject {
+            Subject::Services => self.list(),
+            Subject::Datacenters => json!([self.datacenter]),
+            Subject::Leader => json!("127.0.0.1:8300"),
+            Subject::Health(name) => self.health(name, request.flag("passing")),
+            Subject::Node(name) => self.node(name),
+        };
+        (self.found(&body, Some(index)), index)
+    }
+
+    /// The index of what a question is about; the largest when its answer does not wait.
+    pub fn index_of(&self, request: &Request) -> u64 {
+        self.subject(request).map_or(u64::MAX, |(_, index)| index)
+    }
+
+    fn subject<'a>(&self, request: &'a Request) -> Result<(Subject<'a>, u64), Response> {
         if request.flag("stale") && request.flag("consistent") {
-            return (
-                Response::error(400, "Cannot specify ?stale with ?consistent, conflicting semantics."),
-                u64::MAX,
-            );
+            let told = "Cannot specify ?stale with ?consistent, conflicting semantics.";
+            return Err(Response::error(400, told));
         }
         if let Some(refused) = self.refused(request) {
-            return (refused, u64::MAX);
+            return Err(refused);
         }
         if request.query.get("dc").is_some_and(|dc| *dc != self.datacenter) {
-            return (Response::error(500, "No path to datacenter"), u64::MAX);
+            return Err(Response::error(500, "No path to datacenter"));
         }
-        let (body, index) = match request.path.strip_prefix("/v1/") {
-            Some("catalog/services") => (self.list(), self.any_service),
-            Some("catalog/datacenters") => (json!([self.datacenter]), self.index),
-            Some("status/leader") => (json!("127.0.0.1:8300"), self.index),
+        match request.path.strip_prefix("/v1/") {
+            Some("catalog/services") => Ok((Subject::Services, self.any_service)),
+            Some("catalog/datacenters") => Ok((Subject::Datacenters, self.index)),
+            Some("status/leader") => Ok((Subject::Leader, self.index)),
             Some(path) if path.starts_with("health/service/") => {
                 let name = path.trim_start_matches("health/service/");
                 let index = self.by_name.get(name).copied().unwrap_or(self.extinction).max(1);
-                (self.health(name, request.flag("passing")), index)
+                Ok((Subject::Health(name), index))
             }
             Some(path) if path.starts_with("catalog/node-services/") || path.starts_with("catalog/node/") => {
-                let name = path.rsplit('/').next().unwrap_or_default();
-                (self.node(name), self.index)
+                Ok((Subject::Node(path.rsplit('/').next().unwrap_or_default()), self.index))
             }
-            _ => return (Response::error(404, ""), u64::MAX),
-        };
-        (self.found(&body, Some(index)), index)
+            _ => Err(Response::error(404, "")),
+        }
     }
 
     fn refused(&self, request: &Request) -> Option<Response> {
@@ -248,7 +285,7 @@ impl Catalog {
     // ---- changes ------------------------------------------------------------------
 
     /// `PUT /v1/catalog/register`; what is the same changes no index.
-    pub(crate) fn register(&mut self, body: &Value) -> bool {
+    pub fn register(&mut self, body: &Value) -> bool {
         let (Some(name), Some(address)) = (text(body, "Node"), text(body, "Address")) else { return false };
         if name.is_empty() || address.is_empty() && !body["SkipNodeUpdate"].as_bool().unwrap_or(false) {
             return false;
@@ -320,7 +357,7 @@ impl Catalog {
     }
 
     /// `PUT /v1/catalog/deregister`.
-    pub(crate) fn deregister(&mut self, body: &Value) -> bool {
+    pub fn deregister(&mut self, body: &Value) -> bool {
         let Some(node) = text(body, "Node") else { return false };
         let next = self.index + 1;
         let (service, check) = (text(body, "ServiceID"), text(body, "CheckID"));

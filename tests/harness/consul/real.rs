@@ -1,25 +1,30 @@
-//! A real Consul agent, as `tests/run` installs it.
+//! A real Consul server in development mode, as `tests/run` installs it.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 
-use anyhow::Context;
+use crate::program::Program;
+use crate::{PATIENCE, eventually, peers};
 use rcgen::{
     BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
 };
 use registry::source::consul::client::{Client, Credentials, Server, TlsFiles};
-use tests::{PATIENCE, eventually, peers};
 
 /// A server in development mode; it is killed when dropped.
-pub(crate) struct Consul {
-    pub(crate) address: SocketAddr,
-    child: Child,
+#[derive(Debug)]
+pub struct Consul {
+    /// Where it listens.
+    pub address: SocketAddr,
+    _program: Program,
 }
 
 impl Consul {
     /// Starts one on loopback ports of its own, with a data folder of its own.
-    pub(crate) async fn start(folder: &Path) -> anyhow::Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// When it does not start.
+    pub async fn start(folder: &Path) -> anyhow::Result<Self> {
         let [http, ..] = ports()?;
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, http));
         Self::launch(
@@ -32,7 +37,11 @@ impl Consul {
     }
 
     /// Starts one that speaks TLS with clients that show a certificate, and denies everything without a token.
-    pub(crate) async fn secured(folder: &Path) -> anyhow::Result<(Self, Secured)> {
+    ///
+    /// # Errors
+    ///
+    /// When it does not start.
+    pub async fn secured(folder: &Path) -> anyhow::Result<(Self, Secured)> {
         let secured = Secured::new(folder)?;
         let [https, ..] = ports()?;
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, https));
@@ -55,7 +64,6 @@ impl Consul {
     ) -> anyhow::Result<Self> {
         let program = peers::find("consul/consul")?;
         let [server, lan, wan, ..] = ports()?;
-        let log = std::fs::File::create(folder.join("consul.out"))?;
         let config = folder.join("consul.json");
         for (name, port) in [("server", server), ("serf_lan", lan), ("serf_wan", wan)] {
             settings["ports"][name] = port.into();
@@ -63,23 +71,11 @@ impl Consul {
         settings["ports"]["dns"] = (-1).into();
         settings["ports"]["grpc"] = (-1).into();
         std::fs::write(&config, settings.to_string())?;
-        let child = Command::new(program)
-            .args([
-                "agent",
-                "-dev",
-                "-bind=127.0.0.1",
-                "-client=127.0.0.1",
-                "-log-level=warn",
-                "-node=server-1",
-            ])
-            .arg(format!("-config-file={}", config.display()))
-            .current_dir(folder)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("consul does not start")?;
-        let consul = Self { address, child };
+        let args =
+            ["agent", "-dev", "-bind=127.0.0.1", "-client=127.0.0.1", "-log-level=warn", "-node=server-1"];
+        let mut args = args.map(str::to_owned).to_vec();
+        args.push(format!("-config-file={}", config.display()));
+        let consul = Self { address, _program: Program::start(&program, folder, "consul", &args)? };
         eventually(PATIENCE, "consul has a leader and is in its own catalog", || async {
             let answer = client.get(0, "/v1/catalog/services").await?;
             let listed = String::from_utf8_lossy(&answer.body).contains("\"consul\"");
@@ -92,16 +88,23 @@ impl Consul {
 }
 
 /// What a client of a secured server needs.
-pub(crate) struct Secured {
-    pub(crate) token: std::path::PathBuf,
-    pub(crate) tls: TlsFiles,
+#[derive(Debug)]
+pub struct Secured {
+    /// File with the token that may do everything.
+    pub token: std::path::PathBuf,
+    /// Authority, certificate and key.
+    pub tls: TlsFiles,
 }
 
 impl Secured {
-    const TOKEN: &str = "b1gs33cr3t-1111-2222-3333-444444444444";
+    pub(super) const TOKEN: &str = "b1gs33cr3t-1111-2222-3333-444444444444";
 
     /// A new authority, and one certificate for servers and clients.
-    fn new(folder: &Path) -> anyhow::Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// When the files cannot be written.
+    pub fn new(folder: &Path) -> anyhow::Result<Self> {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
@@ -109,8 +112,8 @@ impl Secured {
         let root = params.self_signed(&key)?;
         let issuer = Issuer::new(params, key);
         let key = KeyPair::generate()?;
-        let mut params =
-            CertificateParams::new(vec!["server.dc1.consul".to_owned(), "localhost".to_owned()])?;
+        let names = ["server.dc1.consul", "server.dc2.consul", "localhost"];
+        let mut params = CertificateParams::new(names.map(str::to_owned).to_vec())?;
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         let leaf = params.signed_by(&key, &issuer)?;
@@ -127,7 +130,11 @@ impl Secured {
     }
 
     /// A client of the server, over HTTP/2.
-    pub(crate) fn client(&self, address: SocketAddr) -> anyhow::Result<Client> {
+    ///
+    /// # Errors
+    ///
+    /// When the files cannot be read.
+    pub fn client(&self, address: SocketAddr) -> anyhow::Result<Client> {
         let server = Server { host: address.ip().to_string(), port: address.port() };
         let credentials =
             Credentials::read(Some(&self.token), Some(&self.tls)).map_err(anyhow::Error::msg)?;
@@ -135,15 +142,12 @@ impl Secured {
     }
 }
 
-impl Drop for Consul {
-    fn drop(&mut self) {
-        self.child.kill().unwrap_or_default();
-        self.child.wait().map(|_| ()).unwrap_or_default();
-    }
-}
-
 /// A client of one server.
-pub(crate) fn client(address: SocketAddr, token: &str) -> anyhow::Result<Client> {
+///
+/// # Errors
+///
+/// When the token is none.
+pub fn client(address: SocketAddr, token: &str) -> anyhow::Result<Client> {
     let server = Server { host: address.ip().to_string(), port: address.port() };
     Client::new(&[server], None, &Credentials::token(token)).map_err(anyhow::Error::msg)
 }
