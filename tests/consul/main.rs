@@ -9,4 +9,5 @@ mod export_world;
 mod instances;
 mod matrix;
 mod scale;
+mod split;
 mod world;

@@ -2,6 +2,7 @@
 //! routes. Needs root; without, it says so.
 
 mod captured;
+mod consul;
 mod dns;
 mod five;
 mod machines;
