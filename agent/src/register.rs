@@ -24,7 +24,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 const LONGEST_LOOK: Duration = Duration::from_millis(250);
 
 /// How long a registration lives without a sign of life, when the control plane does not say.
-const USUAL_LEASE: Duration = Duration::from_secs(60);
+const USUAL_LEASE: Duration = Duration::from_secs(30);
 /// A shorter lease is not kept up.
 const SHORTEST_LEASE: Duration = Duration::from_millis(300);
 

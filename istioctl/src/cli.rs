@@ -91,8 +91,8 @@ pub(crate) enum Command {
     ProxyConfig(ProxyConfig),
     /// Show the services of the mesh
     Services,
-    /// Show the workloads of the mesh
-    Workloads,
+    /// Show the workloads of the mesh, and whether their agents are heard
+    Workloads(Workloads),
     /// Tokens with which workloads join
     #[command(subcommand)]
     Token(Token),
@@ -273,6 +273,36 @@ pub(crate) struct Bootstrap {
     /// Envoy's admin port
     #[arg(long, default_value_t = 15000)]
     pub(crate) admin_port: u16,
+}
+
+/// Flags of `workloads`.
+#[derive(Debug, Args)]
+pub(crate) struct Workloads {
+    /// What to do, instead of showing them
+    #[command(subcommand)]
+    pub(crate) command: Option<WorkloadsCommand>,
+}
+
+/// What to do with workloads.
+#[derive(Debug, Subcommand)]
+pub(crate) enum WorkloadsCommand {
+    /// Give up workloads that are held as unknown since many agents were lost at the same time
+    Release(Release),
+}
+
+/// Flags of `workloads release`.
+#[derive(Debug, Args)]
+#[group(id = "which", required = true, multiple = true)]
+pub(crate) struct Release {
+    /// The workload of this name
+    #[arg(requires = "namespace", conflicts_with = "all")]
+    pub(crate) name: Option<String>,
+    /// Those of this namespace
+    #[arg(long, short, conflicts_with = "all")]
+    pub(crate) namespace: Option<String>,
+    /// Those of all namespaces
+    #[arg(long)]
+    pub(crate) all: bool,
 }
 
 /// Join tokens.

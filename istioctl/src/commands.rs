@@ -33,7 +33,7 @@ pub(crate) async fn run(client: &Client, output: Output, command: Command) -> an
         Command::ProxyStatus => proxy::status(client, output).await,
         Command::ProxyConfig(args) => proxy::config(client, output, &args).await,
         Command::Services => mesh::services(client, output).await,
-        Command::Workloads => mesh::workloads(client, output).await,
+        Command::Workloads(args) => mesh::workloads(client, output, &args).await,
         Command::Auth(args) => auth::auth(client, output, &args).await,
         Command::Token(args) => mesh::token(client, output, &args).await,
         Command::Nodes(args) => nodes::run(client, output, &args).await,

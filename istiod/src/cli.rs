@@ -87,7 +87,7 @@ struct DevArgs {
     #[arg(long, default_value_t = 7 * 24 * 3600)]
     dormancy: u64,
     /// Seconds without a sign of life after which a workload is sent no traffic
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, default_value_t = 30)]
     lease: u64,
     /// YAML file with the `sources` of the settings, and nothing else
     #[arg(long)]

@@ -14,7 +14,7 @@
 //! push: {debounceQuiet: 10ms, debounceLongest: 1s, workers: 2}
 //! raft: {electionTimeout: 800ms, heartbeat: 200ms, snapshotEntries: 50000, snapshotBytes: 67108864, answerWithin: 5s,
 //!        slowSync: 1s, slowSyncFor: 10s, leastFreeBytes: 67108864}
-//! workloads: {lease: 60s, removeAfter: 10m}
+//! workloads: {lease: 30s, removeAfter: 10m, massLossShare: 20, massLossWindow: 60s, massLossLeast: 3, massLossHold: 24h}
 //! sources: {files: [/etc/istio/mesh]}
 //! log: {level: info, format: text}
 //! ```
@@ -22,6 +22,7 @@
 pub mod consul;
 mod reader;
 mod reference;
+mod silence;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -31,6 +32,7 @@ use std::time::Duration;
 use ca::authority::Lifetimes;
 use ca::dormancy::{DEFAULT_DORMANCY, LONGEST_DORMANCY};
 use ca::identity::TrustDomain;
+use registry::lease::Terms;
 use xds::debounce::Limits;
 
 use self::reader::{Reader, address, answer, host_port, name, span, whole};
@@ -84,7 +86,7 @@ pub struct Config {
     /// How the log of changes behaves.
     pub consensus: Consensus,
     /// What becomes of workloads whose agents are silent.
-    pub silence: Silence,
+    pub silence: Terms,
     /// Folders of Istio's objects that are watched.
     pub folders: Vec<PathBuf>,
     /// A Consul cluster whose services are followed.
@@ -93,21 +95,6 @@ pub struct Config {
     pub log_level: String,
     /// Logs are JSON.
     pub log_json: bool,
-}
-
-/// What becomes of workloads whose agents are silent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Silence {
-    /// A workload whose agent was not heard for so long is sent no traffic.
-    pub lease: Duration,
-    /// After this time more it is removed.
-    pub remove_after: Duration,
-}
-
-impl Default for Silence {
-    fn default() -> Self {
-        Self { lease: Duration::from_secs(60), remove_after: Duration::from_secs(600) }
-    }
 }
 
 /// How the log of changes behaves.
@@ -272,7 +259,7 @@ impl Config {
             debounce: Limits::default(),
             push_workers: 0,
             consensus: Consensus::default(),
-            silence: Silence::default(),
+            silence: silence::DEFAULT,
             folders: Vec::new(),
             consul: None,
             log_level: "info".to_owned(),
@@ -378,11 +365,7 @@ fn taken(reader: &mut Reader) -> Config {
             usize::try_from(whole(text, 0)?).map_err(|error| error.to_string())
         }),
         consensus: consensus(reader, base.consensus),
-        silence: Silence {
-            lease: reader.take("workloads.lease", base.silence.lease, |text| span(text, second)),
-            remove_after: reader
-                .take("workloads.removeAfter", base.silence.remove_after, |text| span(text, second)),
-        },
+        silence: silence::taken(reader, base.silence),
         folders: reader.take_list("sources.files", |text| Ok(text.into())),
         consul: consul::taken(reader),
         log_level: reader.take("log.level", base.log_level, level),
@@ -457,6 +440,7 @@ fn check(reader: &mut Reader, config: &Config) {
             format!("must be at most a third of raft.electionTimeout: {beat} is too long for {timeout}");
         reader.wrong("raft.heartbeat", message);
     }
+    silence::check(reader, &config.silence);
     if config.xds.ip().is_unspecified() && !reader.has("xds.advertise") {
         let message = format!(
             "is required with xds.address {}: join tokens tell agents where to call, for example istiod.example.com:15012",
@@ -525,8 +509,7 @@ impl fmt::Display for Config {
         writeln!(f, "  answerWithin: {}", Span(raft.answer_within))?;
         writeln!(f, "  slowSync: {}\n  slowSyncFor: {}", Span(raft.slow_sync), Span(raft.slow_sync_for))?;
         writeln!(f, "  leastFreeBytes: {}", raft.least_free_bytes)?;
-        let Silence { lease, remove_after } = self.silence;
-        writeln!(f, "workloads:\n  lease: {}\n  removeAfter: {}", Span(lease), Span(remove_after))?;
+        silence::write(f, &self.silence)?;
         if !self.folders.is_empty() || self.consul.is_some() {
             let folders: serde_json::Value = self.folders.iter().map(|folder| path(folder)).collect();
             writeln!(f, "sources:\n  files: {folders}")?;

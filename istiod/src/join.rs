@@ -17,7 +17,7 @@ use registry::config::{Kind, Object};
 use registry::model::workload::WorkloadGroup;
 use registry::snapshot::Snapshot;
 use registry::source::vm::{self, Join};
-use registry::state::{Batch, Command as Change, CommandOutcome, Registration, WorkloadKey};
+use registry::state::{Batch, Command as Change, CommandOutcome, Presence, Registration, WorkloadKey};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -285,7 +285,7 @@ impl WorkloadService for Joining {
                 "the workload `{name}` is registered by another service account"
             )));
         }
-        self.liveness.hold(key, join.session);
+        self.liveness.heard(&key, &join.session);
         let lease = u64::try_from(self.liveness.term().as_millis()).unwrap_or(u64::MAX);
         Ok(Response::new(RegisterResponse { revision, name, lease_milliseconds: lease }))
     }
@@ -307,7 +307,7 @@ impl WorkloadService for Joining {
             return Err(fenced());
         }
         self.liveness.heard(&key, &session);
-        if registered.healthy == healthy {
+        if registered.healthy == healthy && registered.presence == Presence::Heard {
             // Nothing changes: a sign of life is remembered here and nowhere else.
             return Ok(Response::new(HealthResponse { revision }));
         }

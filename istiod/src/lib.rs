@@ -80,7 +80,10 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> anyhow::Result<
     let mut metrics = Registry::default();
     let counted = raft::metrics::Metrics::registered(&mut metrics);
     let status = Status::new(xds::status::Metrics::register(&mut metrics));
-    let followed = sources::Metrics::registered(&mut metrics);
+    let followed = Followed {
+        sources: sources::Metrics::registered(&mut metrics),
+        liveness: liveness::Metrics::registered(&mut metrics),
+    };
 
     // From the first moment on it can be asked how far it is.
     let (ready, readiness) = watch::channel(Readiness::Not("its log is being read"));
@@ -108,6 +111,12 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> anyhow::Result<
     }
 }
 
+/// What is told of what this member follows.
+struct Followed {
+    sources: sources::Metrics,
+    liveness: liveness::Metrics,
+}
+
 /// What every part of a running member is given.
 #[derive(Clone, Copy)]
 struct Member<'a> {
@@ -127,7 +136,7 @@ impl Member<'_> {
         self,
         Running { started, seat }: Running,
         status: Status,
-        followed: &sources::Metrics,
+        followed: &Followed,
     ) -> anyhow::Result<RaftThread> {
         let Self { config, clock, tasks, stop, ready } = self;
         let serves = seat.as_ref().map(|seat| seat.serving.clone()).unwrap_or_default();
@@ -143,11 +152,11 @@ impl Member<'_> {
             return Ok(started.thread);
         };
         let connected = peers.as_ref().map(|peers| peers.connected.clone());
-        let liveness = Liveness::new(config.silence, &started.raft.view().await?.registry);
+        let liveness = Liveness::new(config.silence, followed.liveness.clone());
         let watched =
             liveness.clone().watch(started.raft.clone(), connected.clone(), clock.clone(), stop.clone());
         tasks.spawn(watched);
-        upkeep::start(config, &started, followed, clock, tasks, stop);
+        upkeep::start(config, &started, &followed.sources, clock, tasks, stop);
 
         // Snapshots to proxies.
         let Started { raft, updates, snapshots, access, revoked, thread, .. } = started;

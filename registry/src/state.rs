@@ -19,7 +19,9 @@ use std::sync::Arc;
 use serde_json::Value;
 
 pub use self::changes::{Changes, CommandOutcome, ObjectOutcome, ObjectResult, Outcome};
-pub use self::command::{Batch, Command, Delete, ObjectKey, Put, Registration, Revision, WorkloadKey};
+pub use self::command::{
+    Batch, Command, Delete, ObjectKey, Presence, Put, Registration, Revision, WorkloadKey,
+};
 use self::history::History;
 pub use self::past::{Past, PastError};
 pub use self::stored::StoredCommand;

@@ -13,7 +13,8 @@ use registry::model::service::{Health, SourceId, TlsMode};
 use registry::snapshot::Snapshot;
 use registry::state::history;
 use registry::state::{
-    Batch, Command, CommandOutcome, DecodeError, Delete, ObjectResult, Put, Revision, State, StoredCommand,
+    Batch, Command, CommandOutcome, DecodeError, Delete, ObjectResult, Presence, Put, Revision, State,
+    StoredCommand,
 };
 use serde_json::json;
 use support::{Mesh, delete, endpoint, key, object, put, registration, service, workload_key};
@@ -329,4 +330,36 @@ fn identities_are_of_the_domain_that_the_authority_issues() {
     changed.mesh = true;
     assert_eq!(Snapshot::next(&snapshot, &state, &changed).trust_domain(), "mesh.example");
     assert_eq!(Snapshot::build(&state).trust_domain(), "cluster.local");
+}
+
+#[test]
+fn a_lost_agent_takes_its_workload_out_and_one_that_is_held_does_not() {
+    let mut mesh = Mesh::default().with(vec![entry("a/one", &["x.com"])]);
+    let registration = Arc::new(registration("a/w", "10.0.0.1", "app=p", "s1"));
+    mesh.apply(vec![Command::RegisterWorkload { registration }]);
+    let presence = |presence| {
+        vec![Command::WorkloadPresence { key: workload_key("a/w"), session: "s1".into(), presence }]
+    };
+    let healths = |mesh: &Mesh| mesh.snapshot.endpoints("x.com")[0].health;
+    for (next, pushed, health) in [
+        (Presence::Unknown, false, Health::Healthy),
+        (Presence::Silent, true, Health::Unhealthy),
+        (Presence::Unknown, true, Health::Healthy),
+        (Presence::Released, true, Health::Unhealthy),
+    ] {
+        let (changes, _) = mesh.apply(presence(next));
+        assert_eq!((changes.hosts.contains("x.com"), healths(&mesh)), (pushed, health), "{next:?}");
+        assert!(mesh.apply(presence(next)).0.is_empty(), "{next:?} again");
+    }
+    let old = Command::WorkloadPresence {
+        key: workload_key("a/w"),
+        session: "s0".into(),
+        presence: Presence::Heard,
+    };
+    assert_eq!(mesh.apply(vec![old]).1.commands, [CommandOutcome::Fenced]);
+    let heard = Command::WorkloadHealth { key: workload_key("a/w"), session: "s1".into(), healthy: true };
+    mesh.apply(vec![heard]);
+    assert_eq!(healths(&mesh), Health::Healthy);
+    let registered = mesh.state.workload(&workload_key("a/w")).unwrap();
+    assert_eq!((registered.presence, registered.lost_ms), (Presence::Heard, 0));
 }

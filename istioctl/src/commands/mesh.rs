@@ -2,10 +2,12 @@
 
 use std::process::ExitCode;
 
-use istiod::api::types::{ServiceRow, TokenCreated, TokenRequest, TokenRow, Version, WorkloadRow};
+use istiod::api::types::{
+    ReleaseRequest, Released, ServiceRow, TokenCreated, TokenRequest, TokenRow, Version, WorkloadRow,
+};
 use serde::Serialize;
 
-use crate::cli::{Output, Token};
+use crate::cli::{Output, Release, Token, Workloads, WorkloadsCommand};
 use crate::client::{Client, segment};
 use crate::output::{Rows, data, note, print};
 
@@ -34,11 +36,14 @@ pub(super) async fn services(client: &Client, output: Output) -> anyhow::Result<
     Ok(ExitCode::SUCCESS)
 }
 
-/// Shows workloads.
-pub(super) async fn workloads(client: &Client, output: Output) -> anyhow::Result<ExitCode> {
+/// Shows workloads, or gives some up.
+pub(super) async fn workloads(client: &Client, output: Output, args: &Workloads) -> anyhow::Result<ExitCode> {
+    if let Some(WorkloadsCommand::Release(args)) = &args.command {
+        return release(client, output, args).await;
+    }
     let workloads: Vec<WorkloadRow> = client.rows("/workloads").await?;
     print(output, &workloads, |wide| {
-        let mut header = vec!["name", "namespace", "address", "service account", "health", "source"];
+        let mut header = vec!["name", "namespace", "address", "service account", "health", "source", "agent"];
         header.extend(wide.then_some("labels"));
         let mut rows = Rows::new(header);
         for workload in &workloads {
@@ -49,6 +54,7 @@ pub(super) async fn workloads(client: &Client, output: Output) -> anyhow::Result
                 workload.service_account.clone(),
                 workload.health.clone(),
                 workload.source.clone(),
+                agent(workload),
             ];
             if wide {
                 row.push(
@@ -57,6 +63,27 @@ pub(super) async fn workloads(client: &Client, output: Output) -> anyhow::Result
             }
             rows.push(row);
         }
+        rows
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Whether the agent is heard, and since when it is not.
+fn agent(workload: &WorkloadRow) -> String {
+    if workload.agent_since.is_empty() {
+        workload.agent.clone()
+    } else {
+        format!("{} since {}", workload.agent, workload.agent_since)
+    }
+}
+
+/// Gives up workloads that are held as unknown.
+async fn release(client: &Client, output: Output, args: &Release) -> anyhow::Result<ExitCode> {
+    let request = ReleaseRequest { namespace: args.namespace.clone(), name: args.name.clone() };
+    let released: Released = client.post("/workloads/release", &request).await?;
+    print(output, &released, |_| {
+        let mut rows = Rows::new(["released"]);
+        released.workloads.iter().for_each(|workload| rows.push([workload.clone()]));
         rows
     })?;
     Ok(ExitCode::SUCCESS)

@@ -1,5 +1,5 @@
-//! What happened lately, as an operator would tell it: changes of configuration, proxies that come, go and refuse, and
-//! changes of the leader.
+//! What happened lately, as an operator would tell it: changes of configuration, proxies that come, go and refuse,
+//! agents that are lost and found, and changes of the leader.
 //!
 //! Kept by each member for itself, bounded, and gone with it; the durable records are the history and the audit log.
 //! [`Observer`] is pure: it is shown the state from time to time and tells what is different.
@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use ca::renewal::Clock;
 use registry::snapshot::Snapshot;
+use registry::state::{Presence, WorkloadKey};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -24,6 +25,9 @@ const MOST: usize = 10_000;
 
 /// Events of one page unless the caller says otherwise.
 const PAGE: u32 = 1000;
+
+/// When more workloads of a namespace than this are told the same of, they are told of together.
+const SINGLY: usize = 20;
 
 /// How often the state is looked at.
 const LOOK: Duration = Duration::from_millis(500);
@@ -85,16 +89,20 @@ pub struct Observer {
     proxies: BTreeMap<String, Seen>,
     leader: Option<(u64, Option<u64>)>,
     revision: u64,
+    /// The workloads whose agents are not heard.
+    lost: BTreeMap<WorkloadKey, Presence>,
 }
 
 impl Observer {
     /// An observer for whom everything up to a snapshot is old.
     fn starting_at(snapshot: &Snapshot) -> Self {
-        Self { revision: snapshot.revision().0, ..Self::default() }
+        Self { revision: snapshot.revision().0, lost: lost(snapshot), ..Self::default() }
     }
 
     fn look(&mut self, snapshot: &Snapshot, proxies: &[ProxyStatus], raft: &RaftStatus) -> Vec<Told> {
-        let mut told = self.configuration(snapshot);
+        let mut told =
+            if snapshot.revision().0 == self.revision { Vec::new() } else { self.agents(snapshot) };
+        told.extend(self.configuration(snapshot));
         told.extend(self.leader((raft.term, raft.leader)));
         let refusals = |p: &ProxyStatus| p.rejections().map(|nack| nack.message.clone()).collect();
         let now = proxies.iter().map(|p| (p.proxy.id.clone(), (p.proxy.namespace.clone(), refusals(p))));
@@ -123,6 +131,39 @@ impl Observer {
             }
         });
         tell.collect()
+    }
+
+    fn agents(&mut self, snapshot: &Snapshot) -> Vec<Told> {
+        let now = lost(snapshot);
+        let before = std::mem::replace(&mut self.lost, now);
+        let came = before.keys().filter(|key| !self.lost.contains_key(*key)).map(|key| {
+            let back = snapshot.workload(key).is_some_and(|workload| workload.registration.is_some());
+            (key, if back { "the agent is heard again" } else { "the workload is removed" })
+        });
+        let went = self.lost.iter().filter(|(key, presence)| before.get(*key) != Some(*presence));
+        let went = went.map(|(key, presence)| match presence {
+            Presence::Heard | Presence::Silent => {
+                (key, "the agent is silent: no traffic is sent to the workload")
+            }
+            Presence::Unknown => (key, "the agent was lost with many others: the workload is held as it was"),
+            Presence::Released => (key, "the agent was given up: no traffic is sent to the workload"),
+        });
+        let mut same: BTreeMap<(&str, &str), Vec<&WorkloadKey>> = BTreeMap::new();
+        for (key, message) in came.chain(went) {
+            same.entry((message, key.namespace.as_str())).or_default().push(key);
+        }
+        let mut told = Vec::new();
+        for ((message, namespace), keys) in same {
+            let mut tell = |about: String, message: String| {
+                told.push(Told { kind: EventKind::Agent, namespace: namespace.to_owned(), about, message });
+            };
+            if keys.len() > SINGLY {
+                tell(String::new(), format!("of {} workloads: {message}", keys.len()));
+            } else {
+                keys.iter().for_each(|key| tell(key.to_string(), message.to_owned()));
+            }
+        }
+        told
     }
 
     fn leader(&mut self, now: (u64, Option<u64>)) -> Option<Told> {
@@ -161,6 +202,14 @@ impl Observer {
         }
         told
     }
+}
+
+/// The workloads whose agents are not heard.
+fn lost(snapshot: &Snapshot) -> BTreeMap<WorkloadKey, Presence> {
+    let registered =
+        snapshot.workloads().filter_map(|workload| Some((workload, workload.registration.as_ref()?)));
+    let lost = registered.filter(|(_, registration)| registration.presence != Presence::Heard);
+    lost.map(|(workload, registration)| (workload.key.clone(), registration.presence)).collect()
 }
 
 /// Watches the member until `stop`.
@@ -204,6 +253,11 @@ impl Api {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
+    use registry::source::vm::{self, Join};
+    use registry::state::{Batch, Command, Revision, State};
+
     use super::*;
 
     fn seen(refused: &[&str]) -> Seen {
@@ -225,6 +279,62 @@ mod tests {
         assert_eq!(look(&[("a", seen(&["bad"])), ("b", seen(&[]))]), ["a refused: bad", "b connected"]);
         assert!(look(&[("a", seen(&["bad"])), ("b", seen(&[]))]).is_empty());
         assert_eq!(look(&[("a", seen(&[]))]), ["b disconnected"]);
+    }
+
+    #[test]
+    fn agents_are_lost_and_found_one_by_one_or_many_together() {
+        let mut state = State::default();
+        let mut revision = 0;
+        let mut commit = |state: &mut State, commands: Vec<Command>| {
+            revision += 1;
+            let batch = Batch { time_ms: 0, author: String::new(), commands };
+            state.apply(Revision(revision), &batch);
+            Snapshot::build(state)
+        };
+        let many = SINGLY + 1;
+        let keys: Vec<WorkloadKey> = (0..many)
+            .map(|n| WorkloadKey { namespace: "shop".to_owned(), name: format!("w{n}-10.0.0.{n}") })
+            .collect();
+        let register = |n: usize| {
+            let join = Join {
+                namespace: "shop".to_owned(),
+                service_account: "pay".to_owned(),
+                workload: format!("w{n}"),
+                address: IpAddr::from([10, 0, 0, u8::try_from(n).unwrap()]),
+                ports: [].into(),
+                labels: [].into(),
+                network: String::new(),
+                locality: String::new(),
+                cluster: String::new(),
+                instance: String::new(),
+                session: "s".to_owned(),
+                lease: Duration::ZERO,
+            };
+            Command::RegisterWorkload { registration: Arc::new(vm::register(None, &join).unwrap()) }
+        };
+        let presence = |key: &WorkloadKey, presence| Command::WorkloadPresence {
+            key: key.clone(),
+            session: "s".to_owned(),
+            presence,
+        };
+        let snapshot = commit(&mut state, (0..many).map(register).collect());
+        let mut observer = Observer::starting_at(&snapshot);
+        let silent = commit(&mut state, vec![presence(&keys[0], Presence::Silent)]);
+        let silence = "the agent is silent: no traffic is sent to the workload";
+        assert_eq!(words(&observer.agents(&silent)), [format!("{} {silence}", keys[0])]);
+        assert!(observer.agents(&silent).is_empty(), "told once");
+        let all = keys.iter().map(|key| presence(key, Presence::Unknown)).collect();
+        let held = observer.agents(&commit(&mut state, all));
+        let words_of_all =
+            "of 21 workloads: the agent was lost with many others: the workload is held as it was";
+        assert_eq!(words(&held), [format!(" {words_of_all}")]);
+        assert_eq!((held[0].kind, held[0].namespace.as_str()), (EventKind::Agent, "shop"));
+        let mut last: Vec<Command> = keys.iter().map(|key| presence(key, Presence::Heard)).collect();
+        last.push(Command::RemoveWorkload { key: keys[0].clone(), session: "s".to_owned() });
+        let told = words(&observer.agents(&commit(&mut state, last)));
+        assert_eq!(told.len(), 21);
+        assert!(told.contains(&format!("{} the workload is removed", keys[0])), "{told:?}");
+        assert!(told.contains(&format!("{} the agent is heard again", keys[1])), "{told:?}");
     }
 
     #[test]

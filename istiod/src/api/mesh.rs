@@ -1,18 +1,22 @@
 //! The mesh as it is: services, workloads, proxies and members.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use ca::identity::TrustDomain;
 use registry::snapshot::Snapshot;
+use registry::state::{Batch, Command as Change, Presence, Registration, WorkloadKey};
 use serde_json::Value;
 use tokio::time::Instant;
 
 use super::page::{After, Wanted, key_of};
 use super::served::Given;
 use super::types::{
-    HistoryEntry, Page, ProxyRow, Revisions, Rows, ServiceRow, Version, WaitReport, WorkloadRow,
+    HistoryEntry, Page, ProxyRow, ReleaseRequest, Released, Revisions, Rows, ServiceRow, Version, WaitReport,
+    WorkloadRow,
 };
 use super::{Api, ApiError, Caller, LONGEST_WAIT, aside, view};
+use crate::raft::Command;
 use crate::raft::wire::look_request::At;
 use crate::raft::wire::{AllProxies, GivenTo, LookRequest};
 
@@ -121,6 +125,38 @@ impl Api {
             wanted.page(snapshot.revision().0, workloads, key, |w| view::workload_row(w))
         })
         .await
+    }
+
+    /// Gives up workloads of the caller's namespaces that are held as unknown: from now on their agents are silent.
+    ///
+    /// # Errors
+    ///
+    /// [`ApiError::NotFound`] when no workload that is meant is held; when the log cannot be written.
+    pub async fn release(&self, caller: &Caller, request: &ReleaseRequest) -> Result<Released, ApiError> {
+        if let Some(namespace) = &request.namespace {
+            caller.must_cover(namespace)?;
+        }
+        self.raft.read_index().await?;
+        let view = self.view().await?;
+        let meant = |key: &WorkloadKey| {
+            caller.covers(&key.namespace)
+                && request.namespace.as_ref().is_none_or(|namespace| *namespace == key.namespace)
+                && request.name.as_ref().is_none_or(|name| *name == key.name)
+        };
+        let held = view.registry.workloads().filter(|(_, workload)| workload.presence == Presence::Unknown);
+        let release = |(key, workload): (&WorkloadKey, &Arc<Registration>)| {
+            let (key, session) = (key.clone(), workload.session.clone());
+            (key.to_string(), Change::WorkloadPresence { key, session, presence: Presence::Released })
+        };
+        let (workloads, commands): (Vec<String>, Vec<Change>) =
+            held.filter(|(key, _)| meant(key)).map(release).unzip();
+        drop(view);
+        if commands.is_empty() {
+            return Err(ApiError::NotFound("no such workload is held as unknown".to_owned()));
+        }
+        let batch = Batch { time_ms: self.time_ms(), author: caller.name.clone(), commands };
+        let (revision, _) = self.propose(caller, "release workloads", &Command::Registry(batch)).await?;
+        Ok(Released { workloads, revision: revision.0 })
     }
 
     /// Rows of a snapshot, in pages.

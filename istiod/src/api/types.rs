@@ -264,6 +264,33 @@ pub struct WorkloadRow {
     pub health: String,
     /// Registered by an agent or declared.
     pub source: String,
+    /// Whether its agent is `heard`; `silent`, so that it is sent no traffic; `unknown`, lost with many others and held
+    /// as it was; or `released`, held no longer. Empty when it has none.
+    pub agent: String,
+    /// Since when its agent is not heard, or was given up, as RFC 3339 time; empty when it is heard.
+    pub agent_since: String,
+}
+
+/// Body of `POST /api/v1/workloads/release`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ReleaseRequest {
+    /// Those of this namespace; all when none is said.
+    #[serde(default)]
+    pub namespace: Option<String>,
+    /// The workload of this name; all when none is said.
+    #[serde(default)]
+    pub name: Option<String>,
+}
+
+/// Answer of `POST /api/v1/workloads/release`.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Released {
+    /// `namespace/name` of the workloads that are not held any more.
+    pub workloads: Vec<String>,
+    /// Revision of the mesh that has it so.
+    pub revision: u64,
 }
 
 /// Body of `POST /api/v1/tokens`.
@@ -431,6 +458,8 @@ pub enum EventKind {
     Proxy,
     /// Who leads.
     Leader,
+    /// The agent of a workload, or those of many.
+    Agent,
 }
 
 /// Something that happened on a member.

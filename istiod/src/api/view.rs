@@ -5,6 +5,7 @@ use registry::merge::Workload;
 use registry::model::service::{Health, Protocol, Service, SourceId};
 use registry::snapshot::Snapshot;
 use registry::state::history::Entry;
+use registry::state::{Presence, Registration};
 use serde_json::{Map, Value};
 use wire::json::{JsonError, any_to_json};
 use xds::resources::{Resources, Type};
@@ -199,6 +200,26 @@ pub(super) fn workload_row(workload: &Workload) -> WorkloadRow {
         labels: workload.labels.clone(),
         health: format!("{:?}", workload.health),
         source: if workload.registration.is_some() { "agent" } else { "config" }.to_owned(),
+        agent: workload.registration.as_ref().map_or("", |r| presence(r.presence)).to_owned(),
+        agent_since: workload.registration.as_ref().map_or_else(String::new, |r| agent_since(r)),
+    }
+}
+
+fn presence(presence: Presence) -> &'static str {
+    match presence {
+        Presence::Heard => "heard",
+        Presence::Silent => "silent",
+        Presence::Unknown => "unknown",
+        Presence::Released => "released",
+    }
+}
+
+fn agent_since(registration: &Registration) -> String {
+    match registration.presence {
+        Presence::Heard => String::new(),
+        Presence::Silent | Presence::Unknown | Presence::Released => {
+            rfc3339(u64::try_from(registration.lost_ms / 1000).unwrap_or(0))
+        }
     }
 }
 

@@ -64,8 +64,24 @@ pub const SETTINGS: &[Setting] = &[
     setting("raft.slowSync", "1s", "a disk is slow whose every sync takes at least this long"),
     setting("raft.slowSyncFor", "10s", "a leader whose disk was slow for so long hands leadership over"),
     setting("raft.leastFreeBytes", "67108864", "with less free on its disk a leader takes no writes"),
-    setting("workloads.lease", "60s", "a workload whose agent is silent for this long is sent no traffic"),
+    setting("workloads.lease", "30s", "a workload whose agent is silent for this long is sent no traffic"),
     setting("workloads.removeAfter", "10m", "after this time more a silent workload is removed"),
+    setting(
+        "workloads.massLossShare",
+        "20",
+        "when more than so many percent of the agents of a group, or of the mesh, are lost at the same time, their workloads are held as unknown; 100: never",
+    ),
+    setting(
+        "workloads.massLossWindow",
+        "60s",
+        "agents lost within this time, or within workloads.lease if that is longer, are lost at the same time",
+    ),
+    setting("workloads.massLossLeast", "3", "fewer lost agents are never held"),
+    setting(
+        "workloads.massLossHold",
+        "24h",
+        "what is held for so long is given up, and is silent from then on",
+    ),
     setting("sources.files", "", "folders with files of Istio's objects that are watched, a list"),
     setting(
         "sources.consul.addresses",

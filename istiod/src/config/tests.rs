@@ -1,3 +1,5 @@
+use registry::lease::MassLoss;
+
 use super::*;
 
 #[track_caller]
@@ -60,7 +62,9 @@ fn the_settings_in_force_are_a_file_that_gives_them() {
     config.log_level = "info,xds=debug".to_owned();
     config.log_json = true;
     config.admin_names = vec!["mesh.example.org".to_owned(), "10.0.0.1".to_owned()];
-    config.silence = Silence { lease: Duration::from_secs(5), remove_after: Duration::from_secs(90) };
+    config.silence.remove_after = Duration::from_secs(90);
+    config.silence.mass_loss =
+        MassLoss { share: 35, window: Duration::from_secs(45), least: 7, hold: Duration::from_secs(3600) };
     config.rates.guesses = Rate { per_second: 1, burst: 7 };
     config.consensus.least_free_bytes = 0;
     config.folders = vec!["/etc/mesh: \"odd\"".into()];
@@ -112,6 +116,17 @@ fn odd_files_are_told_and_not_guessed_at() {
     check("---\nmemberId: 2\n", "istiod.yaml:3:1: must be one document");
     check("admin: {callBurst: 0}\n", "istiod.yaml:2:20: admin.callBurst: must be a whole number from 1");
     check("raft: {answerWithin: 0s}\n", "istiod.yaml:2:22: raft.answerWithin: must be at least 10ms");
+    let share = "workloads.massLossShare: must be a share in percent, from 1 to 100";
+    check("workloads: {massLossShare: 0}\n", &format!("istiod.yaml:2:28: {share}, this is \"0\""));
+    check("workloads: {massLossShare: 101%}\n", &format!("istiod.yaml:2:28: {share}, this is \"101%\""));
+    check("workloads: {massLossHold: 0s}\n", "istiod.yaml:2:27: workloads.massLossHold: must be at least 1s");
+    check(
+        "workloads: {removeAfter: 50s, massLossWindow: 1m}\n",
+        "istiod.yaml:2:47: workloads.massLossWindow: must not be longer than workloads.removeAfter: 1m is more than 50s",
+    );
+    assert!(
+        Config::parse("f", "dataDir: /d\nxds: {advertise: 'a:1'}\nworkloads: {removeAfter: 50s}\n").is_ok()
+    );
     check("trustDomain: UPPER\n", "istiod.yaml:2:14: trustDomain: must be a trust domain");
     assert!(Config::parse("f", "dataDir: /d\nraft:\nxds:\n  advertise: a:1\n  address:\n").is_ok());
 }

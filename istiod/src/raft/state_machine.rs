@@ -15,7 +15,7 @@ use std::time::Instant;
 use ca::node::Revocations;
 use ca::state::{CaCommand, CaOutcome, CaState};
 use prost::Message as _;
-use registry::state::{Batch, Changes, Outcome as RegistryOutcome, Revision, State};
+use registry::state::{Batch, Changes, Outcome as RegistryOutcome, Presence, Revision, State};
 use tokio::sync::watch;
 
 pub use self::command::{Command, Outcome, VERSION};
@@ -64,11 +64,13 @@ impl View {
         let (cluster, access, audit) =
             (to_wire(&*self.cluster), to_wire(&*self.access), to_wire(&*self.audit));
         // What an older program can read is written so that it does.
+        let heard = self.registry.workloads().all(|(_, workload)| workload.presence == Presence::Heard);
+        let newest = !self.ca.revoked().is_empty() || !heard;
         let old = cluster.is_none() && access.is_none() && audit.is_none();
-        let version = match (self.ca.revoked().is_empty(), old) {
-            (false, _) => 3,
-            (true, false) => 2,
-            (true, true) => 1,
+        let version = match (newest, old) {
+            (true, _) => 3,
+            (false, false) => 2,
+            (false, true) => 1,
         };
         let (registry, ca) = (self.registry.encode().into(), self.ca.encode().into());
         MeshState { version, registry, ca, cluster, access, audit }.encode_to_vec()

@@ -19,3 +19,4 @@ mod member;
 mod objects;
 mod roles;
 mod schema;
+mod workloads;

@@ -12,7 +12,7 @@ use istiod::raft::node::Settings;
 use istiod::raft::part::Part as _;
 use istiod::raft::{Command, Origin, Outcome, Place, Raft, StartError, Started, View};
 use prometheus_client::registry::Registry;
-use registry::state::{Batch, Command as Change, Registration, Revision};
+use registry::state::{Batch, Command as Change, Presence, Registration, Revision};
 use tokio_util::sync::CancellationToken;
 
 use crate::toy::now;
@@ -63,6 +63,8 @@ pub(crate) fn registration(name: &str) -> Batch {
         session: "1".to_owned(),
         lease_ms: 30_000,
         healthy: false,
+        presence: Presence::Heard,
+        lost_ms: 0,
     };
     let commands = vec![Change::RegisterWorkload { registration: registration.into() }];
     Batch { time_ms: 1_800_000_000_000, author: "agent".to_owned(), commands }

@@ -14,7 +14,7 @@ use istiod::publish::Publisher;
 use istiod::raft::machine::{Halt, StateMachine as _};
 use istiod::raft::state_machine::VERSION;
 use istiod::raft::{Command, Mesh, Outcome};
-use registry::state::{Batch, Command as Change, State, StoredCommand};
+use registry::state::{Batch, Command as Change, Presence, State, StoredCommand, WorkloadKey};
 
 use crate::mesh::{ROUTE, batch, origin, registration, unhex};
 use crate::toy::now;
@@ -137,10 +137,15 @@ fn version_3() -> Vec<(Command, Option<Origin>)> {
             until: 1_810_000_000,
         }))
     };
+    let mut known = registration("vm-3");
+    known.commands.extend([lost(Presence::Silent), lost(Presence::Unknown)]);
     vec![
         (revoke("3a7816bf8f01cfea", "stolen"), Some(origin(7))),
         (revoke("0000000000abcdef", ""), None),
         (revoke("3a7816bf8f01cfea", "lost"), Some(origin(8))),
+        (Command::Registry(known), None),
+        (registry(vec![lost(Presence::Released)]), Some(origin(9))),
+        (registry(vec![lost(Presence::Unknown)]), None),
     ]
 }
 
@@ -151,6 +156,11 @@ fn added_by(version: u32) -> Vec<(Command, Option<Origin>)> {
         2 => version_2(),
         _ => version_3(),
     }
+}
+
+fn lost(presence: Presence) -> Change {
+    let key = WorkloadKey { namespace: text("shop"), name: text("vm-3") };
+    Change::WorkloadPresence { key, session: text("1"), presence }
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -74,7 +74,7 @@ pub fn workloads(state: &State, namespace: &str) -> BTreeMap<WorkloadKey, Worklo
 pub fn workload_of_entry(object: &Object, registration: Option<&Arc<Registration>>) -> Option<Workload> {
     let entry = declare::workload_entry(object)?;
     let labels = declare::workload_labels(object)?;
-    let healthy = registration.is_none_or(|registration| registration.healthy);
+    let healthy = registration.is_none_or(|registration| registration.serves());
     Some(Workload {
         key: WorkloadKey { namespace: object.namespace.clone(), name: object.name.clone() },
         address: entry.address.clone(),
@@ -106,7 +106,7 @@ pub fn workload_of_registration(r: &Arc<Registration>) -> Workload {
         service_account: r.service_account.clone(),
         cluster: cluster(&r.cluster).to_owned(),
         tls_mode: tls_mode(&r.labels, &r.service_account),
-        health: health(&r.labels, r.healthy),
+        health: health(&r.labels, r.serves()),
         registration: Some(Arc::clone(r)),
     }
 }

@@ -11,7 +11,7 @@ use crate::config::validate::grammar;
 use crate::config::{Object, Spec};
 use crate::model::service::Locality;
 use crate::model::workload::{WorkloadEntry, WorkloadGroup};
-use crate::state::Registration;
+use crate::state::{Presence, Registration};
 
 /// Names the group on the entry.
 pub const GROUP_ANNOTATION: &str = "istio.io/autoRegistrationGroup";
@@ -189,6 +189,8 @@ fn registration(name: String, group_name: &str, group: &WorkloadGroup, join: &Jo
         lease_ms: u64::try_from(join.lease.as_millis()).unwrap_or(u64::MAX),
         // With a probe it gets traffic once the probe has succeeded, without one at once.
         healthy: group.probe.is_none(),
+        presence: Presence::Heard,
+        lost_ms: 0,
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::changes::{Changes, CommandOutcome, ObjectOutcome, ObjectResult, Outcome};
-use super::command::{Batch, Command, Delete, ObjectKey, Put, Registration, Revision, WorkloadKey};
+use super::command::{Batch, Command, Delete, ObjectKey, Presence, Put, Registration, Revision, WorkloadKey};
 use super::encode::StoreKey;
 use super::{State, history};
 use crate::config::{Kind, Object};
@@ -23,7 +23,7 @@ impl State {
         let mut entry = Entry {
             state: self,
             revision,
-            created: batch.time_ms.div_euclid(1000),
+            time_ms: batch.time_ms,
             changes: Changes::default(),
             remembered: Vec::new(),
         };
@@ -37,8 +37,8 @@ impl State {
 struct Entry<'a> {
     state: &'a mut State,
     revision: Revision,
-    /// Creation time of what this entry creates, in seconds since 1970.
-    created: i64,
+    /// When it was proposed, in milliseconds since 1970.
+    time_ms: i64,
     changes: Changes,
     remembered: Vec<history::Change>,
 }
@@ -54,6 +54,7 @@ impl Entry<'_> {
             }
             Command::RegisterWorkload { registration } => self.register(registration),
             Command::WorkloadHealth { key, session, healthy } => self.health(key, session, *healthy),
+            Command::WorkloadPresence { key, session, presence } => self.presence(key, session, *presence),
             Command::RemoveWorkload { key, session } => self.remove_workload(key, session),
             Command::PutMesh { config } => applied(self.put_mesh(config)),
             Command::SetHistoryLimit { entries } => {
@@ -64,6 +65,11 @@ impl Entry<'_> {
                 applied(self.set_history_retention(*entries, *age_ms))
             }
         }
+    }
+
+    /// Creation time of what this entry creates, in seconds since 1970.
+    fn created(&self) -> i64 {
+        self.time_ms.div_euclid(1000)
     }
 
     fn finish(mut self, batch: &Batch) -> Changes {
@@ -142,7 +148,7 @@ impl Entry<'_> {
             return ObjectResult::Unchanged(Revision(old.revision));
         }
         let mut new = Object::clone(object);
-        new.created = old.as_ref().map_or(self.created, |old| old.created);
+        new.created = old.as_ref().map_or(self.created(), |old| old.created);
         new.revision = self.revision.0;
         new.generation = match &old {
             Some(old) if old.raw == new.raw => old.generation,
@@ -228,7 +234,7 @@ impl Entry<'_> {
         let key = (host.clone(), new.source.clone());
         let old = self.state.services.get(&key);
         if new.created == 0 {
-            new.created = old.map_or(self.created, |old| old.created);
+            new.created = old.map_or(self.created(), |old| old.created);
         }
         new.vip_index = 0;
         if old.is_some_and(|old| **old == new) {
@@ -296,13 +302,42 @@ impl Entry<'_> {
     }
 
     fn health(&mut self, key: &WorkloadKey, session: &str, healthy: bool) -> CommandOutcome {
+        self.of_session(key, session, |old| Registration {
+            healthy,
+            presence: Presence::Heard,
+            lost_ms: 0,
+            ..old.clone()
+        })
+    }
+
+    fn presence(&mut self, key: &WorkloadKey, session: &str, presence: Presence) -> CommandOutcome {
+        let now = self.time_ms;
+        self.of_session(key, session, |old| {
+            let lost_ms = match (old.presence, presence) {
+                (_, Presence::Heard) => 0,
+                (before, after) if before == after => old.lost_ms,
+                // That it is held does not make it lost later.
+                (Presence::Silent, Presence::Unknown) => old.lost_ms,
+                (_, Presence::Silent | Presence::Unknown | Presence::Released) => now,
+            };
+            Registration { presence, lost_ms, ..old.clone() }
+        })
+    }
+
+    /// Changes what is registered of a session.
+    fn of_session(
+        &mut self,
+        key: &WorkloadKey,
+        session: &str,
+        change: impl FnOnce(&Registration) -> Registration,
+    ) -> CommandOutcome {
         let Some(old) = self.state.workloads.get(key).filter(|w| w.session == session).cloned() else {
             return CommandOutcome::Fenced;
         };
-        if old.healthy == healthy {
+        let new = change(&old);
+        if new == *old {
             return CommandOutcome::Applied { changed: false };
         }
-        let new = Registration { healthy, ..Registration::clone(&old) };
         self.touch_workload(key.clone(), Some(&old), Some(&new));
         self.state.workloads.insert(key.clone(), Arc::new(new));
         CommandOutcome::Applied { changed: true }
@@ -409,6 +444,9 @@ fn same_endpoint(a: Option<&Registration>, b: Option<&Registration>) -> bool {
         group: String::new(),
         annotations: Default::default(),
         lease_ms: 0,
+        healthy: r.serves(),
+        presence: Presence::Heard,
+        lost_ms: 0,
         ..r.clone()
     };
     bare(a) == bare(b)

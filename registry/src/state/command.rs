@@ -75,6 +75,21 @@ pub struct Delete {
     pub expected: Option<Revision>,
 }
 
+/// Whether a workload's agent is heard.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Presence {
+    /// It is, or has just registered.
+    #[default]
+    Heard,
+    /// It has been silent for longer than its lease: the workload is sent no traffic, and is removed later.
+    Silent,
+    /// It was lost together with many others, which says more about the network than about the workload: everything
+    /// stays as it was.
+    Unknown,
+    /// It was lost like that, and is not believed to come back any more: from now on it is silent.
+    Released,
+}
+
 /// A workload as its agent registered it: the fields of a `WorkloadEntry`, and who may speak for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Registration {
@@ -108,11 +123,21 @@ pub struct Registration {
     pub session: String,
     /// How long the registration outlives the last sign of life, in milliseconds.
     pub lease_ms: u64,
-    /// May it be sent traffic.
+    /// May it be sent traffic, as far as its agent said.
     pub healthy: bool,
+    /// Whether its agent is heard; set by `apply`.
+    pub presence: Presence,
+    /// When its agent was lost, or given up after that, in milliseconds since 1970; 0 while it is heard.
+    pub lost_ms: i64,
 }
 
 impl Registration {
+    /// May it be sent traffic: its agent said so, and is not known to be gone.
+    #[must_use]
+    pub fn serves(&self) -> bool {
+        self.healthy && matches!(self.presence, Presence::Heard | Presence::Unknown)
+    }
+
     /// The key of the workload.
     #[must_use]
     pub fn key(&self) -> WorkloadKey {
@@ -156,7 +181,7 @@ pub enum Command {
         /// The whole value.
         registration: Arc<Registration>,
     },
-    /// A workload's health changed, says `session`.
+    /// A workload's health, says its agent of `session`, who is heard by that.
     WorkloadHealth {
         /// Which workload.
         key: WorkloadKey,
@@ -164,6 +189,15 @@ pub enum Command {
         session: String,
         /// May it be sent traffic.
         healthy: bool,
+    },
+    /// Whether a workload's agent is heard, says whoever holds the leases, of `session`.
+    WorkloadPresence {
+        /// Which workload.
+        key: WorkloadKey,
+        /// Whose agent's; another session than the registered one changes nothing.
+        session: String,
+        /// Whether it is heard.
+        presence: Presence,
     },
     /// A workload is gone, says `session`.
     RemoveWorkload {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub(super) use self::values::{EndpointV1, HistoryV1, RegistrationV1, ServiceV1, SourceV1};
+pub(super) use self::values::{EndpointV1, HistoryV1, PresenceV1, RegistrationV1, ServiceV1, SourceV1};
 use super::DecodeError;
 use super::command::{Batch, Command, Delete, ObjectKey, Put, Revision, WorkloadKey};
 use crate::config::{Kind, Object};
@@ -100,6 +100,13 @@ enum CommandV1 {
         namespace: String,
         name: String,
         session: String,
+    },
+    /// Written by programs of command version 2 and later.
+    WorkloadPresence {
+        namespace: String,
+        name: String,
+        session: String,
+        presence: PresenceV1,
     },
     PutMesh {
         config: Value,
@@ -210,6 +217,12 @@ impl From<&Command> for CommandV1 {
                 session: session.clone(),
                 healthy: *healthy,
             },
+            Command::WorkloadPresence { key, session, presence } => Self::WorkloadPresence {
+                namespace: key.namespace.clone(),
+                name: key.name.clone(),
+                session: session.clone(),
+                presence: (*presence).into(),
+            },
             Command::RemoveWorkload { key, session } => Self::RemoveWorkload {
                 namespace: key.namespace.clone(),
                 name: key.name.clone(),
@@ -246,6 +259,11 @@ impl TryFrom<CommandV1> for Command {
             CommandV1::WorkloadHealth { namespace, name, session, healthy } => {
                 Self::WorkloadHealth { key: WorkloadKey { namespace, name }, session, healthy }
             }
+            CommandV1::WorkloadPresence { namespace, name, session, presence } => Self::WorkloadPresence {
+                key: WorkloadKey { namespace, name },
+                session,
+                presence: presence.into(),
+            },
             CommandV1::RemoveWorkload { namespace, name, session } => {
                 Self::RemoveWorkload { key: WorkloadKey { namespace, name }, session }
             }

@@ -13,7 +13,8 @@ use registry::model::service::{
 };
 use registry::snapshot::{Snapshot, Typed};
 use registry::state::{
-    Batch, Changes, Command, Delete, ObjectKey, Outcome, Put, Registration, Revision, State, WorkloadKey,
+    Batch, Changes, Command, Delete, ObjectKey, Outcome, Presence, Put, Registration, Revision, State,
+    WorkloadKey,
 };
 use serde_json::{Value, json};
 
@@ -98,6 +99,8 @@ pub(crate) fn registration(id: &str, address: &str, text: &str, session: &str) -
         session: session.to_owned(),
         lease_ms: 30_000,
         healthy: true,
+        presence: Presence::Heard,
+        lost_ms: 0,
     }
 }
 
@@ -287,6 +290,11 @@ fn random_command(r: [u8; 6]) -> Command {
             Command::RegisterWorkload { registration: Arc::new(registration(&id, &address, &text, &session)) }
         }
         13 => Command::WorkloadHealth { key: workload_key(&id), session, healthy: r[5].is_multiple_of(2) },
+        14 if r[5].is_multiple_of(2) => {
+            let all = [Presence::Heard, Presence::Silent, Presence::Unknown, Presence::Released];
+            let presence = all.get(usize::from(r[5] / 2 % 4)).copied().unwrap_or_default();
+            Command::WorkloadPresence { key: workload_key(&id), session, presence }
+        }
         14 => Command::RemoveWorkload { key: workload_key(&id), session },
         _ if r[1].is_multiple_of(4) => Command::SetHistoryLimit { entries: u32::from(r[2] % 8) },
         _ if r[1] % 4 == 1 => {

@@ -4,18 +4,18 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
-use axum::routing::get;
+use axum::routing::{get, post};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::super::routes::{Route, Scope, schema};
 use super::super::types::{
-    EventRow, HistoryEntry, Page, Patience, ProxyRow, ProxyTypes, Revisions, Rows, ServiceRow, Since,
-    WaitReport, WorkloadRow,
+    EventRow, HistoryEntry, Page, Patience, ProxyRow, ProxyTypes, ReleaseRequest, Released, Revisions, Rows,
+    ServiceRow, Since, WaitReport, WorkloadRow,
 };
 use super::super::{Api, Caller, LONGEST_WAIT};
-use super::{Answer, Path, Query};
+use super::{Answer, Body, Path, Query};
 use crate::access::Permission;
 
 /// An answer to a wait begins a little after the longest one.
@@ -32,6 +32,11 @@ pub(in crate::api) const ROUTES: &[Route] = &[
         .query(schema::<Rows>)
         .json(schema::<Page<WorkloadRow>>)
         .rpc("Mesh/ListWorkloads"),
+    Route::post("/api/v1/workloads/release", Permission::Write, Scope::Each, || post(release))
+        .named("releaseWorkloads", "Gives up workloads that are held as unknown since a mass loss.")
+        .takes_json(schema::<ReleaseRequest>)
+        .json(schema::<Released>)
+        .rpc("Mesh/ReleaseWorkloads"),
     Route::get("/api/v1/proxies", Permission::Read, Scope::Each, || get(proxies))
         .named("listProxies", "Proxies that are connected to any member, and what each has acknowledged.")
         .query(schema::<Rows>)
@@ -78,6 +83,14 @@ async fn workloads(
     Query(rows): Query<Rows>,
 ) -> Answer<Page<WorkloadRow>> {
     Ok(Json(api.workloads(&caller, &rows).await?))
+}
+
+async fn release(
+    State(api): State<Api>,
+    caller: Caller,
+    Body(request): Body<ReleaseRequest>,
+) -> Answer<Released> {
+    Ok(Json(api.release(&caller, &request).await?))
 }
 
 async fn proxies(State(api): State<Api>, caller: Caller, Query(rows): Query<Rows>) -> Answer<Page<ProxyRow>> {

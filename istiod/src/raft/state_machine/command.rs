@@ -14,7 +14,8 @@ use crate::raft::wire::{self, JoinCommand, MeshCommand};
 
 /// The newest version of commands and states that this program reads; it reads all before it too.
 ///
-/// Version 2 added the members, access, the audit trail, origins, and how long history is kept; version 3 revoked nodes.
+/// Version 2 added the members, access, the audit trail, origins, and how long history is kept; version 3 revoked nodes and
+/// whether agents are heard.
 pub const VERSION: u32 = 3;
 
 /// One entry of the log.
@@ -85,8 +86,20 @@ impl Command {
     pub fn version(&self) -> u32 {
         match self {
             Self::Registry(batch) | Self::Join { register: batch, .. } => {
-                let newer = |change: &Change| matches!(change, Change::SetHistoryRetention { .. });
-                if batch.commands.iter().any(newer) { 2 } else { 1 }
+                let version = |change: &Change| match change {
+                    Change::WorkloadPresence { .. } => 3,
+                    Change::SetHistoryRetention { .. } => 2,
+                    Change::Change { .. }
+                    | Change::PutService { .. }
+                    | Change::RemoveService { .. }
+                    | Change::ReplaceEndpoints { .. }
+                    | Change::RegisterWorkload { .. }
+                    | Change::WorkloadHealth { .. }
+                    | Change::RemoveWorkload { .. }
+                    | Change::PutMesh { .. }
+                    | Change::SetHistoryLimit { .. } => 1,
+                };
+                batch.commands.iter().map(version).max().unwrap_or(1)
             }
             Self::Ca(CaCommand::RevokeNode(_)) => 3,
             Self::Ca(_) => 1,

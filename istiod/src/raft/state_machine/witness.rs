@@ -7,7 +7,7 @@ use ca::authn::Hash;
 use ca::node::NodeId;
 use ca::state::CaCommand;
 use registry::config::Object;
-use registry::state::{Batch, Command as Change, ObjectKey};
+use registry::state::{Batch, Command as Change, ObjectKey, Registration, WorkloadKey};
 use serde_json::Value;
 
 use super::{Command, View};
@@ -28,6 +28,8 @@ pub(super) enum Named {
     Members,
     Access,
     Retention,
+    /// Whether its agent is believed to come back.
+    Workload(WorkloadKey),
 }
 
 /// Things by name. Objects are compared by address first: what is shared was not changed.
@@ -88,6 +90,7 @@ fn in_batch(batch: &Batch) -> Vec<Named> {
             | Change::RegisterWorkload { .. }
             | Change::WorkloadHealth { .. }
             | Change::RemoveWorkload { .. } => {}
+            Change::WorkloadPresence { key, .. } => named.push(Named::Workload(key.clone())),
         }
     }
     named
@@ -123,6 +126,11 @@ pub(super) fn see(view: &View, named: &[Named]) -> Seen {
             Named::Node(node) => {
                 let revoked = view.ca.revoked().get(node).and_then(|node| serde_json::to_value(node).ok());
                 seen.extend(revoked.map(|revoked| (format!("RevokedNode/{node}"), Thing::Json(revoked))));
+            }
+            Named::Workload(key) => {
+                let workload = view.registry.workload(key);
+                let presence = |workload: &Arc<Registration>| Value::from(format!("{:?}", workload.presence));
+                seen.extend(workload.map(|w| (format!("Workload/{key}"), Thing::Json(presence(w)))));
             }
             Named::Bundle => {
                 let bundle = serde_json::to_value(view.ca.bundle()).ok();

@@ -11,7 +11,7 @@ use crate::config::Object;
 use crate::model::service::{
     Endpoint, Health, Locality, Location, Protocol, Resolution, Service, ServicePort, SourceId, TlsMode,
 };
-use crate::state::command::{Registration, Revision};
+use crate::state::command::{Presence, Registration, Revision};
 use crate::state::history;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -141,6 +141,28 @@ pub(in crate::state) struct RegistrationV1 {
     #[serde(default)]
     lease_ms: u64,
     healthy: bool,
+    /// Of command version 2 and later, as is the next.
+    #[serde(default, skip_serializing_if = "PresenceV1::is_heard")]
+    presence: PresenceV1,
+    #[serde(default, skip_serializing_if = "is_zero_i64")]
+    lost_ms: i64,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(in crate::state) enum PresenceV1 {
+    #[default]
+    Heard,
+    Silent,
+    Unknown,
+    Released,
+}
+
+impl PresenceV1 {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde asks for")]
+    fn is_heard(&self) -> bool {
+        *self == Self::Heard
+    }
 }
 
 /// One entry of history; its values are borrowed when they are written.
@@ -204,6 +226,7 @@ macro_rules! mirror {
 mirror!(Protocol, ProtocolV1 { Http, Http2, Grpc, GrpcWeb, Https, Tls, Tcp, Udp, Mongo, MySql, Redis, Auto });
 mirror!(Resolution, ResolutionV1 { None, Static, Dns, DnsRoundRobin, DynamicDns });
 mirror!(Health, HealthV1 { Healthy, Unhealthy, Draining });
+mirror!(Presence, PresenceV1 { Heard, Silent, Unknown, Released });
 
 impl From<&Service> for ServiceV1 {
     fn from(s: &Service) -> Self {
@@ -321,6 +344,8 @@ impl From<&Registration> for RegistrationV1 {
             session: r.session.clone(),
             lease_ms: r.lease_ms,
             healthy: r.healthy,
+            presence: r.presence.into(),
+            lost_ms: r.lost_ms,
         }
     }
 }
@@ -344,6 +369,8 @@ impl From<RegistrationV1> for Registration {
             session: r.session,
             lease_ms: r.lease_ms,
             healthy: r.healthy,
+            presence: r.presence.into(),
+            lost_ms: r.lost_ms,
         }
     }
 }
