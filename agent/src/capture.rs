@@ -8,10 +8,10 @@
 
 use std::collections::BTreeSet;
 use std::fmt::{self, Write as _};
-use std::io::{self, Write as _};
 use std::net::IpAddr;
-use std::process::{Command, Stdio};
 use std::str::FromStr;
+
+use crate::tool::{ToolError, run};
 
 /// The port at which the proxy takes what comes to the machine, unless the mesh says another.
 pub const INBOUND_PORT: u16 = 15006;
@@ -55,22 +55,6 @@ impl fmt::Display for Block {
         let family = if self.address.is_ipv4() { "ip" } else { "ip6" };
         write!(f, "{family} daddr {}/{}", self.address, self.prefix)
     }
-}
-
-/// Why traffic is not captured, or still is.
-#[derive(Debug, thiserror::Error)]
-pub enum CaptureError {
-    /// A program could not be run.
-    #[error("cannot run it: {0}")]
-    Io(#[from] io::Error),
-    /// A program refused.
-    #[error("`{program}` refused: {reason}")]
-    Refused {
-        /// The program with its first arguments.
-        program: String,
-        /// What it said.
-        reason: String,
-    },
 }
 
 /// What is captured.
@@ -159,7 +143,7 @@ impl Plan {
     /// # Errors
     ///
     /// When nft is not there or refuses: traffic is captured as before.
-    pub fn apply(&self) -> Result<(), CaptureError> {
+    pub fn apply(&self) -> Result<(), ToolError> {
         // A machine without IPv6 needs no such address.
         if let Err(error) = run("ip", &["-6", "addr", "replace", &breaker(), "dev", "lo", "nodad"], "") {
             tracing::debug!(%error, "no IPv6 on this machine");
@@ -172,7 +156,7 @@ impl Plan {
     /// # Errors
     ///
     /// When nft is not there or refuses.
-    pub fn remove() -> Result<(), CaptureError> {
+    pub fn remove() -> Result<(), ToolError> {
         run("nft", &["-f", "-"], &format!("{TABLE}\ndelete {TABLE}\n"))?;
         if let Err(error) = run("ip", &["-6", "addr", "del", &breaker(), "dev", "lo"], "") {
             tracing::debug!(%error, "the loopback device had no address of ours");
@@ -188,23 +172,6 @@ fn breaker() -> String {
 fn set(ports: &BTreeSet<u16>) -> String {
     let ports: Vec<String> = ports.iter().map(ToString::to_string).collect();
     format!("{{ {} }}", ports.join(", "))
-}
-
-/// Runs a program with this input to its end.
-fn run(program: &str, args: &[&str], input: &str) -> Result<(), CaptureError> {
-    let mut child = Command::new(program)
-        .args(args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(input.as_bytes()));
-    let output = child.wait_with_output()?;
-    if output.status.success() {
-        return Ok(written?);
-    }
-    let reason = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    Err(CaptureError::Refused { program: format!("{program} {}", args.join(" ")), reason })
 }
 
 #[cfg(test)]

@@ -17,11 +17,13 @@ use proxy::telemetry::LogLevel;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::Orders;
-use crate::capture::{Block, CaptureError, INBOUND_PORT, Plan};
+use crate::capture::{Block, INBOUND_PORT, Plan};
 use crate::config::{Config, ProxySeat, Seat};
 use crate::dns::Dns;
 use crate::join;
 use crate::register::Workload;
+use crate::resolved::{self, Domain};
+use crate::tool::ToolError;
 use crate::vault;
 
 /// The node agent.
@@ -49,6 +51,28 @@ enum Command {
     /// Redirect this machine's traffic to the proxy, or stop it; needs root
     #[command(subcommand)]
     Capture(Capture),
+    /// Have systemd-resolved ask this machine's agent for names of the mesh, or stop it; needs root
+    #[command(subcommand)]
+    Resolved(Resolved),
+}
+
+#[derive(Debug, Clone, Subcommand)]
+enum Resolved {
+    /// Tell systemd-resolved, in place of what it was told before
+    On(Names),
+    /// Have systemd-resolved forget the agent
+    Off,
+}
+
+/// Which names, and who answers them.
+#[derive(Debug, Clone, Args)]
+struct Names {
+    /// Address at which the agent answers
+    #[arg(long, default_value = "127.0.0.1:15053")]
+    server: SocketAddr,
+    /// Domain whose names are asked of the agent; may be repeated
+    #[arg(long = "domain", default_values = ["svc.cluster.local", "service.consul"])]
+    domains: Vec<Domain>,
 }
 
 #[derive(Debug, Clone, Subcommand)]
@@ -184,6 +208,14 @@ pub fn main(cli: Cli) -> ExitCode {
         Command::Run(run) => run.config(),
         Command::Secrets(secrets) => secrets.config(),
         Command::Capture(command) => return capture(command),
+        Command::Resolved(Resolved::On(Names { server, domains })) => {
+            let told = resolved::Plan { server, domains }.apply();
+            return done(told.map_err(anyhow::Error::from), "systemd-resolved does not ask the agent");
+        }
+        Command::Resolved(Resolved::Off) => {
+            let told = resolved::Plan::remove();
+            return done(told.map_err(anyhow::Error::from), "systemd-resolved asks the agent as before");
+        }
     };
     let config = match config {
         Ok(config) => config,
@@ -211,7 +243,7 @@ fn capture(command: Capture) -> ExitCode {
         Capture::Off => Plan::remove(),
         Capture::Show(rules) => {
             let text = rules.plan().text();
-            std::io::stdout().write_all(text.as_bytes()).map_err(CaptureError::from)
+            std::io::stdout().write_all(text.as_bytes()).map_err(ToolError::from)
         }
     };
     match done {

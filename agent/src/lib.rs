@@ -3,8 +3,8 @@
 //! [`cli`] says what can be asked of it, [`settings`] what files say; [`join`] gets the identity, with a token the first
 //! time, and keeps it in the [`vault`]; [`members`] follows who the members of the control plane are, and [`control_plane`]
 //! calls them; [`register`] makes the workload an endpoint and says when it may be sent traffic, in a [`session`]; [`dns`]
-//! answers its applications; [`secrets`] hands the certificate to a stock Envoy; [`capture`] redirects a machine's traffic
-//! to the proxy.
+//! answers its applications, and [`resolved`] has the machine's resolver ask it; [`secrets`] hands the certificate to a
+//! stock Envoy; [`capture`] redirects a machine's traffic to the proxy. For both, [`tool`] runs the system's programs.
 //! The proxy itself is the crate `proxy`, run in this process.
 
 pub mod capture;
@@ -15,9 +15,11 @@ pub mod dns;
 pub mod join;
 pub mod members;
 pub mod register;
+pub mod resolved;
 pub mod secrets;
 pub mod session;
 pub mod settings;
+pub mod tool;
 pub mod vault;
 
 use anyhow::Context;
