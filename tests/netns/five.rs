@@ -18,10 +18,10 @@ const LEASE: &str = "workloads: {lease: 2s, removeAfter: 10m}\n";
 const ALONE: usize = 100;
 
 /// A machine and the application on it, which is called as the machine is.
-struct Vm {
+pub(crate) struct Vm {
     number: u8,
-    name: String,
-    captured: Captured,
+    pub(crate) name: String,
+    pub(crate) captured: Captured,
     _application: Echo,
 }
 
@@ -37,7 +37,7 @@ impl Vm {
     }
 
     /// What this machine's application gets of another's, by its name and in one family.
-    async fn asks(&self, other: &Self, v6: bool) -> anyhow::Result<Seen> {
+    pub(crate) async fn asks(&self, other: &Self, v6: bool) -> anyhow::Result<Seen> {
         let name = format!("{}.default.svc.cluster.local", other.name);
         let found = dns::ask(&self.captured.machine, &name, if v6 { AAAA } else { A }, v6).await?;
         ensure!(found == Answer::Addresses(vec![vip(v6, other.number)]), "{name}: {found:?}");
@@ -52,11 +52,18 @@ impl Vm {
     }
 }
 
+/// Five machines, each with a service of its own, which take mutual TLS alone.
+pub(crate) fn start(control_plane: &ControlPlane, lan: &Lan) -> anyhow::Result<Vec<Vm>> {
+    let services: String = (1..=5).map(|number| service(&format!("vm{number}"), number)).collect();
+    control_plane.apply(&(strict().to_owned() + &services))?;
+    (1..=5).map(|number| Vm::start(control_plane, lan, number)).collect()
+}
+
 /// Drops everything between a machine and the control plane, as a network that is torn does: without a word.
-struct Partition<'a>(&'a Machine);
+pub(crate) struct Partition<'a>(&'a Machine);
 
 impl<'a> Partition<'a> {
-    fn between(machine: &'a Machine, control_plane: &Machine) -> anyhow::Result<Self> {
+    pub(crate) fn between(machine: &'a Machine, control_plane: &Machine) -> anyhow::Result<Self> {
         let (v4, v6) = (control_plane.v4, control_plane.v6);
         let table = format!(
             "table inet torn {{\n\
@@ -67,7 +74,7 @@ impl<'a> Partition<'a> {
         Ok(Self(machine))
     }
 
-    fn heal(self) -> anyhow::Result<()> {
+    pub(crate) fn heal(self) -> anyhow::Result<()> {
         self.0.run("nft", &["delete table inet torn"]).map(drop)
     }
 }
@@ -110,10 +117,7 @@ async fn five_machines_serve_each_other_and_one_goes_on_without_the_control_plan
     }
     let (lan, folder) = (Lan::new(6)?, folder()?);
     let control_plane = ControlPlane::start(&lan, folder.path(), LEASE).await?;
-    let services: String = (1..=5).map(|number| service(&format!("vm{number}"), number)).collect();
-    control_plane.apply(&(strict().to_owned() + &services))?;
-    let vms = (1..=5).map(|number| Vm::start(&control_plane, &lan, number));
-    let vms = vms.collect::<anyhow::Result<Vec<_>>>()?;
+    let vms = start(&control_plane, &lan)?;
 
     // Everybody calls everybody, in both families, and nobody is served without a proxy.
     for (one, other) in vms.iter().flat_map(|one| vms.iter().map(move |other| (one, other))) {

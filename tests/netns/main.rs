@@ -5,6 +5,7 @@ mod captured;
 mod consul;
 mod dns;
 mod five;
+mod held;
 mod machines;
 mod partition;
 mod wire;
