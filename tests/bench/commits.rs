@@ -1,7 +1,8 @@
 //! Commits in a second, and how long each takes: three members with fsync, beside three of etcd on the same disk.
 //!
 //! `cargo build --release --bins && cargo bench -p tests --bench commits` takes turns between the two, so that what else
-//! the machine does hits both; `-- ROUNDS SECONDS` says how often and how long. Everything goes over the network as a
+//! the machine does hits both; `-- ROUNDS SECONDS` says how often and how long. A turn begins when the machine is at rest,
+//! so that nobody pays for what another put off. Everything goes over the network as a
 //! client would have it: etcd by its gRPC, istiod by its admin API, which checks, audits and keeps the history of
 //! what it is given. Each writer has a connection of its own to the leader and overwrites an object of its own with
 //! 1 KiB that was not there before. Beside them istiod's log alone ([`log`]), which tells how much of the time is the log's.
@@ -30,6 +31,8 @@ use self::log::{Log, Values};
 const WRITERS: [usize; 2] = [64, 1];
 /// Bytes of a value.
 const VALUE: usize = 1024;
+/// How often it is looked whether the machine is at rest.
+const REST: u32 = 20;
 /// Rounds of each, and seconds of a round, unless others are asked for.
 const ROUNDS: [u64; 2] = [5, 5];
 
@@ -87,6 +90,7 @@ async fn main() -> anyhow::Result<()> {
         // One round more: the first only warms up.
         for round in 0..=rounds {
             for (writers, figures) in &mut all {
+                rest().await?;
                 let (commits, took) = write(writers, Duration::from_secs(seconds)).await?;
                 if round > 0 {
                     figures.rates.push(commits);
@@ -109,6 +113,29 @@ async fn main() -> anyhow::Result<()> {
     }
     ensure!(slow.is_empty(), "commits of istiod to those of etcd, wanted at least 1.0: {slow:?}");
     Ok(())
+}
+
+/// Waits until the processors have had little to do for a moment; not for long, if others keep them busy.
+async fn rest() -> anyhow::Result<()> {
+    let mut before = idle()?;
+    for _ in 0..REST {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let now = idle()?;
+        let (idle, all) = (now.0 - before.0, now.1 - before.1);
+        if idle * 10 >= all * 9 {
+            break;
+        }
+        before = now;
+    }
+    Ok(())
+}
+
+/// Ticks that all processors were idle, and all their ticks (proc(5), `/proc/stat`).
+fn idle() -> anyhow::Result<(u64, u64)> {
+    let stat = std::fs::read_to_string("/proc/stat")?;
+    let ticks = stat.lines().next().unwrap_or_default().split_whitespace().skip(1);
+    let ticks: Vec<u64> = ticks.map(str::parse).collect::<Result<_, _>>()?;
+    Ok((ticks.iter().skip(3).take(2).sum(), ticks.iter().take(8).sum()))
 }
 
 /// Writes for so long; gives the commits in a second, and how long each took.
