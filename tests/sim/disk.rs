@@ -60,6 +60,10 @@ impl Disk for SimDisk {
         self.inner.remove(path)
     }
 
+    fn free(&self, path: &Path) -> Option<u64> {
+        self.inner.free(path)
+    }
+
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         self.power.draw()?;
         self.power.spend_sync();

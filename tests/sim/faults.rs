@@ -27,6 +27,7 @@ impl World {
             Some(8) => self.transfer(),
             Some(9) => self.change_members(),
             Some(10) => self.sync_store(),
+            Some(11) => self.change_space(),
             Some(_) | None => Ok(()),
         }
     }
@@ -132,6 +133,18 @@ impl World {
             member.power.set_sync_us(sync_us);
         }
         self.note(|| format!("a sync of member {id} takes {sync_us} us"));
+        Ok(())
+    }
+
+    fn change_space(&mut self) -> Check {
+        let Some(id) = self.somebody() else { return Ok(()) };
+        let full = self.rng.bool();
+        if let Some(member) = self.members.get(&id) {
+            member.leave_free(if full { 0 } else { u64::MAX });
+        }
+        self.note(|| {
+            format!("the disk of member {id} {}", if full { "is nearly full" } else { "has space" })
+        });
         Ok(())
     }
 

@@ -176,6 +176,11 @@ impl Member {
         }
     }
 
+    /// From now on so many bytes are free on its disk.
+    pub(crate) fn leave_free(&self, bytes: u64) {
+        self.disk.leave_free(bytes);
+    }
+
     /// The store writes what it has to its disk, as it does from time to time.
     pub(crate) fn sync_store(&mut self) -> Result<(), Broken> {
         self.store.sync().map_err(|error| Broken::new("the store syncs", error.to_string()))

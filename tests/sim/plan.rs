@@ -31,11 +31,13 @@ pub(crate) struct Weights {
     pub(crate) members: u32,
     /// A store writes what it has to its disk.
     pub(crate) store_sync: u32,
+    /// A disk becomes nearly full, or has space again.
+    pub(crate) full_disk: u32,
 }
 
 impl Weights {
     /// Which of them comes next.
-    pub(crate) fn all(&self) -> [u32; 11] {
+    pub(crate) fn all(&self) -> [u32; 12] {
         [
             self.crash,
             self.crash_point,
@@ -48,6 +50,7 @@ impl Weights {
             self.transfer,
             self.members,
             self.store_sync,
+            self.full_disk,
         ]
     }
 }
@@ -89,6 +92,7 @@ impl Plan {
             transfer: weight(10),
             members: weight(15),
             store_sync: 4,
+            full_disk: weight(6),
         };
         let mut plan = Self {
             seed,

@@ -108,6 +108,7 @@ impl World {
         for member in self.members.values_mut() {
             member.tick_percent = 100;
             member.power.set_sync_us(0);
+            member.leave_free(u64::MAX);
             if !member.power.is_out() {
                 member.power.restore();
             }

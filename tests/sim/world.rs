@@ -233,6 +233,7 @@ impl World {
         let stepped = running.driver.steps(events.into_iter(), clock, &mut outbox, &mut out);
         let late = running.log.sync_due();
         if stepped.is_ok() {
+            running.driver.send_late(&mut outbox);
             outbox.forward(std::mem::take(&mut out.forwards));
         }
         let spent = member.power.take_spent_us();

@@ -77,6 +77,8 @@ pub struct Driver<M: StateMachine> {
     handed_over: u64,
     /// Who is to lead next, because this member led and was removed.
     heir: Option<u64>,
+    /// Messages that say what is committed, which can wait until those here have their answers.
+    late: Vec<Message>,
     /// Held while the member lives.
     _guard: Guard,
 }
@@ -109,6 +111,7 @@ impl<M: StateMachine> Driver<M> {
         transport: &mut dyn Transport,
         out: &mut Output<M::Answer>,
     ) -> Result<(), Fatal> {
+        self.send_late(transport);
         for event in events {
             self.take(event, now, out)?;
         }
@@ -146,11 +149,12 @@ impl<M: StateMachine> Driver<M> {
     /// 2. a received snapshot, entries and hard state are made durable with one fdatasync;
     /// 3. only then leaves what promises them to others: votes and acknowledgements;
     /// 4. committed entries are applied, in order; the store follows later;
-    /// 5. the raft crate is told, which may commit and release more.
+    /// 5. the raft crate is told, which may commit and release more; what that is, others are told last.
     fn settle(&mut self, transport: &mut dyn Transport, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
         let most = self.settings.message_bytes;
         while self.raw.has_ready() {
             let mut ready = self.raw.ready();
+            self.send_late(transport);
             send(transport, most, ready.take_messages());
 
             if !ready.snapshot().is_empty() {
@@ -181,18 +185,27 @@ impl<M: StateMachine> Driver<M> {
                 state.commit = commit;
                 log.set_hard_state(state);
             }
-            send(transport, most, light.take_messages());
+            self.late.append(&mut light.take_messages());
             self.apply(light.take_committed_entries(), out)?;
             self.raw.advance_apply();
-            send(transport, most, self.heir.take().map(|heir| self.hand_over(heir)).into_iter().collect());
+            let heir = self.heir.take().map(|heir| self.hand_over(heir));
+            self.late.extend(heir);
         }
         self.tell_role();
         Ok(())
     }
 
+    /// Sends what the last step left to be sent once its answers are given; the next step does it otherwise.
+    pub fn send_late(&mut self, transport: &mut dyn Transport) {
+        send(transport, self.settings.message_bytes, std::mem::take(&mut self.late));
+    }
+
     fn take(&mut self, event: Event, now: Instant, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
         match event {
             Event::Tick => self.tick(now, out),
+            Event::Message(message) if self.would_fill(&message) => {
+                tracing::debug!("a peer's message was dropped: the disk is nearly full");
+            }
             Event::Message(message) => {
                 // A message that Raft refuses is the sender's mistake or too old; this member goes on.
                 if let Err(error) = self.raw.step(*message) {
@@ -383,7 +396,9 @@ impl<M: StateMachine> Driver<M> {
             (self.snapshot.1, self.snapshot.2) = (true, 0);
             out.jobs.push(Job::Snapshot(self.snapshot_job()));
         }
-        if let Some((store, anew)) = self.stored.due(self.applied.0, snapshot) {
+        if !self.fitness.is_full(&self.settings)
+            && let Some((store, anew)) = self.stored.due(self.applied.0, snapshot)
+        {
             out.jobs.push(Job::Store(self.store_job(store, anew)));
         }
     }

@@ -57,6 +57,17 @@ impl<M: StateMachine> Driver<M> {
         self.step_down_if_unfit(now);
     }
 
+    /// A follower whose disk is nearly full takes no more commands and no snapshot: it votes and falls behind until there is
+    /// space, where a write that failed would stop it. It takes the empty entry with which a leader begins, so that reads go
+    /// on where nobody has space.
+    pub(super) fn would_fill(&self, message: &Message) -> bool {
+        let kind = message.get_msg_type();
+        let grows = kind == MessageType::MsgSnapshot
+            || kind == MessageType::MsgAppend
+                && message.get_entries().iter().any(|entry| !entry.data.is_empty());
+        grows && self.fitness.is_full(&self.settings)
+    }
+
     /// The log must not be what fills the disk.
     pub(super) fn must_have_space(&self) -> Result<(), Refusal> {
         if !self.fitness.is_full(&self.settings) {

@@ -126,6 +126,7 @@ impl<M: StateMachine> Driver<M> {
             fitness: Fitness::default(),
             handed_over: 0,
             heir: None,
+            late: Vec::new(),
             _guard: guard,
         };
         driver.show(now);

@@ -307,6 +307,7 @@ impl<M: StateMachine> Worker<M> {
         for (sequence, answer) in out.answers {
             self.answer(sequence, answer);
         }
+        self.driver.send_late(self.transport.as_mut());
         looks.into_iter().for_each(|look| look(self.driver.machine()));
         out.jobs.into_iter().try_for_each(|job| self.start_job(job))
     }

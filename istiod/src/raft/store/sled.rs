@@ -94,11 +94,8 @@ impl SledStore {
     /// Reads every chunk, and compares number and sum with the mark.
     fn verify(&mut self) -> Result<(), StoreError> {
         let Some(mark) = self.mark()? else {
-            return if self.db.is_empty() {
-                Ok(())
-            } else {
-                Err(StoreError::Damaged("it was not completed".to_owned()))
-            };
+            // It was emptied, or built anew, when the member was killed.
+            return Ok(self.db.clear().map(drop)?);
         };
         if mark.incarnation != self.incarnation {
             return Err(StoreError::Damaged("it belongs to another life of this member".to_owned()));
@@ -397,6 +394,25 @@ mod tests {
         assert_eq!(store.get(b"ab").expect("reads"), Some(vec![2; 10]));
         assert_eq!(store.get(b"b").expect("reads"), None);
         assert_eq!(store.mark().expect("reads").expect("is there").index, 9);
+    }
+
+    #[test]
+    fn a_store_that_was_not_completed_is_empty_when_it_is_opened_again() {
+        let dir = tempfile::tempdir().expect("makes a folder");
+        let path = dir.path().join("kv");
+        {
+            let mut store = SledStore::open(&path, 7).expect("opens");
+            store.batch(&[write(b"x", Some(vec![1])), write(b"y", Some(vec![1]))], &mark(1)).expect("writes");
+            store.db.remove(MARK).expect("removes");
+            store.sync().expect("syncs");
+        }
+        let mut store = SledStore::open_or_move_aside(&path, 7).expect("opens");
+        assert!(store.mark().expect("reads").is_none() && store.range(b"").expect("reads").is_empty());
+        store.batch(&[write(b"z", Some(vec![2]))], &mark(2)).expect("writes");
+        drop(store);
+        let store = SledStore::open(&path, 7).expect("opens");
+        assert_eq!(store.range(b"").expect("reads"), [(b"z".to_vec(), vec![2])]);
+        assert!(!dir.path().join("kv.doubtful-1").exists());
     }
 
     #[test]
