@@ -224,6 +224,16 @@ mod tests {
         (socket, address)
     }
 
+    /// Both on one port, which a free one of UDP need not be for TCP.
+    async fn bound_for_both() -> (UdpSocket, tokio::net::TcpListener, SocketAddr) {
+        loop {
+            let (socket, address) = bound().await;
+            if let Ok(listener) = tokio::net::TcpListener::bind(address).await {
+                return (socket, listener, address);
+            }
+        }
+    }
+
     #[tokio::test]
     async fn the_next_server_is_asked_when_one_cannot_say() {
         let ((broken, a), (good, b)) = (bound().await, bound().await);
@@ -239,8 +249,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_does_not_fit_is_asked_for_over_tcp() {
-        let (socket, address) = bound().await;
-        let listener = tokio::net::TcpListener::bind(address).await.unwrap();
+        let (socket, listener, address) = bound_for_both().await;
         let tcp = async {
             let (mut stream, _) = listener.accept().await.unwrap();
             let mut query = vec![0; stream.read_u16().await.unwrap().into()];
