@@ -119,6 +119,7 @@ async fn main() -> anyhow::Result<()> {
 async fn rest() -> anyhow::Result<()> {
     let mut before = idle()?;
     for _ in 0..REST {
+        // paced: idle time is measured over a while.
         tokio::time::sleep(Duration::from_millis(300)).await;
         let now = idle()?;
         let (idle, all) = (now.0 - before.0, now.1 - before.1);
