@@ -134,6 +134,14 @@ impl Backend for Joining {
     }
 }
 
+/// Namespace and service account of a workload's certificate.
+fn workload_of(caller: &Caller) -> Result<(String, String), Status> {
+    let parts = caller.identity().workload_parts();
+    let (namespace, account) =
+        parts.ok_or_else(|| Status::permission_denied("the certificate is not a workload's"))?;
+    Ok((namespace.to_owned(), account.to_owned()))
+}
+
 impl Joining {
     /// Who calls, from its certificate and from nothing else.
     fn certified<T>(&self, request: &Request<T>) -> Result<Caller, Status> {
@@ -145,11 +153,7 @@ impl Joining {
 
     /// Namespace and service account of the caller.
     fn caller<T>(&self, request: &Request<T>) -> Result<(String, String), Status> {
-        let caller = self.certified(request)?;
-        let parts = caller.identity().workload_parts();
-        let (namespace, account) =
-            parts.ok_or_else(|| Status::permission_denied("the certificate is not a workload's"))?;
-        Ok((namespace.to_owned(), account.to_owned()))
+        workload_of(&self.certified(request)?)
     }
 
     /// The registration of a workload, and the revision at which it was looked up.
@@ -246,8 +250,8 @@ impl WorkloadService for Joining {
         &self,
         request: Request<RegisterRequest>,
     ) -> Result<Response<RegisterResponse>, Status> {
-        let (namespace, service_account) = self.caller(&request)?;
-        let node = self.certified(&request)?.node();
+        let caller = self.certified(&request)?;
+        let (namespace, service_account) = workload_of(&caller)?;
         let request = request.into_inner();
         own("namespace", &request.namespace, &namespace)?;
         own("service account", &request.service_account, &service_account)?;
@@ -260,7 +264,7 @@ impl WorkloadService for Joining {
         }
         let mut registration =
             vm::register(group, &join).map_err(|e| Status::invalid_argument(e.to_string()))?;
-        let node = node.map(|node| (NODE_ANNOTATION.to_owned(), node.to_string()));
+        let node = caller.node().map(|node| (NODE_ANNOTATION.to_owned(), node.to_string()));
         registration.annotations.extend(node);
         let of_account = snapshot.workloads().filter(|workload| {
             workload.key.namespace == join.namespace

@@ -565,8 +565,8 @@ fn respond(
         if let (Some(server), Some(client)) = (reply.into_left(), call.parts.extensions.remove::<OnUpgrade>())
         {
             let worker = Rc::clone(&http.worker);
-            let copies = call.copies;
-            http.worker.connections.spawn_local(tunnel::run(worker, client, server, copies, exchange));
+            let shadows = call.shadows;
+            http.worker.connections.spawn_local(tunnel::run(worker, client, server, shadows, exchange));
         }
         return Response::from_parts(parts, ResponseBody::default());
     }

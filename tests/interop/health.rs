@@ -15,13 +15,15 @@ use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tests::program::{self, Program};
+use tests::program;
 use tests::workload::free_port;
 use tests::{PATIENCE, eventually, http, peers};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
+
+use crate::alone::{Alone, socket};
 
 /// How a server behaves when it is asked how it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -224,11 +226,8 @@ const CLUSTERS: [(&str, &str, bool); 5] = [
 
 const SERVERS: [&str; 3] = ["a", "b", "c"];
 
-fn bootstrap(ward: &Ward, listener: SocketAddr, admin: SocketAddr, closed: SocketAddr) -> String {
-    let socket =
-        |a: SocketAddr| format!("{{socket_address: {{address: {}, port_value: {}}}}}", a.ip(), a.port());
-    let mut clusters = String::new();
-    let mut routes = Vec::new();
+fn clusters(ward: &Ward, closed: SocketAddr) -> Vec<(&'static str, String)> {
+    let mut clusters = Vec::new();
     for (name, check, h2) in CLUSTERS {
         let mut endpoints: Vec<String> = ward
             .places
@@ -249,47 +248,23 @@ fn bootstrap(ward: &Ward, listener: SocketAddr, admin: SocketAddr, closed: Socke
         } else {
             ""
         };
-        clusters.push_str(&format!(
+        let yaml = format!(
             "  - name: {name}\n    type: STATIC\n    connect_timeout: 1s\n{options}    \
              health_checks: [{{timeout: 0.5s, interval: 0.1s, no_traffic_interval: 0.1s, unhealthy_threshold: 2, \
              healthy_threshold: 2, {check}}}]\n    \
              common_lb_config: {{healthy_panic_threshold: {{value: 1}}}}\n    \
              load_assignment: {{cluster_name: {name}, endpoints: [{{lb_endpoints: [{}]}}]}}\n",
             endpoints.join(", ")
-        ));
-        routes.push(format!("{{match: {{prefix: /{name}/}}, route: {{cluster: {name}}}}}"));
+        );
+        clusters.push((name, yaml));
     }
-    format!(
-        r#"
-admin: {{address: {}}}
-static_resources:
-  listeners:
-  - name: in
-    address: {}
-    filter_chains:
-    - filters:
-      - name: envoy.filters.network.http_connection_manager
-        typed_config:
-          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
-          stat_prefix: in
-          route_config: {{name: in, virtual_hosts: [{{name: v, domains: ["*"], routes: [{}]}}]}}
-          http_filters:
-          - name: envoy.filters.http.router
-            typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
-  clusters:
-{clusters}"#,
-        socket(admin),
-        socket(listener),
-        routes.join(", ")
-    )
+    clusters
 }
 
 /// One proxy with its servers.
 struct Seat {
     ward: Ward,
-    listener: SocketAddr,
-    admin: SocketAddr,
-    program: Program,
+    proxy: Alone,
 }
 
 impl Seat {
@@ -300,20 +275,15 @@ impl Seat {
         closed: SocketAddr,
         args: &[&str],
     ) -> anyhow::Result<Self> {
-        let at = || anyhow::Ok(SocketAddr::from(([127, 0, 0, 1], free_port()?)));
-        let (ward, listener, admin) = (Ward::start(&SERVERS).await?, at()?, at()?);
+        let ward = Ward::start(&SERVERS).await?;
         ward.set(&FIRST);
-        let file = folder.join(format!("{name}.yaml"));
-        std::fs::write(&file, bootstrap(&ward, listener, admin, closed))?;
-        let mut all: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
-        all.push(file.display().to_string());
-        let program = Program::start(program, folder, name, &all)?;
-        Ok(Self { ward, listener, admin, program })
+        let proxy = Alone::start(program, folder, (name, args), &clusters(&ward, closed))?;
+        Ok(Self { ward, proxy })
     }
 
     /// The flags of each server in each cluster; `closed` is where nobody listens.
     async fn flags(&self) -> anyhow::Result<BTreeMap<String, String>> {
-        let answer = http::get(self.admin, "admin", "/clusters", &[]).await?;
+        let answer = http::get(self.proxy.admin, "admin", "/clusters", &[]).await?;
         ensure!(answer.status == 200, "{}", answer.status);
         let text = answer.text();
         let names: BTreeMap<String, &str> =
@@ -331,7 +301,7 @@ impl Seat {
     async fn chosen(&self, cluster: &str) -> anyhow::Result<BTreeSet<String>> {
         let mut seen = BTreeSet::new();
         for _ in 0..24 {
-            let answer = http::get(self.listener, "x", &format!("/{cluster}/"), &[]).await?;
+            let answer = http::get(self.proxy.listener, "x", &format!("/{cluster}/"), &[]).await?;
             seen.insert(if answer.status == 200 {
                 answer.text()
             } else {
@@ -343,7 +313,7 @@ impl Seat {
 
     /// What it counted of checks, by name and cluster.
     async fn counted(&self) -> anyhow::Result<BTreeMap<String, u64>> {
-        let answer = http::get(self.admin, "admin", "/stats/prometheus", &[]).await?;
+        let answer = http::get(self.proxy.admin, "admin", "/stats/prometheus", &[]).await?;
         let text = answer.text();
         let counted = text.lines().filter_map(|line| {
             let (name, labels) = line.strip_prefix("envoy_cluster_health_check_")?.split_once('{')?;
@@ -433,8 +403,8 @@ async fn both_find_the_same_servers_healthy() -> anyhow::Result<()> {
         answered(both, "http", &["503", "a", "b", "c"]).await?;
         same_words(&ours, &theirs).await?;
     }
-    ours.program.check()?;
-    theirs.program.check()
+    ours.proxy.program.check()?;
+    theirs.proxy.program.check()
 }
 
 /// Both asked the same, and count the same under the same names.

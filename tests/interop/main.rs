@@ -1,5 +1,6 @@
 //! Beside others: a stock Envoy as data plane of our control plane, and as the oracle for our own proxy.
 
+mod alone;
 #[cfg(test)]
 mod generated;
 mod health;

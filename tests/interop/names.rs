@@ -3,17 +3,17 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use anyhow::ensure;
 use tests::echo::{Echo, Seen};
-use tests::program::{self, Program};
-use tests::workload::free_port;
+use tests::program;
 use tests::{PATIENCE, eventually, http, peers};
 use tokio::net::UdpSocket;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
+
+use crate::alone::{Alone, socket};
 
 /// What names have: addresses, and for how many seconds.
 type Zone = BTreeMap<&'static str, (Vec<Ipv4Addr>, u32)>;
@@ -78,9 +78,7 @@ fn answer(query: &[u8], zone: &Mutex<Zone>) -> Option<Vec<u8>> {
 
 /// `/short/` leads to a name whose answers may be kept for a second, although the usual rate is a minute; `/usual/` to
 /// one whose lifetime does not count.
-fn bootstrap(listener: SocketAddr, admin: SocketAddr, names: SocketAddr, port: u16) -> String {
-    let socket =
-        |a: SocketAddr| format!("{{socket_address: {{address: {}, port_value: {}}}}}", a.ip(), a.port());
+fn clusters(names: SocketAddr, port: u16) -> [(&'static str, String); 3] {
     let cluster = |name: &str, more: &str| {
         format!(
             "  - name: {name}\n    type: STRICT_DNS\n    connect_timeout: 1s\n    dns_lookup_family: V4_ONLY\n    {more}\n    \
@@ -92,50 +90,11 @@ fn bootstrap(listener: SocketAddr, admin: SocketAddr, names: SocketAddr, port: u
             socket(names)
         )
     };
-    let clusters = cluster("short", "respect_dns_ttl: true\n    dns_refresh_rate: 60s")
-        + &cluster("usual", "dns_refresh_rate: 60s")
-        + &cluster("never", "dns_refresh_rate: 60s");
-    let routes =
-        ["short", "usual", "never"].map(|n| format!("{{match: {{prefix: /{n}/}}, route: {{cluster: {n}}}}}"));
-    format!(
-        r#"
-admin: {{address: {}}}
-static_resources:
-  listeners:
-  - name: in
-    address: {}
-    filter_chains:
-    - filters:
-      - name: envoy.filters.network.http_connection_manager
-        typed_config:
-          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
-          stat_prefix: in
-          route_config: {{name: in, virtual_hosts: [{{name: v, domains: ["*"], routes: [{}]}}]}}
-          http_filters:
-          - name: envoy.filters.http.router
-            typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
-  clusters:
-{clusters}"#,
-        socket(admin),
-        socket(listener),
-        routes.join(", ")
-    )
-}
-
-/// Starts a proxy, and tells where it listens.
-fn start(
-    program: &Path,
-    folder: &Path,
-    name: &str,
-    (names, port): (SocketAddr, u16),
-    args: &[&str],
-) -> anyhow::Result<(Program, SocketAddr)> {
-    let at = || anyhow::Ok(SocketAddr::from(([127, 0, 0, 1], free_port()?)));
-    let (listener, file) = (at()?, folder.join(format!("{name}.yaml")));
-    std::fs::write(&file, bootstrap(listener, at()?, names, port))?;
-    let mut all: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
-    all.push(file.display().to_string());
-    Ok((Program::start(program, folder, name, &all)?, listener))
+    [
+        ("short", cluster("short", "respect_dns_ttl: true\n    dns_refresh_rate: 60s")),
+        ("usual", cluster("usual", "dns_refresh_rate: 60s")),
+        ("never", cluster("never", "dns_refresh_rate: 60s")),
+    ]
 }
 
 /// Who answers on a path.
@@ -160,11 +119,11 @@ async fn both_keep_the_answers_of_name_servers_as_long_as_they_say() -> anyhow::
     let names = Names::start(known.into()).await?;
 
     let quiet = ["--disable-hot-restart", "--concurrency", "1", "-l", "error", "-c"];
-    let (envoy, asked) = (peers::find("envoy/envoy")?, (names.address, port));
-    let (mut ours, our) =
-        start(&program::ours("istio-proxy")?, folder.path(), "ours", asked, &["--bootstrap"])?;
-    let (mut theirs, their) = start(&envoy, folder.path(), "theirs", asked, &quiet)?;
-    for (name, proxy) in [("ours", our), ("theirs", their)] {
+    let (envoy, clusters) = (peers::find("envoy/envoy")?, clusters(names.address, port));
+    let proxy = program::ours("istio-proxy")?;
+    let mut ours = Alone::start(&proxy, folder.path(), ("ours", &["--bootstrap"]), &clusters)?;
+    let mut theirs = Alone::start(&envoy, folder.path(), ("theirs", &quiet), &clusters)?;
+    for (name, proxy) in [("ours", ours.listener), ("theirs", theirs.listener)] {
         let answered = eventually(PATIENCE, "the proxy listens", || who(proxy, "/short/")).await?;
         // the first answer of all is no 503: requests wait for the names
         ensure!(answered == "first", "{name}: {answered}");
@@ -175,7 +134,7 @@ async fn both_keep_the_answers_of_name_servers_as_long_as_they_say() -> anyhow::
     }
     names.set("short.test", &[two], 1);
     names.set("usual.test", &[two], 1);
-    for (name, proxy) in [("ours", our), ("theirs", their)] {
+    for (name, proxy) in [("ours", ours.listener), ("theirs", theirs.listener)] {
         eventually(PATIENCE, "the other address", || async {
             let answered = who(proxy, "/short/").await?;
             ensure!(answered == "second", "{name}: {answered}");
@@ -185,6 +144,6 @@ async fn both_keep_the_answers_of_name_servers_as_long_as_they_say() -> anyhow::
         let answered = who(proxy, "/usual/").await?;
         ensure!(answered == "first", "{name}: {answered} before its time");
     }
-    ours.check()?;
-    theirs.check()
+    ours.program.check()?;
+    theirs.program.check()
 }

@@ -63,7 +63,11 @@ pub const SETTINGS: &[Setting] = &[
     setting("raft.answerWithin", "5s", "a request without an answer in this time is told so"),
     setting("raft.slowSync", "1s", "a disk is slow whose every sync takes at least this long"),
     setting("raft.slowSyncFor", "10s", "a leader whose disk was slow for so long hands leadership over"),
-    setting("raft.leastFreeBytes", "67108864", "with less free on its disk a leader takes no writes"),
+    setting(
+        "raft.leastFreeBytes",
+        "67108864",
+        "with less free on its disk a leader takes no writes, and a follower none of them",
+    ),
     setting("workloads.lease", "30s", "a workload whose agent is silent for this long is sent no traffic"),
     setting("workloads.removeAfter", "10m", "after this time more a silent workload is removed"),
     setting(

@@ -473,8 +473,8 @@ pub fn shadow(http: &Rc<Http>, policy: &MirrorPolicy, upstream: &Rc<Upstream>, c
     let upstream = Rc::clone(upstream);
     if call.upgrade {
         // what follows goes there, too, from when that server has left HTTP, as Envoy has it
-        let (sender, bytes) = tunnel::copy();
-        call.copies.push(sender);
+        let (sender, bytes) = tunnel::shadow();
+        call.shadows.push(sender);
         http.worker.shared.tasks.spawn_local(tunnel::feed(upstream, endpoint, copy, bytes));
         return;
     }

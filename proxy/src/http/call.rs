@@ -22,7 +22,7 @@ use super::headers::{self, CertFacts};
 use super::path::{Normalized, normalize};
 use super::raw::Ambiguous;
 use super::reply::Local;
-use super::tunnel::Copy;
+use super::tunnel::Shadow;
 use super::{Http, HttpResponse};
 use crate::access_log;
 use crate::listener::connection::Connection;
@@ -55,7 +55,7 @@ pub struct Call {
     /// Its headers are still read when it has been sent on.
     pub keep_headers: bool,
     /// Where the bytes go that follow a request to leave HTTP, besides its server.
-    pub copies: Vec<Copy>,
+    pub shadows: Vec<Shadow>,
     /// The cross-origin policy that its response must tell.
     pub cors: Option<(Arc<Cors>, HeaderValue)>,
 }
@@ -120,7 +120,7 @@ impl Call {
             https,
             upgrade: false,
             keep_headers: false,
-            copies: Vec::new(),
+            shadows: Vec::new(),
             cors: None,
         });
         if let Err(refusal) = call.clean_headers(http) {

@@ -31,10 +31,10 @@ const COPY_QUEUE: usize = 16;
 const COPY_PATIENCE: Duration = Duration::from_secs(300);
 
 /// Where a copy of the client's bytes goes.
-pub type Copy = mpsc::Sender<Bytes>;
+pub type Shadow = mpsc::Sender<Bytes>;
 
 /// A way for the client's bytes to [`feed`].
-pub(super) fn copy() -> (Copy, mpsc::Receiver<Bytes>) {
+pub(super) fn shadow() -> (Shadow, mpsc::Receiver<Bytes>) {
     mpsc::channel(COPY_QUEUE)
 }
 
@@ -84,11 +84,11 @@ pub async fn run(
     worker: Rc<Worker>,
     client: OnUpgrade,
     server: Left,
-    copies: Vec<Copy>,
+    shadows: Vec<Shadow>,
     mut exchange: Box<Exchange>,
 ) {
     let Ok(client) = client.await else { return exchange.client_left() };
-    let mut client = Client::new(client, exchange.version, copies);
+    let mut client = Client::new(client, exchange.version, shadows);
     let counts = Counts::default();
     let idle = exchange.timing.idle();
     let end = tokio::select! {
@@ -127,19 +127,19 @@ struct Client {
     /// How often a stream that seems to have ended is looked at again.
     looks: u8,
     /// Who gets the same bytes.
-    copies: Vec<Copy>,
+    shadows: Vec<Shadow>,
 }
 
 impl Client {
-    fn new(io: Upgraded, version: Version, copies: Vec<Copy>) -> Self {
-        Self { io: TokioIo::new(io), looks: u8::from(version == Version::HTTP_2), copies }
+    fn new(io: Upgraded, version: Version, shadows: Vec<Shadow>) -> Self {
+        Self { io: TokioIo::new(io), looks: u8::from(version == Version::HTTP_2), shadows }
     }
 
     /// Gives the copies what came.
     fn tell(&mut self, came: &[u8]) {
-        if !self.copies.is_empty() {
+        if !self.shadows.is_empty() {
             let piece = Bytes::copy_from_slice(came);
-            self.copies.retain(|copy| copy.try_send(piece.clone()).is_ok());
+            self.shadows.retain(|copy| copy.try_send(piece.clone()).is_ok());
         }
     }
 }
@@ -161,7 +161,7 @@ impl AsyncRead for Client {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        this.copies.clear();
+        this.shadows.clear();
         match Pin::new(&mut this.io).poll_flush(cx) {
             Poll::Ready(Err(error)) => {
                 Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionReset, error)))

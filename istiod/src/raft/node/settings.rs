@@ -41,7 +41,8 @@ pub struct Settings {
     pub slow_sync: Duration,
     /// for this long: a leader then hands leadership over.
     pub slow_sync_for: Duration,
-    /// With less than this free on its disk a leader takes no proposals: the log must not be what fills it.
+    /// With less than this free on its disk a leader takes no proposals, and a follower no commands: the log must not be
+    /// what fills it.
     pub least_free_bytes: u64,
     /// Where the spread of election timeouts comes from.
     pub election_seed: u64,

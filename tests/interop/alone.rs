@@ -1,0 +1,66 @@
+//! A proxy by itself: a file says what a control plane would.
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use tests::program::Program;
+use tests::workload::free_port;
+
+/// A running proxy without a control plane.
+pub(crate) struct Alone {
+    pub(crate) listener: SocketAddr,
+    pub(crate) admin: SocketAddr,
+    pub(crate) program: Program,
+}
+
+impl Alone {
+    /// Starts a proxy with clusters, each by its name and its YAML; paths below `/NAME/` lead to it. The file is the last
+    /// of the program's arguments.
+    pub(crate) fn start(
+        program: &Path,
+        folder: &Path,
+        (name, args): (&str, &[&str]),
+        clusters: &[(&str, String)],
+    ) -> anyhow::Result<Self> {
+        let at = || anyhow::Ok(SocketAddr::from(([127, 0, 0, 1], free_port()?)));
+        let (listener, admin, file) = (at()?, at()?, folder.join(format!("{name}.yaml")));
+        std::fs::write(&file, bootstrap(listener, admin, clusters))?;
+        let mut all: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
+        all.push(file.display().to_string());
+        Ok(Self { listener, admin, program: Program::start(program, folder, name, &all)? })
+    }
+}
+
+/// An address as Envoy's YAML has it.
+pub(crate) fn socket(address: SocketAddr) -> String {
+    format!("{{socket_address: {{address: {}, port_value: {}}}}}", address.ip(), address.port())
+}
+
+fn bootstrap(listener: SocketAddr, admin: SocketAddr, clusters: &[(&str, String)]) -> String {
+    let route = |name: &str| format!("{{match: {{prefix: /{name}/}}, route: {{cluster: {name}}}}}");
+    let routes: Vec<String> = clusters.iter().map(|(name, _)| route(name)).collect();
+    let clusters: String = clusters.iter().map(|(_, yaml)| yaml.as_str()).collect();
+    format!(
+        r#"
+admin: {{address: {}}}
+static_resources:
+  listeners:
+  - name: in
+    address: {}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: in
+          route_config: {{name: in, virtual_hosts: [{{name: v, domains: ["*"], routes: [{}]}}]}}
+          http_filters:
+          - name: envoy.filters.http.router
+            typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
+  clusters:
+{clusters}"#,
+        socket(admin),
+        socket(listener),
+        routes.join(", ")
+    )
+}
