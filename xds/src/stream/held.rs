@@ -1,6 +1,7 @@
 //! What a client has of one type, as far as the server knows.
 
-use std::collections::BTreeMap;
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::cache::Map;
@@ -80,6 +81,37 @@ impl Held {
         self.differs.is_empty() && Arc::ptr_eq(&self.base, map)
     }
 
+    /// Whether the client has had exactly what some map has.
+    pub(super) fn is_shared(&self) -> bool {
+        !self.base.is_empty()
+    }
+
+    /// All names about which the client may differ from `map`, which hold few when it shares most of its resources with
+    /// what the client has: then most pairs are the same pointer, and no name is compared.
+    pub(super) fn may_differ<'a>(&'a self, map: &'a Map) -> BTreeSet<&'a str> {
+        let mut names: BTreeSet<&str> = self.differs.keys().map(String::as_str).collect();
+        if Arc::ptr_eq(&self.base, map) {
+            return names;
+        }
+        let (mut base, mut wanted) = (self.base.iter().peekable(), map.iter().peekable());
+        loop {
+            let order = match (base.peek(), wanted.peek()) {
+                (Some((_, has)), Some((_, wants))) if Arc::ptr_eq(has, wants) => {
+                    base.next();
+                    wanted.next();
+                    continue;
+                }
+                (Some((has, _)), Some((wants, _))) => has.cmp(wants),
+                (Some(_), None) => Ordering::Less,
+                (None, Some(_)) => Ordering::Greater,
+                (None, None) => return names,
+            };
+            let has = if order.is_le() { base.next() } else { None };
+            let wants = if order.is_ge() { wanted.next() } else { None };
+            names.extend(has.or(wants).map(|(name, _)| name.as_str()));
+        }
+    }
+
     /// The names of what the client has, in no particular order.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         let base = self.base.keys().filter(|name| !self.differs.contains_key(*name));
@@ -102,5 +134,37 @@ impl Held {
             }
         }
         all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use envoy_types::pb::google::protobuf::Any;
+
+    use super::*;
+
+    fn resource(name: &str, version: u64) -> (String, Arc<Resource>) {
+        let body = Any { type_url: String::new(), value: Vec::new() };
+        (name.to_owned(), Arc::new(Resource { name: name.to_owned(), version, body }))
+    }
+
+    #[test]
+    fn only_what_is_not_shared_may_differ() {
+        let all = ["a", "b", "c", "d", "f"].map(|name| resource(name, 1));
+        let base: Map = Arc::new(all.clone().into());
+        let mut held = Held::default();
+        assert_eq!(held.may_differ(&base).len(), 5, "of what is new all");
+        held.settle(&base);
+        assert!(held.may_differ(&base).is_empty());
+        held.remove("d");
+        assert_eq!(held.may_differ(&base), ["d"].into());
+
+        let [a, _, c, d, f] = all;
+        let next: Map = Arc::new([a, resource("bb", 1), resource("c", 2), d, resource("e", 1), f].into());
+        assert_eq!(held.may_differ(&next), ["b", "bb", "c", "d", "e"].into());
+        held.settle(&next);
+        let fewer: Map = Arc::new([c].into());
+        assert_eq!(held.may_differ(&fewer), ["a", "bb", "c", "d", "e", "f"].into());
+        assert_eq!(held.may_differ(&Map::default()).len(), 6);
     }
 }

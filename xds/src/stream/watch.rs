@@ -220,25 +220,24 @@ impl Watch {
 
     fn compare(&self, wanted: &Map) -> Diff {
         let mut diff = Diff::default();
-        if self.sub.wildcard {
-            wanted.values().for_each(|resource| self.compare_one(resource, &mut diff));
-        } else {
-            let names = self.sub.names.iter().filter_map(|name| wanted.get(name));
-            let seen = names.map(|resource| self.compare_one(resource, &mut diff)).count();
-            diff.unsubscribed = seen < wanted.len();
-        }
-        let held = self.held.names().filter(|_| !self.held.is(wanted));
-        let doubtful = self.doubtful.iter().map(String::as_str);
-        let gone: BTreeSet<&str> = held.chain(doubtful).filter(|name| !wanted.contains_key(*name)).collect();
-        for name in gone {
-            match self.refused.get(name) {
-                Some(None) => diff.blocked = true,
-                Some(Some(_)) | None => diff.removed.push(name.to_owned()),
+        // Who asks for a few of many is looked up by what it asks for.
+        let few = !self.sub.wildcard && !self.held.is_shared();
+        let mut names = if few { self.held.names().collect() } else { self.held.may_differ(wanted) };
+        let asked = few.then_some(&self.sub.names).into_iter().flatten();
+        names.extend(asked.chain(&self.owed).chain(&self.doubtful).map(String::as_str));
+        let (mut covered, mut uncovered) = (0, 0);
+        for name in names {
+            match wanted.get(name) {
+                Some(resource) if self.sub.covers(name) => {
+                    covered += 1;
+                    self.compare_one(resource, &mut diff);
+                }
+                Some(_) => uncovered += 1,
+                None => self.compare_gone(name, &mut diff),
             }
         }
-        let unknown = self.owed.iter().filter(|name| !wanted.contains_key(*name));
-        let told = |name: &String| self.held.version(name).is_some() || self.doubtful.contains(name);
-        diff.absent = unknown.filter(|name| !told(name)).cloned().collect();
+        // What the client has is covered, so where it is walked, none of what is passed over is left unasked for.
+        diff.unsubscribed = if few { covered < wanted.len() } else { uncovered > 0 };
         diff
     }
 
@@ -254,6 +253,16 @@ impl Watch {
         }
         diff.missing |= held.is_none();
         diff.changed.push(resource.clone());
+    }
+
+    fn compare_gone(&self, name: &str, diff: &mut Diff) {
+        let had = self.held.version(name).is_some() || self.doubtful.contains(name);
+        match self.refused.get(name) {
+            Some(None) if had => diff.blocked = true,
+            Some(_) | None if had => diff.removed.push(name.to_owned()),
+            Some(_) | None if self.owed.contains(name) => diff.absent.push(name.to_owned()),
+            Some(_) | None => {}
+        }
     }
 
     /// Sends what is due, if the gate allows it and nothing is on its way.
