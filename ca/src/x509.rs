@@ -238,9 +238,12 @@ pub fn sha256(bytes: &[u8]) -> [u8; 32] {
 /// Bytes in lower-case hexadecimal.
 #[must_use]
 pub fn hex(bytes: &[u8]) -> String {
-    let digits = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    let digit = |half: u8| half + if half < 10 { b'0' } else { b'a' - 10 };
     let mut text = String::with_capacity(bytes.len() * 2);
-    text.extend(digits.map(|digit| char::from_digit(digit.into(), 16).unwrap_or_default()));
+    for byte in bytes {
+        text.push(char::from(digit(byte >> 4)));
+        text.push(char::from(digit(byte & 15)));
+    }
     text
 }
 

@@ -9,9 +9,11 @@ pub mod node;
 pub mod object;
 pub mod parse;
 pub mod validate;
+mod written;
 pub mod yaml;
 
 pub use node::{Location, Path};
 pub use object::{Kind, NotAnObject, Object, Spec, Typed};
 pub use parse::{ConfigError, Warning, parse, parse_in, parse_mesh, parse_value};
 pub use validate::{Problem, Related, Severity, validate_set};
+pub use written::Written;

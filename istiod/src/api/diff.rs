@@ -30,7 +30,8 @@ pub fn yaml(value: &Value) -> String {
 /// An object as its author wrote it: without what the state adds.
 #[must_use]
 pub fn written(object: &Object) -> Value {
-    let bare = Object { created: 0, generation: 0, ..object.clone() };
+    let mut bare = object.clone();
+    (bare.created, bare.generation) = (0, 0);
     bare.to_json_at(0)
 }
 

@@ -126,7 +126,6 @@ pub struct Mesh {
     /// Since the last writes.
     unwritten: Changes,
     ca_writes: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
-    digests: witness::Digests,
 }
 
 impl Mesh {
@@ -150,7 +149,6 @@ impl Mesh {
             replaced: false,
             unwritten: Changes::default(),
             ca_writes: BTreeMap::new(),
-            digests: witness::Digests::default(),
         }
     }
 
@@ -245,7 +243,7 @@ impl StateMachine for Mesh {
         let named = witness::named(&command);
         let before = witness::see(&self.view(), &named);
         let outcome = self.apply_command(index, command);
-        let objects = witness::changed(before, witness::see(&self.view(), &named), &mut self.digests);
+        let objects = witness::changed(before, witness::see(&self.view(), &named));
         self.audit.change(|audit| audit.append(index, origin, objects));
         Ok(outcome)
     }

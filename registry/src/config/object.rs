@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::decode::{Decode, Decoder};
 use super::node::Node;
+use super::written::Memo;
 use crate::model::extension::{EnvoyFilter, ProxyConfigResource, TrafficExtension, WasmPlugin};
 use crate::model::mesh::MeshConfig;
 use crate::model::security::{AuthorizationPolicy, PeerAuthentication, RequestAuthentication};
@@ -200,6 +201,8 @@ pub struct Object {
     pub spec: Arc<Spec>,
     /// The specification as it was written.
     pub raw: Value,
+    /// What was measured of it.
+    pub(super) memo: Memo,
 }
 
 /// A stored value that is no object of a known kind.
@@ -226,6 +229,7 @@ impl Object {
             revision: 0,
             spec: Arc::new(lenient(kind, &raw)),
             raw,
+            memo: Memo::default(),
         }
     }
 

@@ -10,6 +10,7 @@ use super::decode::{Decode, Decoder, Finding, nearest};
 use super::node::{Content, Entry, Location, Node, Path, Segment, quoted};
 use super::object::{Kind, Object, Spec, seconds};
 use super::validate::{Checker, Remark, grammar, validate_spec};
+use super::written::Memo;
 use super::yaml;
 use crate::model::mesh::MeshConfig;
 
@@ -348,6 +349,7 @@ impl Reader<'_> {
             revision: 0,
             spec: Arc::new(typed),
             raw: spec.to_json(),
+            memo: Memo::default(),
         };
         self.objects.push((object, node.at));
     }

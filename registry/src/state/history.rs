@@ -1,7 +1,6 @@
 //! The last changes of the configuration, for `istioctl history`, `diff` and `rollback`.
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
 use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
@@ -52,6 +51,17 @@ pub enum Value {
     Json(Arc<serde_json::Value>),
 }
 
+impl Value {
+    /// Bytes as JSON.
+    fn weight(&self) -> usize {
+        match self {
+            Self::Object(object) => object.written().bytes,
+            // Texts and numbers always have a JSON form.
+            Self::Json(json) => serde_json::to_vec(json).unwrap_or_default().len(),
+        }
+    }
+}
+
 /// An object in its Kubernetes form.
 impl Serialize for Value {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
@@ -62,30 +72,11 @@ impl Serialize for Value {
     }
 }
 
-/// Counts what is written.
-struct Count(usize);
-
-impl Write for Count {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0 += bytes.len();
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 impl Entry {
     /// Bytes of its values as JSON: the same on every member.
     fn weight(&self) -> usize {
         let values = self.changes.iter().flat_map(|change| [&change.before, &change.after]);
-        let mut count = Count(0);
-        for value in values.flatten() {
-            // Texts and numbers always have a JSON form, and counting does not fail.
-            serde_json::to_writer(&mut count, value).unwrap_or_default();
-        }
-        count.0
+        values.flatten().map(Value::weight).sum()
     }
 
     /// One line: what was created (`+`), changed (`~`) and deleted (`-`).

@@ -14,9 +14,6 @@ use super::{Command, View};
 use crate::audit::AuditObject;
 use crate::raft::part::Part;
 
-/// How many digests are remembered; then all are forgotten.
-const DIGESTS: usize = 1024;
-
 /// What a command may change.
 pub(super) enum Named {
     Object(ObjectKey),
@@ -46,8 +43,7 @@ impl Thing {
     /// SHA-256 of the thing as compact JSON; of an object, of its Kubernetes form.
     fn digest(&self) -> Hash {
         match self {
-            // Texts and numbers always have a JSON form.
-            Self::Object(object) => Hash::of(&serde_json::to_vec(&**object).unwrap_or_default()),
+            Self::Object(object) => object.written().digest,
             Self::Json(json) => Hash::of(json.to_string().as_bytes()),
             Self::Bytes(bytes) => Hash::of(bytes),
         }
@@ -159,46 +155,22 @@ fn pairs(of: &str, part: &impl Part) -> Seen {
         .collect()
 }
 
-/// The digests of the objects that changed last: what is after one change is before the next.
-#[derive(Debug, Default)]
-pub(super) struct Digests(BTreeMap<String, (Arc<Object>, Hash)>);
-
-impl Digests {
-    fn before(&self, what: &str, thing: &Thing) -> Hash {
-        match (self.0.get(what), thing) {
-            (Some((known, digest)), Thing::Object(object)) if Arc::ptr_eq(known, object) => *digest,
-            _ => thing.digest(),
-        }
-    }
-
-    fn after(&mut self, what: &str, thing: &Thing) -> Hash {
-        let digest = thing.digest();
-        if let Thing::Object(object) = thing {
-            if self.0.len() >= DIGESTS {
-                self.0.clear();
-            }
-            self.0.insert(what.to_owned(), (object.clone(), digest));
-        }
-        digest
-    }
-}
-
 /// What differs, by name.
-pub(super) fn changed(before: Seen, mut after: Seen, digests: &mut Digests) -> Vec<AuditObject> {
+pub(super) fn changed(before: Seen, mut after: Seen) -> Vec<AuditObject> {
     let mut objects = BTreeMap::new();
     for (what, old) in before {
         let new = after.remove(&what);
         if new.as_ref().is_some_and(|new| old.is(new)) {
             continue;
         }
-        let before = Some(digests.before(&what, &old));
-        let after = new.map(|new| digests.after(&what, &new));
+        let before = Some(old.digest());
+        let after = new.map(|new| new.digest());
         if before != after {
             objects.insert(what, (before, after));
         }
     }
     for (what, new) in after {
-        let after = Some(digests.after(&what, &new));
+        let after = Some(new.digest());
         objects.insert(what, (None, after));
     }
     objects.into_iter().map(|(what, (before, after))| AuditObject { what, before, after }).collect()
