@@ -233,9 +233,9 @@ impl World {
         let stepped = running.driver.steps(events.into_iter(), clock, &mut outbox, &mut out);
         let late = running.log.sync_due();
         if stepped.is_ok() {
-            running.driver.send_late(&mut outbox);
             outbox.forward(std::mem::take(&mut out.forwards));
         }
+        let owes = running.driver.owes_committed();
         let spent = member.power.take_spent_us();
         running.busy_until = self.now + spent;
         let life = member.life;
@@ -260,6 +260,10 @@ impl World {
         self.look_at(id)?;
         for (sequence, answer) in out.answers {
             self.answer(id, spent, sequence, answer)?;
+        }
+        if owes {
+            let soon = spent + self.rng.u64(0..2_000);
+            self.after(soon, Happening::Tell(id, life, Event::TellCommitted));
         }
         for job in out.jobs {
             let takes = spent + self.rng.u64(0..100_000);

@@ -77,8 +77,8 @@ pub struct Driver<M: StateMachine> {
     handed_over: u64,
     /// Who is to lead next, because this member led and was removed.
     heir: Option<u64>,
-    /// Messages that say what is committed, which can wait until those here have their answers.
-    late: Vec<Message>,
+    /// What others were told to be committed, while this member leads; and whether one of them waits for what is.
+    told: (u64, bool),
     /// Held while the member lives.
     _guard: Guard,
 }
@@ -111,13 +111,16 @@ impl<M: StateMachine> Driver<M> {
         transport: &mut dyn Transport,
         out: &mut Output<M::Answer>,
     ) -> Result<(), Fatal> {
-        self.send_late(transport);
         for event in events {
             self.take(event, now, out)?;
         }
         self.give_proposals(out);
         self.ask_reads(now);
         self.settle(transport, out)?;
+        if std::mem::take(&mut self.told.1) {
+            self.tell_committed();
+            self.settle(transport, out)?;
+        }
         if self.ask_reads(now) {
             self.settle(transport, out)?;
         }
@@ -149,12 +152,11 @@ impl<M: StateMachine> Driver<M> {
     /// 2. a received snapshot, entries and hard state are made durable with one fdatasync;
     /// 3. only then leaves what promises them to others: votes and acknowledgements;
     /// 4. committed entries are applied, in order; the store follows later;
-    /// 5. the raft crate is told, which may commit and release more; what that is, others are told last.
+    /// 5. the raft crate is told, which may commit and release more.
     fn settle(&mut self, transport: &mut dyn Transport, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
         let most = self.settings.message_bytes;
         while self.raw.has_ready() {
             let mut ready = self.raw.ready();
-            self.send_late(transport);
             send(transport, most, ready.take_messages());
 
             if !ready.snapshot().is_empty() {
@@ -185,19 +187,29 @@ impl<M: StateMachine> Driver<M> {
                 state.commit = commit;
                 log.set_hard_state(state);
             }
-            self.late.append(&mut light.take_messages());
+            send(transport, most, light.take_messages());
             self.apply(light.take_committed_entries(), out)?;
             self.raw.advance_apply();
             let heir = self.heir.take().map(|heir| self.hand_over(heir));
-            self.late.extend(heir);
+            send(transport, most, heir.into_iter().collect());
         }
         self.tell_role();
         Ok(())
     }
 
-    /// Sends what the last step left to be sent once its answers are given; the next step does it otherwise.
-    pub fn send_late(&mut self, transport: &mut dyn Transport) {
-        send(transport, self.settings.message_bytes, std::mem::take(&mut self.late));
+    /// Whether this member leads and has committed more than it has told others. The next proposal tells them; if there is none
+    /// soon, [`Event::TellCommitted`] must.
+    #[must_use]
+    pub fn owes_committed(&self) -> bool {
+        self.raw.raft.state == StateRole::Leader && self.raw.raft.raft_log.committed > self.told.0
+    }
+
+    /// Tells others what is committed, without any entries.
+    fn tell_committed(&mut self) {
+        if self.owes_committed() {
+            self.told.0 = self.raw.raft.raft_log.committed;
+            self.raw.raft.bcast_append();
+        }
     }
 
     fn take(&mut self, event: Event, now: Instant, out: &mut Output<M::Answer>) -> Result<(), Fatal> {
@@ -242,6 +254,7 @@ impl<M: StateMachine> Driver<M> {
             Event::Stored(store) => self.stored.back(store?),
             Event::Transfer(to) => self.raw.transfer_leader(to),
             Event::Removed => return Err(Fatal::Removed(self.settings.id)),
+            Event::TellCommitted => self.tell_committed(),
         }
         Ok(())
     }
@@ -252,6 +265,7 @@ impl<M: StateMachine> Driver<M> {
         let timeout = self.settings.election_timeout(self.raw.raft.id, self.raw.raft.term);
         self.raw.raft.set_randomized_election_timeout(timeout);
         self.raw.tick();
+        self.tell_committed();
         self.look_at_space(now);
         self.proposals.tick();
         self.proposals.expire(now, out);
@@ -289,7 +303,10 @@ impl<M: StateMachine> Driver<M> {
         self.must_lead()?;
         self.must_have_space()?;
         match self.raw.propose(Vec::new(), proposal.to_vec()) {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.told.0 = self.raw.raft.raft_log.committed;
+                Ok(())
+            }
             // The next leader will take it.
             Err(raft::Error::ProposalDropped) if self.raw.raft.lead_transferee.is_some() => {
                 Err(Refusal::NotLeader(None))
@@ -341,6 +358,9 @@ impl<M: StateMachine> Driver<M> {
         };
         if proposal.client == self.client {
             self.proposals.ended(proposal.sequence, answer, out);
+        } else {
+            // Whoever proposed it answers when it has applied it.
+            self.told.1 = true;
         }
         Ok(())
     }

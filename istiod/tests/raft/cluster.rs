@@ -109,7 +109,9 @@ impl Cluster {
         while let Some(job) = out.jobs.pop() {
             driver.step(job.run(), self.now, &mut self.wires, &mut out).expect("steps");
         }
-        driver.send_late(&mut self.wires);
+        if driver.owes_committed() {
+            driver.step(Event::TellCommitted, self.now, &mut self.wires, &mut out).expect("steps");
+        }
         let applied = driver.status().applied;
         let map = &driver.machine().map;
         let known = self.applied.entry(applied).or_insert_with(|| map.clone());

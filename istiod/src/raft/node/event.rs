@@ -69,6 +69,8 @@ pub enum Event {
     Transfer(u64),
     /// A peer says that this member was removed from the cluster.
     Removed,
+    /// Others are to be told what is committed, if this member leads and has not said it by then.
+    TellCommitted,
 }
 
 /// What a step asks the thread to do, besides what went to the transport.

@@ -90,7 +90,8 @@ impl Settings {
             min_election_tick: self.election_ticks,
             max_election_tick: self.election_ticks * 2,
             read_only_option: raft::ReadOnlyOption::Safe,
-            skip_bcast_commit: false,
+            // The next append says it, or the driver when there is none.
+            skip_bcast_commit: true,
             // Not safe in 0.7: the driver joins appends itself.
             batch_append: false,
             priority: 0,

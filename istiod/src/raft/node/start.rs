@@ -126,7 +126,7 @@ impl<M: StateMachine> Driver<M> {
             fitness: Fitness::default(),
             handed_over: 0,
             heir: None,
-            late: Vec::new(),
+            told: (0, false),
             _guard: guard,
         };
         driver.show(now);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use raft::eraftpb::{ConfState, Message};
@@ -24,6 +24,11 @@ const REQUESTS: usize = 1024;
 const MESSAGES: usize = 4096;
 /// Requests taken in one step, which share one fdatasync.
 const BATCH: usize = 512;
+
+/// Commits that follow each other within this time are told with the next one,
+const OFTEN: Duration = Duration::from_millis(10);
+/// or after this.
+const TELL_WITHIN: Duration = Duration::from_millis(1);
 
 /// Numbers of requests that are no proposals begin here.
 const OTHERS: u64 = 1 << 63;
@@ -106,6 +111,8 @@ impl<M: StateMachine> Node<M> {
             replies: BTreeMap::new(),
             proposals: 0,
             others: OTHERS,
+            tell_at: None,
+            committed_at: None,
             jobs: Vec::new(),
         };
         // The runtime is only for the timer and the queues; everything that blocks blocks this thread alone.
@@ -227,6 +234,9 @@ struct Worker<M: StateMachine> {
     /// Numbers of proposals are without gaps, because the table of sessions remembers gaps.
     proposals: u64,
     others: u64,
+    /// When others are told what is committed, and when something last was.
+    tell_at: Option<Instant>,
+    committed_at: Option<Instant>,
     /// Threads that do slow work; each gives its event if nobody took it.
     jobs: Vec<JoinHandle<Option<Event>>>,
 }
@@ -241,6 +251,7 @@ impl<M: StateMachine> Worker<M> {
             tokio::select! {
                 () = stop.cancelled() => break,
                 _ = ticks.tick() => events.push(Event::Tick),
+                () = until(self.tell_at) => events.push(Event::TellCommitted),
                 _ = self.messages.recv_many(&mut events, BATCH) => {}
                 count = self.requests.recv_many(&mut requests, BATCH) => {
                     if count == 0 {
@@ -307,9 +318,20 @@ impl<M: StateMachine> Worker<M> {
         for (sequence, answer) in out.answers {
             self.answer(sequence, answer);
         }
-        self.driver.send_late(self.transport.as_mut());
+        self.plan_telling(now);
         looks.into_iter().for_each(|look| look(self.driver.machine()));
         out.jobs.into_iter().try_for_each(|job| self.start_job(job))
+    }
+
+    /// Others are told at once what is committed, unless one commit follows the other: then the next one says it too.
+    fn plan_telling(&mut self, now: Instant) {
+        if !self.driver.owes_committed() {
+            self.tell_at = None;
+        } else if self.tell_at.is_none() {
+            let often = self.committed_at.is_some_and(|before| now - before < OFTEN);
+            self.tell_at = Some(if often { now + TELL_WITHIN } else { now });
+            self.committed_at = Some(now);
+        }
     }
 
     fn note(&mut self, request: Request<M>, now: Instant) -> Option<Event> {
@@ -378,6 +400,13 @@ impl<M: StateMachine> Worker<M> {
         self.jobs.retain(|thread| !thread.is_finished());
         self.jobs.push(thread.map_err(|error| Fatal::Raft(raft::Error::Io(error)))?);
         Ok(())
+    }
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
     }
 }
 
