@@ -8,7 +8,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt::{self, Write as _};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use crate::tool::{ToolError, run};
@@ -19,9 +19,10 @@ pub const INBOUND_PORT: u16 = 15006;
 /// Ports of the machine that are never captured: ssh, and the agent's (Istio, "Ports used by the sidecar").
 const NEVER_INBOUND: [u16; 7] = [22, 15000, 15008, 15014, 15020, 15021, 15090];
 
-/// From these addresses the proxy calls the application behind it. The first needs nothing; the second must be an
+/// From these addresses the proxy and probes call the application. The first needs nothing; the second must be an
 /// address of the loopback device.
-const LOOP_BREAKERS: (&str, &str) = ("127.0.0.6", "::6");
+pub(crate) const LOOP_BREAKERS: (Ipv4Addr, Ipv6Addr) =
+    (Ipv4Addr::new(127, 0, 0, 6), Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6));
 
 /// The table, which nobody else may use.
 const TABLE: &str = "table inet istio";

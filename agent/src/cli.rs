@@ -21,6 +21,7 @@ use crate::capture::{Block, INBOUND_PORT, Plan};
 use crate::config::{Config, ProxySeat, Seat};
 use crate::dns::Dns;
 use crate::join;
+use crate::probe::{Checks, Place};
 use crate::register::Workload;
 use crate::resolved::{self, Domain};
 use crate::tool::ToolError;
@@ -150,6 +151,9 @@ struct Member {
     /// Where the application listens, `9080=127.0.0.1:8080`; may be repeated
     #[arg(long, value_parser = key_value)]
     forward: Vec<(String, String)>,
+    /// Let probes of the control plane run commands on this machine, with the agent's rights
+    #[arg(long)]
+    exec_probes: bool,
     /// Lifetime of certificates in seconds; the control plane's default when not given
     #[arg(long)]
     certificate_lifetime: Option<u64>,
@@ -319,17 +323,19 @@ impl Member {
         let ports = self.ports.iter().map(|(name, port)| {
             Ok((name.clone(), port.parse().with_context(|| format!("`{port}` is not a port"))?))
         });
+        let place = Place { address: self.address()?, captured, forward: self.forward()? };
         Ok(Workload {
             name: self.name.clone(),
-            address: self.address()?,
+            address: place.address,
             labels: self.labels.iter().cloned().collect(),
             ports: ports.collect::<anyhow::Result<_>>()?,
             locality: self.locality.clone(),
             network: self.network.clone(),
             awaited_ports: match captured {
                 true => vec![INBOUND_PORT],
-                false => self.forward()?.into_keys().collect(),
+                false => place.forward.keys().copied().collect(),
             },
+            checks: Checks { own: None, exec: self.exec_probes, place },
             session: new_session(),
         })
     }

@@ -2,7 +2,8 @@
 //!
 //! [`cli`] says what can be asked of it, [`settings`] what files say; [`join`] gets the identity, with a token the first
 //! time, and keeps it in the [`vault`]; [`members`] follows who the members of the control plane are, and [`control_plane`]
-//! calls them; [`register`] makes the workload an endpoint and says when it may be sent traffic, in a [`session`]; [`dns`]
+//! calls them; [`register`] makes the workload an endpoint and says when it may be sent traffic, in a [`session`], which
+//! [`probe`] finds out; [`dns`]
 //! answers its applications, and [`resolved`] has the machine's resolver ask it; [`secrets`] hands the certificate to a
 //! stock Envoy; [`capture`] redirects a machine's traffic to the proxy. For both, [`tool`] runs the system's programs.
 //! The proxy itself is the crate `proxy`, run in this process.
@@ -14,6 +15,7 @@ pub mod control_plane;
 pub mod dns;
 pub mod join;
 pub mod members;
+pub mod probe;
 pub mod register;
 pub mod resolved;
 pub mod secrets;
@@ -32,6 +34,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use config::{Config, Seat};
+
+/// Of what does not end by itself.
+#[derive(Debug)]
+pub(crate) enum Never {}
 
 /// How the agent is told to end.
 #[derive(Debug, Clone, Default)]

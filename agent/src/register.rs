@@ -1,4 +1,5 @@
-//! Registration: the workload becomes an endpoint, and is sent traffic once its proxy takes connections.
+//! Registration: the workload becomes an endpoint, and is sent traffic once its proxy takes connections and its
+//! application is healthy.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -6,11 +7,13 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tonic::{Code, Status};
-use wire::mesh::{DeregisterRequest, HealthRequest, RegisterRequest};
+use wire::mesh::{DeregisterRequest, HealthRequest, HealthResponse, RegisterRequest};
 
-use crate::Orders;
 use crate::control_plane::{Client, ControlPlane};
+use crate::probe::{self, Checks, Health, Readiness};
+use crate::{Never, Orders};
 
 /// A call to the control plane that takes longer is given up.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -35,18 +38,18 @@ struct Entered {
     name: String,
     /// How often it wants a sign of life.
     every: Duration,
+    /// What it holds the workload for.
+    health: Health,
 }
 
-/// Whether the control plane knows this session's registration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Known {
-    Yes,
-    No,
-}
-
-/// Of what does not end by itself.
+/// Where what is found out of the application meets what is told of it.
 #[derive(Debug)]
-enum Never {}
+struct Told {
+    /// How it is checked, as the control plane says; nothing before it said so.
+    readiness: watch::Sender<Option<Readiness>>,
+    /// What was found out; nothing before there is something.
+    health: watch::Receiver<Option<Health>>,
+}
 
 /// What is registered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +68,8 @@ pub struct Workload {
     pub network: String,
     /// Ports at which the proxy must take connections before the workload is healthy.
     pub awaited_ports: Vec<u16>,
+    /// What this machine says of how the application is checked.
+    pub checks: Checks,
     /// Random identifier of this start.
     pub session: String,
 }
@@ -89,14 +94,17 @@ impl Registration {
         &self.workload.session
     }
 
-    /// Registers, reports healthy when the proxy takes connections, repeats that as a sign of life, and takes the
-    /// workload out again when the agent is told to leave. What fails is tried again until then.
+    /// Registers, reports what is found out of the application, once the proxy takes connections, repeats that as a sign
+    /// of life, and takes the workload out again when the agent is told to leave. What fails is tried again until then.
     ///
     /// A hand-over leaves it as it is: the process that follows goes on with this session.
     pub async fn keep(self, orders: &Orders) {
         let entry = Mutex::new(None);
+        let (readiness, said) = watch::channel(self.workload.checks.decide(None));
+        let (found, health) = watch::channel(None);
         tokio::select! {
-            never = self.stay(&entry) => match never {},
+            never = self.stay(&entry, Told { readiness, health }) => match never {},
+            never = self.find_out(said, &found) => match never {},
             () = orders.leave.cancelled() => {}
             () = orders.hand_over.cancelled() => return,
         }
@@ -107,61 +115,90 @@ impl Registration {
         }
     }
 
+    /// Whether the application is healthy, from when its proxy takes connections.
+    async fn find_out(
+        &self,
+        readiness: watch::Receiver<Option<Readiness>>,
+        found: &watch::Sender<Option<Health>>,
+    ) -> Never {
+        for port in &self.workload.awaited_ports {
+            takes_connections(SocketAddr::new(self.workload.address, *port)).await;
+        }
+        probe::follow(&self.workload.checks.place, readiness, found).await
+    }
+
     /// Registers, and again whenever the control plane knows nothing of it any more.
-    async fn stay(&self, entry: &Mutex<Option<String>>) -> Never {
+    async fn stay(&self, entry: &Mutex<Option<String>>, mut told: Told) -> Never {
         loop {
-            let entered = self.insist("register", |turn| self.register(turn)).await;
+            let (entered, readiness) = self.insist("register", |turn| self.register(turn)).await;
             *entry.lock().unwrap_or_else(PoisonError::into_inner) = Some(entered.name.clone());
-            let listening = async {
-                for port in &self.workload.awaited_ports {
-                    takes_connections(SocketAddr::new(self.workload.address, *port)).await;
-                }
-                self.insist("report healthy", |turn| self.report_healthy(&entered.name, turn)).await
-            };
-            // The proxy may learn only later what to listen on; the registration must live until then.
-            let known = tokio::select! {
-                known = listening => known,
-                () = self.stay_known(&entered, false) => Known::No,
-            };
-            if known == Known::Yes {
-                self.stay_known(&entered, true).await;
-            }
+            // A member that says nothing of it knows no checks.
+            let unknown = told.readiness.borrow().is_none();
+            told.readiness(readiness.or(unknown.then_some(Readiness::Unchecked)));
+            self.stay_known(entered, &mut told).await;
             tracing::info!(workload = %self.workload.name, "the control plane does not know this session, registering again");
         }
     }
 
-    /// Gives signs of life until the control plane does not know the registration.
-    async fn stay_known(&self, entered: &Entered, healthy: bool) {
+    /// Reports what is found out, and gives signs of life, until the control plane does not know the registration.
+    async fn stay_known(&self, entered: Entered, told: &mut Told) {
+        let Entered { name, every, health: mut known } = entered;
         let (mut held, mut turn) = (None, 0_usize);
-        let mut pause = entered.every;
+        let mut failed: Option<Duration> = None;
         loop {
-            tokio::time::sleep(pause).await;
-            let sign = self.sign_of_life((&entered.name, healthy), turn, &mut held);
+            match failed {
+                Some(pause) => tokio::time::sleep(pause).await,
+                None => tokio::select! {
+                    () = told.differs(&known) => {}
+                    () = tokio::time::sleep(every) => {}
+                },
+            }
+            let health = told.health.borrow_and_update().clone().unwrap_or_else(|| known.clone());
+            let sign = self.sign_of_life((&name, &health), turn, &mut held);
             let outcome = tokio::time::timeout(CALL_TIMEOUT, sign).await;
             match outcome.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time"))) {
-                Ok(Known::Yes) => pause = entered.every,
-                Ok(Known::No) => return,
+                Ok(Some(answer)) => {
+                    if health != known {
+                        let Health { healthy, reason } = &health;
+                        tracing::info!(workload = %self.workload.name, healthy, reason, "reported");
+                    }
+                    (known, failed) = (health, None);
+                    told.readiness(answer.readiness.and_then(|said| self.workload.checks.decide(Some(said))));
+                }
+                Ok(None) => return,
                 Err(status) => {
-                    tracing::debug!(error = status.message(), "no sign of life given");
+                    if health != known && status.code() != Code::Unavailable {
+                        tracing::warn!(workload = %self.workload.name, error = status.message(), "cannot report health");
+                    } else {
+                        tracing::debug!(error = status.message(), "no sign of life given");
+                    }
                     (held, turn) = (None, turn.wrapping_add(1));
-                    pause = LONGEST_PAUSE.min(entered.every / 4);
+                    failed =
+                        Some(failed.map_or(FIRST_PAUSE, |pause| pause * 2).min(LONGEST_PAUSE).min(every / 4));
                 }
             }
         }
     }
 
-    /// Over one connection as long as it lasts.
+    /// Over one connection as long as it lasts. No answer: the control plane does not know the session.
     async fn sign_of_life(
         &self,
-        said: (&str, bool),
+        (entry, health): (&str, &Health),
         turn: usize,
         held: &mut Option<Client>,
-    ) -> Result<Known, Status> {
+    ) -> Result<Option<HealthResponse>, Status> {
         let client = match held {
             Some(client) => client,
             None => held.insert(self.control_plane.client(turn).await?),
         };
-        self.tell(client, said).await
+        let (namespace, _) = self.control_plane.namespace_and_account();
+        let (name, session) = (entry.to_owned(), self.workload.session.clone());
+        let Health { healthy, reason } = health.clone();
+        match client.report_health(HealthRequest { name, namespace, session, healthy, reason }).await {
+            Ok(answer) => Ok(Some(answer.into_inner())),
+            Err(status) if status.code() == Code::FailedPrecondition => Ok(None),
+            Err(status) => Err(status),
+        }
     }
 
     /// Tries until it succeeds, asking one member after the other.
@@ -188,7 +225,7 @@ impl Registration {
         }
     }
 
-    async fn register(&self, turn: usize) -> Result<Entered, Status> {
+    async fn register(&self, turn: usize) -> Result<(Entered, Option<Readiness>), Status> {
         let (namespace, service_account) = self.control_plane.namespace_and_account();
         let workload = self.workload.clone();
         let request = RegisterRequest {
@@ -206,21 +243,9 @@ impl Registration {
         let answer = self.control_plane.client(turn).await?.register(request).await?.into_inner();
         let lease = Duration::from_millis(answer.lease_milliseconds);
         let lease = if lease.is_zero() { USUAL_LEASE } else { lease };
-        Ok(Entered { name: answer.name, every: (lease / 3).max(SHORTEST_LEASE / 3) })
-    }
-
-    async fn report_healthy(&self, entry: &str, turn: usize) -> Result<Known, Status> {
-        self.tell(&mut self.control_plane.client(turn).await?, (entry, true)).await
-    }
-
-    async fn tell(&self, client: &mut Client, (entry, healthy): (&str, bool)) -> Result<Known, Status> {
-        let (namespace, _) = self.control_plane.namespace_and_account();
-        let (name, session) = (entry.to_owned(), self.workload.session.clone());
-        match client.report_health(HealthRequest { name, namespace, session, healthy }).await {
-            Ok(_) => Ok(Known::Yes),
-            Err(status) if status.code() == Code::FailedPrecondition => Ok(Known::No),
-            Err(status) => Err(status),
-        }
+        let health = Health { healthy: answer.healthy, reason: String::new() };
+        let entered = Entered { name: answer.name, every: (lease / 3).max(SHORTEST_LEASE / 3), health };
+        Ok((entered, self.workload.checks.decide(answer.readiness)))
     }
 
     /// Tells one member after the other until one knows.
@@ -251,6 +276,25 @@ impl Registration {
         let (name, session) = (entry.to_owned(), self.workload.session.clone());
         let mut client = self.control_plane.client(turn).await?;
         client.deregister(DeregisterRequest { name, namespace, session }).await.map(|_| ())
+    }
+}
+
+impl Told {
+    /// The control plane says how the application is checked; nothing: as before.
+    fn readiness(&self, said: Option<Readiness>) {
+        let Some(said) = said else { return };
+        self.readiness.send_if_modified(|before| {
+            let modified = before.as_ref() != Some(&said);
+            *before = Some(said);
+            modified
+        });
+    }
+
+    /// Waits until something else was found out than the control plane knows.
+    async fn differs(&mut self, known: &Health) {
+        let differs = |found: &Option<Health>| found.as_ref().is_some_and(|found| found != known);
+        // Who finds out lives as long as who tells.
+        drop(self.health.wait_for(differs).await);
     }
 }
 

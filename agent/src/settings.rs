@@ -15,6 +15,7 @@
 //! drainSeconds: 5
 //! locality: region/zone/subzone
 //! network: ""
+//! execProbes: false            # whether probes of a WorkloadGroup may run commands here, with the agent's rights
 //! ```
 //!
 //! ```yaml
@@ -23,6 +24,7 @@
 //! labels: {app: billing, version: v2}
 //! ports: {http: 8080}          # port of this workload for a service's port, by its name, where they differ
 //! forward: {8080: "127.0.0.1:8080"}  # where the application listens, without capture
+//! probe: {httpGet: {path: /ready, port: 8080}}  # as in a WorkloadGroup, whose probe it outranks
 //! ```
 
 use std::collections::BTreeMap;
@@ -33,6 +35,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::dns;
+use crate::probe::Probe;
 
 /// The settings of an agent.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -64,6 +67,8 @@ pub struct Settings {
     pub locality: String,
     /// Network of the machine.
     pub network: String,
+    /// Whether a probe that the control plane tells may run a command on this machine, with the agent's rights.
+    pub exec_probes: bool,
 }
 
 impl Default for Settings {
@@ -84,6 +89,7 @@ impl Default for Settings {
             drain_seconds: 5,
             locality: String::new(),
             network: String::new(),
+            exec_probes: false,
         }
     }
 }
@@ -103,6 +109,9 @@ pub struct Service {
     /// Workload port to the address where the application listens.
     #[serde(default)]
     pub forward: BTreeMap<u16, SocketAddr>,
+    /// How the application is checked, whatever the control plane says.
+    #[serde(default)]
+    pub probe: Option<Probe>,
 }
 
 /// Why the files cannot be used.
@@ -247,6 +256,13 @@ mod tests {
         let service = files.service().unwrap().unwrap();
         assert_eq!((service.name.as_str(), service.labels["app"].as_str()), ("billing", "billing"));
         assert_eq!(service.forward[&8080], SocketAddr::from(([127, 0, 0, 1], 80)));
+        assert_eq!(service.probe, None);
+        let probed = format!("{one}probe: {{exec: {{command: [/bin/check]}}, periodSeconds: 5}}\n");
+        let probe = Files::with_services(&[("a.yaml", &probed)]).service().unwrap().unwrap().probe.unwrap();
+        assert_eq!((probe.check.to_string().as_str(), probe.pace.period.as_secs()), ("`/bin/check`", 5));
+        let wrong = Files::with_services(&[("a.yaml", &format!("{one}probe: {{tcpSocket: {{port: 0}}}}\n"))]);
+        let error = wrong.service().unwrap_err().to_string();
+        assert!(error.contains("0 is not a port") && error.contains("a.yaml"), "{error}");
         let two = Files::with_services(&[("a.yaml", one), ("b.yaml", one)]);
         let error = two.service().unwrap_err().to_string();
         assert!(error.contains("a.yaml, b.yaml"), "{error}");

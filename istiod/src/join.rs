@@ -33,7 +33,9 @@ use crate::api::NODE_ANNOTATION;
 use crate::authority::Issuing;
 use crate::liveness::Liveness;
 use crate::names::{Asker, Basis};
+use crate::raft::state_machine::REASONS;
 use crate::raft::{Command, Outcome, ProposeError, Raft};
+use crate::readiness;
 use crate::revoked::{self, Revoked};
 
 /// The most registrations of one service account.
@@ -180,6 +182,11 @@ impl Joining {
             .ok_or_else(|| Status::failed_precondition("this workload is not registered; register again"))
     }
 
+    /// Whether every member reads this version of commands.
+    fn all_read(&self, version: u32) -> bool {
+        self.raft.cluster().borrow().level().is_none_or(|level| level >= version)
+    }
+
     async fn change(&self, author: &str, change: Change) -> Result<(u64, CommandOutcome), Status> {
         let since = (self.clock)().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let batch = Batch {
@@ -279,8 +286,11 @@ impl WorkloadService for Joining {
         // Its proxy learns what to listen on from this registration; traffic comes when the agent says so. A session that
         // goes on has said so already.
         let (known, _) = self.registered(&registration.key());
-        registration.healthy = known.is_some_and(|known| known.session == join.session && known.healthy);
-        let name = registration.name.clone();
+        let known = known.filter(|known| known.session == join.session);
+        registration.healthy = known.as_ref().is_some_and(|known| known.healthy);
+        registration.reason = known.map(|known| known.reason.clone()).unwrap_or_default();
+        let readiness = Some(readiness::of(&snapshot, &registration));
+        let (name, healthy) = (registration.name.clone(), registration.healthy);
         let key = registration.key();
         let change = Change::RegisterWorkload { registration: Arc::new(registration) };
         let (revision, outcome) = self.change(&author, change).await?;
@@ -291,7 +301,7 @@ impl WorkloadService for Joining {
         }
         self.liveness.heard(&key, &join.session);
         let lease = u64::try_from(self.liveness.term().as_millis()).unwrap_or(u64::MAX);
-        Ok(Response::new(RegisterResponse { revision, name, lease_milliseconds: lease }))
+        Ok(Response::new(RegisterResponse { revision, name, lease_milliseconds: lease, healthy, readiness }))
     }
 
     async fn report_health(
@@ -299,7 +309,7 @@ impl WorkloadService for Joining {
         request: Request<HealthRequest>,
     ) -> Result<Response<HealthResponse>, Status> {
         let (namespace, account) = self.caller(&request)?;
-        let HealthRequest { name, namespace: of, session, healthy } = request.into_inner();
+        let HealthRequest { name, namespace: of, session, healthy, reason } = request.into_inner();
         own("namespace", &of, &namespace)?;
         let author = format!("agent {namespace}/{name}");
         let key = WorkloadKey { namespace, name };
@@ -311,16 +321,19 @@ impl WorkloadService for Joining {
             return Err(fenced());
         }
         self.liveness.heard(&key, &session);
-        if registered.healthy == healthy && registered.presence == Presence::Heard {
+        let reason = if self.all_read(REASONS) { readiness::reason(healthy, &reason) } else { String::new() };
+        let readiness = Some(readiness::of(&self.snapshots.borrow(), &registered));
+        let as_before = registered.healthy == healthy && registered.reason == reason;
+        if as_before && registered.presence == Presence::Heard {
             // Nothing changes: a sign of life is remembered here and nowhere else.
-            return Ok(Response::new(HealthResponse { revision }));
+            return Ok(Response::new(HealthResponse { revision, readiness }));
         }
-        let change = Change::WorkloadHealth { key, session, healthy };
+        let change = Change::WorkloadHealth { key, session, healthy, reason };
         let (revision, outcome) = self.change(&author, change).await?;
         if outcome == CommandOutcome::Fenced {
             return Err(fenced());
         }
-        Ok(Response::new(HealthResponse { revision }))
+        Ok(Response::new(HealthResponse { revision, readiness }))
     }
 
     async fn deregister(
@@ -337,7 +350,8 @@ impl WorkloadService for Joining {
         }
         self.liveness.release(&key, &session);
         // First nobody is sent to it any more; only then its proxy loses what it serves with.
-        let out = Change::WorkloadHealth { key: key.clone(), session: session.clone(), healthy: false };
+        let (of, by) = (key.clone(), session.clone());
+        let out = Change::WorkloadHealth { key: of, session: by, healthy: false, reason: String::new() };
         let (revision, _) = self.change(&author, out).await?;
         self.status.decided(revision, Instant::now() + LEAVING).await;
         let (revision, _) = self.change(&author, Change::RemoveWorkload { key, session }).await?;

@@ -20,6 +20,7 @@ pub mod preview;
 pub mod publish;
 pub mod push;
 pub mod raft;
+mod readiness;
 mod revoked;
 mod sources;
 mod supervisor;

@@ -367,7 +367,12 @@ mod tests {
         let session = || "s".to_owned();
         let heard = |key: &WorkloadKey| {
             member.liveness.heard(key, "s");
-            Change::WorkloadHealth { key: key.clone(), session: session(), healthy: true }
+            Change::WorkloadHealth {
+                key: key.clone(),
+                session: session(),
+                healthy: true,
+                reason: String::new(),
+            }
         };
         // One is heard, and falls silent for itself; the others are given up.
         let told = vec![heard(&keys[0])];

@@ -122,6 +122,24 @@ fn a_host_keeps_its_index_while_anybody_declares_it() {
 }
 
 #[test]
+fn why_a_workload_is_not_healthy_is_kept_and_changes_no_endpoint() {
+    let mut mesh = Mesh::default().with(vec![entry("a/one", &["x.com"])]);
+    let registration = Arc::new(registration("a/w", "10.0.0.1", "app=p", "s1"));
+    mesh.apply(vec![Command::RegisterWorkload { registration }]);
+    let mut touched = |healthy, reason: &str| {
+        let (key, session, reason) = (workload_key("a/w"), "s1".to_owned(), reason.to_owned());
+        let (changes, _) =
+            mesh.apply(vec![Command::WorkloadHealth { key: key.clone(), session, healthy, reason }]);
+        let workload = mesh.state.workload(&key).unwrap();
+        (changes.hosts.contains("x.com"), changes.is_empty(), workload.reason.clone())
+    };
+    assert_eq!(touched(false, "status 503"), (true, false, "status 503".to_owned()));
+    assert_eq!(touched(false, "status 503"), (false, true, "status 503".to_owned()), "nothing is new");
+    assert_eq!(touched(false, "refused"), (false, false, "refused".to_owned()), "only the reason is new");
+    assert_eq!(touched(true, ""), (true, false, String::new()));
+}
+
+#[test]
 fn only_the_registered_session_speaks_for_a_workload() {
     let mut mesh = Mesh::default().with(vec![entry("a/one", &["x.com"])]);
     let register = |address: &str, session: &str| Command::RegisterWorkload {
@@ -131,6 +149,7 @@ fn only_the_registered_session_speaks_for_a_workload() {
         key: workload_key("a/w"),
         session: session.into(),
         healthy,
+        reason: String::new(),
     };
     let remove =
         |session: &str| Command::RemoveWorkload { key: workload_key("a/w"), session: session.into() };
@@ -252,7 +271,12 @@ fn golden() -> Batch {
             Command::RemoveService { host: "old.example.com".into(), source: SourceId::File("f".into()) },
             Command::ReplaceEndpoints { host: "reviews".into(), source, endpoints: vec![other] },
             Command::RegisterWorkload { registration: Arc::new(workload) },
-            Command::WorkloadHealth { key: workload_key("shop/vm-1"), session: "s-1".into(), healthy: false },
+            Command::WorkloadHealth {
+                key: workload_key("shop/vm-1"),
+                session: "s-1".into(),
+                healthy: false,
+                reason: String::new(),
+            },
             Command::RemoveWorkload { key: workload_key("shop/vm-1"), session: "s-1".into() },
             Command::PutMesh { config: json!({"enableAutoMtls": true}) },
             Command::SetHistoryLimit { entries: 10 },
@@ -357,7 +381,12 @@ fn a_lost_agent_takes_its_workload_out_and_one_that_is_held_does_not() {
         presence: Presence::Heard,
     };
     assert_eq!(mesh.apply(vec![old]).1.commands, [CommandOutcome::Fenced]);
-    let heard = Command::WorkloadHealth { key: workload_key("a/w"), session: "s1".into(), healthy: true };
+    let heard = Command::WorkloadHealth {
+        key: workload_key("a/w"),
+        session: "s1".into(),
+        healthy: true,
+        reason: String::new(),
+    };
     mesh.apply(vec![heard]);
     assert_eq!(healths(&mesh), Health::Healthy);
     let registered = mesh.state.workload(&workload_key("a/w")).unwrap();

@@ -205,7 +205,12 @@ fn a_selector_takes_workloads_of_its_namespace_however_they_came() {
         ])
         .and(register("a/vm", "10.0.0.5", "app=p"))
         .and(register("a/one", "10.0.0.99", "app=p"))
-        .and(Command::WorkloadHealth { key: workload_key("a/vm"), session: "s1".into(), healthy: false });
+        .and(Command::WorkloadHealth {
+            key: workload_key("a/vm"),
+            session: "s1".into(),
+            healthy: false,
+            reason: String::new(),
+        });
     let found: Vec<_> = mesh
         .snapshot
         .endpoints("x.com")

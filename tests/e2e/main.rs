@@ -8,6 +8,7 @@ mod garbage;
 mod joining;
 mod member;
 mod operate;
+mod probes;
 mod refusal;
 mod revocation;
 mod security;

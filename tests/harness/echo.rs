@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -63,6 +63,8 @@ pub struct Echo {
 struct App {
     name: String,
     requests: AtomicU64,
+    /// Of answers to requests that ask for none.
+    status: AtomicU16,
     failed: Mutex<BTreeMap<String, u32>>,
     stop: CancellationToken,
     tasks: TaskTracker,
@@ -131,6 +133,7 @@ impl Echo {
         let app = Arc::new(App {
             name: name.to_owned(),
             requests: AtomicU64::new(0),
+            status: AtomicU16::new(200),
             failed: Mutex::default(),
             stop: stop.clone(),
             tasks: TaskTracker::new(),
@@ -145,6 +148,11 @@ impl Echo {
             }
         });
         Ok(Self { address, app, _stop: stop.drop_guard() })
+    }
+
+    /// From now on answers with this status whoever asks for none.
+    pub fn turn(&self, status: u16) {
+        self.app.status.store(status, Ordering::Relaxed);
     }
 
     /// Requests so far, connections for TCP.
@@ -186,7 +194,7 @@ impl App {
         let status = number("status")
             .filter(|_| self.fails(&query))
             .and_then(|s| u16::try_from(s).ok())
-            .unwrap_or(200);
+            .unwrap_or_else(|| self.status.load(Ordering::Relaxed));
         let seen = self.seen(request).await;
         let mut response = Response::new(Full::new(Bytes::from(serde_json::to_vec(&seen)?)).boxed());
         *response.status_mut() = StatusCode::from_u16(status)?;

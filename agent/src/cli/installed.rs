@@ -19,6 +19,7 @@ use crate::capture::INBOUND_PORT;
 use crate::config::{Config, ProxySeat, Seat};
 use crate::dns::Dns;
 use crate::join;
+use crate::probe::{Checks, Place};
 use crate::register::Workload;
 use crate::settings::{Service, Settings};
 use crate::vault;
@@ -124,6 +125,8 @@ fn config(settings: &Settings, token: Option<JoinToken>) -> anyhow::Result<Confi
 }
 
 fn workload(service: Service, address: IpAddr, settings: &Settings) -> Workload {
+    let captured = settings.loopback_block.is_none();
+    let place = Place { address, captured, forward: service.forward.clone() };
     Workload {
         name: service.name,
         address,
@@ -131,10 +134,8 @@ fn workload(service: Service, address: IpAddr, settings: &Settings) -> Workload 
         ports: service.ports,
         locality: settings.locality.clone(),
         network: settings.network.clone(),
-        awaited_ports: match &settings.loopback_block {
-            None => vec![INBOUND_PORT],
-            Some(_) => service.forward.into_keys().collect(),
-        },
+        awaited_ports: if captured { vec![INBOUND_PORT] } else { service.forward.into_keys().collect() },
+        checks: Checks { own: service.probe, exec: settings.exec_probes, place },
         session: new_session(),
     }
 }
@@ -193,6 +194,7 @@ mod tests {
             labels: [("app".to_owned(), "billing".to_owned())].into(),
             ports: [("http".to_owned(), 8080)].into(),
             forward: [(8080, SocketAddr::from(([127, 0, 0, 1], 80)))].into(),
+            probe: None,
         };
         let folder = tempfile::tempdir().unwrap();
         let settings = Settings {

@@ -52,7 +52,7 @@ pub(super) async fn workloads(client: &Client, output: Output, args: &Workloads)
                 workload.namespace.clone(),
                 workload.address.clone(),
                 workload.service_account.clone(),
-                workload.health.clone(),
+                health(workload),
                 workload.source.clone(),
                 agent(workload),
             ];
@@ -66,6 +66,15 @@ pub(super) async fn workloads(client: &Client, output: Output, args: &Workloads)
         rows
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Its health, and why it is not healthy.
+fn health(workload: &WorkloadRow) -> String {
+    if workload.reason.is_empty() {
+        workload.health.clone()
+    } else {
+        format!("{}: {}", workload.health, workload.reason)
+    }
 }
 
 /// Whether the agent is heard, and since when it is not.

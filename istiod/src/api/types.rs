@@ -262,6 +262,8 @@ pub struct WorkloadRow {
     pub labels: BTreeMap<String, String>,
     /// `Healthy`, `Unhealthy` or `Draining`.
     pub health: String,
+    /// Why it is not healthy, as its agent said; empty when nobody said.
+    pub reason: String,
     /// Registered by an agent or declared.
     pub source: String,
     /// Whether its agent is `heard`; `silent`, so that it is sent no traffic; `unknown`, lost with many others and held

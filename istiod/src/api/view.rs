@@ -199,6 +199,7 @@ pub(super) fn workload_row(workload: &Workload) -> WorkloadRow {
         service_account: workload.service_account.clone(),
         labels: workload.labels.clone(),
         health: format!("{:?}", workload.health),
+        reason: workload.registration.as_ref().map_or_else(String::new, |r| r.reason.clone()),
         source: if workload.registration.is_some() { "agent" } else { "config" }.to_owned(),
         agent: workload.registration.as_ref().map_or("", |r| presence(r.presence)).to_owned(),
         agent_since: workload.registration.as_ref().map_or_else(String::new, |r| agent_since(r)),

@@ -18,6 +18,7 @@ use prost::Message as _;
 use registry::state::{Batch, Changes, Outcome as RegistryOutcome, Presence, Revision, State};
 use tokio::sync::watch;
 
+pub(crate) use self::command::REASONS;
 pub use self::command::{Command, Outcome, VERSION};
 use self::slot::Slot;
 use super::machine::{Frozen, Halt, StateMachine, Writes};
@@ -65,12 +66,14 @@ impl View {
             (to_wire(&*self.cluster), to_wire(&*self.access), to_wire(&*self.audit));
         // What an older program can read is written so that it does.
         let heard = self.registry.workloads().all(|(_, workload)| workload.presence == Presence::Heard);
-        let newest = !self.ca.revoked().is_empty() || !heard;
+        let reasons = self.registry.workloads().any(|(_, workload)| !workload.reason.is_empty());
+        let lost = !self.ca.revoked().is_empty() || !heard;
         let old = cluster.is_none() && access.is_none() && audit.is_none();
-        let version = match (newest, old) {
-            (true, _) => 3,
-            (false, false) => 2,
-            (false, true) => 1,
+        let version = match (reasons, lost, old) {
+            (true, _, _) => command::REASONS,
+            (false, true, _) => 3,
+            (false, false, false) => 2,
+            (false, false, true) => 1,
         };
         let (registry, ca) = (self.registry.encode().into(), self.ca.encode().into());
         MeshState { version, registry, ca, cluster, access, audit }.encode_to_vec()

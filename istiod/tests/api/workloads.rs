@@ -1,4 +1,4 @@
-//! Workloads that are held since many agents were lost, and operators who give them up.
+//! Workloads that are held since many agents were lost, operators who give them up, and why a workload is not healthy.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -91,5 +91,31 @@ async fn held_workloads_are_shown_and_given_up_where_the_caller_may() {
 
     let audit = member.admin(Method::GET, "/api/v1/audit", "").await.json().to_string();
     assert!(audit.contains("release workloads") && audit.contains("Workload/shop/w3-10.0.0.3"), "{audit}");
+    member.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn why_a_workload_is_not_healthy_is_shown_until_it_is() {
+    let member = Member::start().await;
+    let registration = registration("shop", 1);
+    let key = registration.key();
+    let health = |healthy, reason: &str| Change::WorkloadHealth {
+        key: key.clone(),
+        session: "s".to_owned(),
+        healthy,
+        reason: reason.to_owned(),
+    };
+    let found = [health(false, "GET http://127.0.0.1:80/: status 503"), health(true, "")];
+    let mut shown = Vec::new();
+    for commands in
+        [vec![Change::RegisterWorkload { registration }]].into_iter().chain(found.map(|c| vec![c]))
+    {
+        let batch = Batch { time_ms: 1_800_000_000_000, author: "agent".to_owned(), commands };
+        member.api.raft.propose(&Command::Registry(batch)).await.unwrap();
+        let answer = member.admin(Method::GET, "/api/v1/workloads", "").await.json();
+        let row = &answer["items"][0];
+        shown.push(format!("{} {}", row["health"].as_str().unwrap(), row["reason"].as_str().unwrap()));
+    }
+    assert_eq!(shown, ["Healthy ", "Unhealthy GET http://127.0.0.1:80/: status 503", "Healthy "]);
     member.stop().await;
 }

@@ -65,6 +65,7 @@ pub(crate) fn registration(name: &str) -> Batch {
         healthy: false,
         presence: Presence::Heard,
         lost_ms: 0,
+        reason: String::new(),
     };
     let commands = vec![Change::RegisterWorkload { registration: registration.into() }];
     Batch { time_ms: 1_800_000_000_000, author: "agent".to_owned(), commands }

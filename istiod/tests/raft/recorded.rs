@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 
 use ca::authn::Hash;
 use ca::node::Revocation;
@@ -149,12 +150,31 @@ fn version_3() -> Vec<(Command, Option<Origin>)> {
     ]
 }
 
+/// What version 4 added to commands.
+fn version_4() -> Vec<(Command, Option<Origin>)> {
+    let key = WorkloadKey { namespace: text("shop"), name: text("vm-3") };
+    let ill = Change::WorkloadHealth {
+        key,
+        session: text("1"),
+        healthy: false,
+        reason: text("GET http://10.0.0.9:80/ready: status 503"),
+    };
+    let mut again = registration("vm-4");
+    for change in &mut again.commands {
+        if let Change::RegisterWorkload { registration } = change {
+            Arc::make_mut(registration).reason = text("connection refused");
+        }
+    }
+    vec![(registry(vec![ill]), None), (Command::Registry(again), None)]
+}
+
 /// Every kind of command that a version added.
 fn added_by(version: u32) -> Vec<(Command, Option<Origin>)> {
     match version {
         1 => version_1(),
         2 => version_2(),
-        _ => version_3(),
+        3 => version_3(),
+        _ => version_4(),
     }
 }
 
@@ -296,7 +316,7 @@ fn recorded_commands_are_read_and_written_as_they_were() {
 #[test]
 fn a_command_of_the_next_version_halts_every_member_at_the_same_entry_with_the_same_words() {
     let log: Vec<_> = (1..=VERSION).flat_map(|version| Recorded::of(version).commands).collect();
-    let next = unhex("0804120178");
+    let next = unhex("0805120178");
     let mut told = BTreeSet::new();
     for restart in [None, Some(Way::Snapshot), Some(Way::Store)] {
         let mut member = Member::new();
@@ -319,7 +339,7 @@ fn a_command_of_the_next_version_halts_every_member_at_the_same_entry_with_the_s
     let told: Vec<String> = told.into_iter().collect();
     let [words] = told.as_slice() else { panic!("{told:?}") };
     let entry = format!("entry {}", log.len() + 1);
-    for part in [entry.as_str(), "version 4", "up to 3", "upgrade this member"] {
+    for part in [entry.as_str(), "version 5", "up to 4", "upgrade this member"] {
         assert!(words.contains(part), "{part:?} is not in {words}");
     }
 }

@@ -67,6 +67,7 @@ impl World {
             healthy: true,
             presence: Presence::Heard,
             lost_ms: 0,
+            reason: String::new(),
         };
         self.apply(Command::RegisterWorkload { registration: Arc::new(registration) });
         self.follow();
@@ -121,7 +122,12 @@ impl World {
         let session = registration.session.clone();
         assert!(self.leases.renew(key, &session, self.instant()));
         if registration.presence != Presence::Heard {
-            self.apply(Command::WorkloadHealth { key: key.clone(), session, healthy: true });
+            self.apply(Command::WorkloadHealth {
+                key: key.clone(),
+                session,
+                healthy: true,
+                reason: String::new(),
+            });
         }
     }
 
@@ -211,7 +217,12 @@ fn losses_over_a_longer_time_are_no_mass_loss() {
 #[test]
 fn who_was_lost_shortly_before_is_held_with_the_others_and_who_was_unhealthy_stays_so() {
     let mut world = World::of(&[("a", 10)]);
-    let ill = Command::WorkloadHealth { key: World::key("a-2"), session: "s1".into(), healthy: false };
+    let ill = Command::WorkloadHealth {
+        key: World::key("a-2"),
+        session: "s1".into(),
+        healthy: false,
+        reason: String::new(),
+    };
     world.apply(ill);
     world.until(10, &["a-0"]);
     assert_eq!(world.told(), "a-0:Silent");
@@ -300,7 +311,12 @@ fn who_was_heard_elsewhere_has_a_lease_again() {
     let mut world = World::of(&[("a", 10)]);
     world.until(50, &["a-0"]);
     assert_eq!(world.told(), "a-0:Silent");
-    let heard = Command::WorkloadHealth { key: World::key("a-0"), session: "s1".into(), healthy: true };
+    let heard = Command::WorkloadHealth {
+        key: World::key("a-0"),
+        session: "s1".into(),
+        healthy: true,
+        reason: String::new(),
+    };
     world.apply(heard);
     world.until(54, &["a-0"]);
     assert_eq!((world.told().as_str(), world.leases.count().heard), ("", 10));

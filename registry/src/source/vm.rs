@@ -191,6 +191,7 @@ fn registration(name: String, group_name: &str, group: &WorkloadGroup, join: &Jo
         healthy: group.probe.is_none(),
         presence: Presence::Heard,
         lost_ms: 0,
+        reason: String::new(),
     }
 }
 

@@ -53,7 +53,9 @@ impl Entry<'_> {
                 applied(self.replace_endpoints(host, source, endpoints))
             }
             Command::RegisterWorkload { registration } => self.register(registration),
-            Command::WorkloadHealth { key, session, healthy } => self.health(key, session, *healthy),
+            Command::WorkloadHealth { key, session, healthy, reason } => {
+                self.health(key, session, *healthy, reason)
+            }
             Command::WorkloadPresence { key, session, presence } => self.presence(key, session, *presence),
             Command::RemoveWorkload { key, session } => self.remove_workload(key, session),
             Command::PutMesh { config } => applied(self.put_mesh(config)),
@@ -301,9 +303,10 @@ impl Entry<'_> {
         applied(true)
     }
 
-    fn health(&mut self, key: &WorkloadKey, session: &str, healthy: bool) -> CommandOutcome {
+    fn health(&mut self, key: &WorkloadKey, session: &str, healthy: bool, reason: &str) -> CommandOutcome {
         self.of_session(key, session, |old| Registration {
             healthy,
+            reason: reason.to_owned(),
             presence: Presence::Heard,
             lost_ms: 0,
             ..old.clone()
@@ -447,6 +450,7 @@ fn same_endpoint(a: Option<&Registration>, b: Option<&Registration>) -> bool {
         healthy: r.serves(),
         presence: Presence::Heard,
         lost_ms: 0,
+        reason: String::new(),
         ..r.clone()
     };
     bare(a) == bare(b)

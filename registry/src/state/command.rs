@@ -129,6 +129,8 @@ pub struct Registration {
     pub presence: Presence,
     /// When its agent was lost, or given up after that, in milliseconds since 1970; 0 while it is heard.
     pub lost_ms: i64,
+    /// Why it is not healthy, as its agent said; empty when it is, or nobody said.
+    pub reason: String,
 }
 
 impl Registration {
@@ -189,6 +191,8 @@ pub enum Command {
         session: String,
         /// May it be sent traffic.
         healthy: bool,
+        /// Why not, for people.
+        reason: String,
     },
     /// Whether a workload's agent is heard, says whoever holds the leases, of `session`.
     WorkloadPresence {

@@ -95,6 +95,9 @@ enum CommandV1 {
         name: String,
         session: String,
         healthy: bool,
+        /// Of command version 4 and later.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        reason: String,
     },
     RemoveWorkload {
         namespace: String,
@@ -211,11 +214,12 @@ impl From<&Command> for CommandV1 {
             Command::RegisterWorkload { registration } => {
                 Self::RegisterWorkload(RegistrationV1::from(&**registration))
             }
-            Command::WorkloadHealth { key, session, healthy } => Self::WorkloadHealth {
+            Command::WorkloadHealth { key, session, healthy, reason } => Self::WorkloadHealth {
                 namespace: key.namespace.clone(),
                 name: key.name.clone(),
                 session: session.clone(),
                 healthy: *healthy,
+                reason: reason.clone(),
             },
             Command::WorkloadPresence { key, session, presence } => Self::WorkloadPresence {
                 namespace: key.namespace.clone(),
@@ -256,8 +260,8 @@ impl TryFrom<CommandV1> for Command {
             CommandV1::RegisterWorkload(registration) => {
                 Self::RegisterWorkload { registration: Arc::new(registration.into()) }
             }
-            CommandV1::WorkloadHealth { namespace, name, session, healthy } => {
-                Self::WorkloadHealth { key: WorkloadKey { namespace, name }, session, healthy }
+            CommandV1::WorkloadHealth { namespace, name, session, healthy, reason } => {
+                Self::WorkloadHealth { key: WorkloadKey { namespace, name }, session, healthy, reason }
             }
             CommandV1::WorkloadPresence { namespace, name, session, presence } => Self::WorkloadPresence {
                 key: WorkloadKey { namespace, name },

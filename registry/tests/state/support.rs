@@ -101,6 +101,7 @@ pub(crate) fn registration(id: &str, address: &str, text: &str, session: &str) -
         healthy: true,
         presence: Presence::Heard,
         lost_ms: 0,
+        reason: String::new(),
     }
 }
 
@@ -289,7 +290,12 @@ fn random_command(r: [u8; 6]) -> Command {
             let address = format!("10.1.0.{}", r[5] % 8);
             Command::RegisterWorkload { registration: Arc::new(registration(&id, &address, &text, &session)) }
         }
-        13 => Command::WorkloadHealth { key: workload_key(&id), session, healthy: r[5].is_multiple_of(2) },
+        13 => Command::WorkloadHealth {
+            key: workload_key(&id),
+            session,
+            healthy: r[5].is_multiple_of(2),
+            reason: pick(&["", "status 503"], r[5]).to_owned(),
+        },
         14 if r[5].is_multiple_of(2) => {
             let all = [Presence::Heard, Presence::Silent, Presence::Unknown, Presence::Released];
             let presence = all.get(usize::from(r[5] / 2 % 4)).copied().unwrap_or_default();

@@ -15,8 +15,11 @@ use crate::raft::wire::{self, JoinCommand, MeshCommand};
 /// The newest version of commands and states that this program reads; it reads all before it too.
 ///
 /// Version 2 added the members, access, the audit trail, origins, and how long history is kept; version 3 revoked nodes and
-/// whether agents are heard.
-pub const VERSION: u32 = 3;
+/// whether agents are heard; version 4 why a workload is not healthy.
+pub const VERSION: u32 = 4;
+
+/// The version from which on members know why a workload is not healthy.
+pub(crate) const REASONS: u32 = 4;
 
 /// One entry of the log.
 #[derive(Debug, Clone, PartialEq)]
@@ -87,6 +90,8 @@ impl Command {
         match self {
             Self::Registry(batch) | Self::Join { register: batch, .. } => {
                 let version = |change: &Change| match change {
+                    Change::WorkloadHealth { reason, .. } if !reason.is_empty() => REASONS,
+                    Change::RegisterWorkload { registration } if !registration.reason.is_empty() => REASONS,
                     Change::WorkloadPresence { .. } => 3,
                     Change::SetHistoryRetention { .. } => 2,
                     Change::Change { .. }

@@ -146,6 +146,9 @@ pub(in crate::state) struct RegistrationV1 {
     presence: PresenceV1,
     #[serde(default, skip_serializing_if = "is_zero_i64")]
     lost_ms: i64,
+    /// Of command version 4 and later.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    reason: String,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -346,6 +349,7 @@ impl From<&Registration> for RegistrationV1 {
             healthy: r.healthy,
             presence: r.presence.into(),
             lost_ms: r.lost_ms,
+            reason: r.reason.clone(),
         }
     }
 }
@@ -371,6 +375,7 @@ impl From<RegistrationV1> for Registration {
             healthy: r.healthy,
             presence: r.presence.into(),
             lost_ms: r.lost_ms,
+            reason: r.reason,
         }
     }
 }
