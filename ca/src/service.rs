@@ -5,6 +5,7 @@
 //! has ended, with the certificate in [`ENDED_CERTIFICATE`] and a request for the key of that certificate.
 
 use std::future::Future;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -62,7 +63,8 @@ pub enum NotAdmitted {
 
 /// What the service needs of the control plane behind it.
 pub trait Backend: Send + Sync + 'static {
-    /// Redeems a token for the public key with this hash; repeated with the same key, it succeeds again.
+    /// Redeems a token for the public key with this hash, of a machine that calls from there; repeated with the same
+    /// key, it succeeds again.
     ///
     /// # Errors
     ///
@@ -71,6 +73,7 @@ pub trait Backend: Send + Sync + 'static {
         &self,
         token: PresentedToken,
         key_hash: Hash,
+        from: Option<IpAddr>,
     ) -> impl Future<Output = Result<Caller, RedeemError>> + Send;
 
     /// Whether a caller may have a certificate, whose proof holds: its node may have been revoked.
@@ -108,6 +111,7 @@ impl<B: Backend> CertificateService<B> {
 
     async fn create(&self, request: Request<IstioCertificateRequest>) -> Result<Vec<String>, Status> {
         let credential = Credential::of(&request)?;
+        let from = request.extensions().get::<PeerCertificates>().and_then(PeerCertificates::address);
         let request = request.into_inner();
         let csr = x509::csr_from_pem(request.csr.as_bytes()).map_err(|e| invalid(&e))?;
         let public_key = x509::csr_public_key(&csr).map_err(|e| invalid(&e))?;
@@ -117,7 +121,7 @@ impl<B: Backend> CertificateService<B> {
                 // A request that will not be signed does not use the token up.
                 names_are_of(&csr, &says).map_err(|e| sign_status(&e))?;
                 let key = Hash::of(&public_key);
-                self.backend.redeem(presented, key).await.map_err(redeem_status)?.with_key(key)
+                self.backend.redeem(presented, key, from).await.map_err(redeem_status)?.with_key(key)
             }
             Credential::Certificate(peer) => {
                 Caller::from_certificate(peer.chain(), (self.clock)()).map_err(|e| authn_status(&e))?
@@ -211,7 +215,12 @@ fn redeem_status(error: RedeemError) -> Status {
     let text = with_cause(&error);
     match error {
         RedeemError::Refused(RedeemRefused::Unknown) => Status::unauthenticated(text),
-        RedeemError::Refused(RedeemRefused::Expired | RedeemRefused::UsedUp | RedeemRefused::Revoked(_))
+        RedeemError::Refused(
+            RedeemRefused::Expired
+            | RedeemRefused::UsedUp
+            | RedeemRefused::Elsewhere(_)
+            | RedeemRefused::Revoked(_),
+        )
         | RedeemError::Identity(_) => Status::permission_denied(text),
         RedeemError::Unavailable(_) => Status::unavailable(text),
     }

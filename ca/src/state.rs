@@ -6,8 +6,10 @@
 //! optional, so that old ones decode for ever.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::authn::{Hash, JoinToken, PresentedToken};
@@ -46,6 +48,9 @@ pub struct TokenRecord {
     /// Hashes of the public keys that have redeemed it, with the second at which they first did.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub redeemed_by: BTreeMap<Hash, u64>,
+    /// Where machines must call from to redeem it; from anywhere when empty. Never changes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cidrs: Vec<IpNet>,
 }
 
 impl TokenRecord {
@@ -62,7 +67,22 @@ impl TokenRecord {
             workload_group: None,
             created_by: created_by.into(),
             redeemed_by: BTreeMap::new(),
+            cidrs: Vec::new(),
         }
+    }
+
+    /// Whether it may be redeemed by a machine that calls from there.
+    ///
+    /// # Errors
+    ///
+    /// [`RedeemRefused::Elsewhere`], also when it is not known from where.
+    pub fn admits(&self, from: Option<IpAddr>) -> Result<(), RedeemRefused> {
+        let from = from.map(|address| address.to_canonical());
+        let within = |address: IpAddr| self.cidrs.iter().any(|cidr| cidr.contains(&address));
+        if self.cidrs.is_empty() || from.is_some_and(within) {
+            return Ok(());
+        }
+        Err(RedeemRefused::Elsewhere(from))
     }
 
     /// The identity that the token gives.
@@ -146,6 +166,12 @@ pub enum RedeemRefused {
     /// The token was used by another key.
     #[error("the join token is used up by another machine; make another one with `istioctl token create`")]
     UsedUp,
+    /// The machine calls from where it may not be used.
+    #[error(
+        "the join token is not for machines that call from {}; make another one with `istioctl token create --cidr`",
+        .0.map_or_else(|| "an unknown address".to_owned(), |address| address.to_string())
+    )]
+    Elsewhere(Option<IpAddr>),
     /// The key is of a node that was revoked.
     #[error(
         "this machine's key is of node {0}, which was revoked; join with a new key, from an empty data folder, and a \
@@ -312,10 +338,10 @@ impl CaState {
         effect
     }
 
-    /// What a redemption would do at `now`, without doing it.
+    /// What a redemption by a machine that calls from there would do at `now`, without doing it.
     ///
-    /// To be asked before a redemption is proposed, so that callers without a good token write nothing to the log. A
-    /// member that may be behind must catch up first.
+    /// To be asked before a redemption is proposed: callers without a good token write nothing to the log, and from
+    /// where they call is looked at here alone. A member that may be behind must catch up first.
     ///
     /// # Errors
     ///
@@ -324,9 +350,12 @@ impl CaState {
         &self,
         token: &PresentedToken,
         key_hash: Hash,
+        from: Option<IpAddr>,
         now: SystemTime,
     ) -> Result<Redemption, RedeemRefused> {
-        self.decide(&token.id, token.secret_hash, key_hash, unix_seconds(now))
+        let redemption = self.decide(&token.id, token.secret_hash, key_hash, unix_seconds(now))?;
+        self.tokens.get(&token.id).map_or(Ok(()), |token| token.admits(from))?;
+        Ok(redemption)
     }
 
     /// A key that has redeemed the token may do so again until the token ends: its first answer may have been lost.

@@ -322,6 +322,9 @@ pub(crate) enum Token {
         /// How many workloads may join with it
         #[arg(long, default_value_t = 1)]
         uses: u32,
+        /// Block of addresses, `10.0.0.0/8`, from which machines must call to join with it; may be repeated
+        #[arg(long = "cidr")]
+        cidrs: Vec<String>,
     },
     /// Show tokens, without their secrets
     List,

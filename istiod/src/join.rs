@@ -76,18 +76,23 @@ pub(crate) struct Joining {
 }
 
 impl Backend for Joining {
-    async fn redeem(&self, token: PresentedToken, key_hash: Hash) -> Result<Caller, RedeemError> {
+    async fn redeem(
+        &self,
+        token: PresentedToken,
+        key_hash: Hash,
+        from: Option<IpAddr>,
+    ) -> Result<Caller, RedeemError> {
         let unavailable = |e: ProposeError| RedeemError::Unavailable(e.to_string());
         let now = (self.clock)();
         // Whoever has no good token writes nothing to the log.
         let mut view = self.raft.view().await.map_err(unavailable)?;
-        if view.ca.check_redeem(&token, key_hash, now).is_err() {
+        if view.ca.check_redeem(&token, key_hash, from, now).is_err() {
             // The token may have been made at another member a moment ago: refuse only by what holds everywhere.
             drop(view);
             self.raft.read_index().await.map_err(unavailable)?;
             view = self.raft.view().await.map_err(unavailable)?;
         }
-        if view.ca.check_redeem(&token, key_hash, now)? == Redemption::Repeated
+        if view.ca.check_redeem(&token, key_hash, from, now)? == Redemption::Repeated
             && let Some(record) = view.ca.token(&token.id)
         {
             let identity = record.identity(self.authority().trust_domain()).map_err(RedeemError::from)?;

@@ -43,6 +43,13 @@ async fn short_lived(istiod: &Istiod) -> anyhow::Result<String> {
     Ok(text(&made, "/token").to_owned())
 }
 
+/// A token for machines that call from there.
+async fn bound(mesh: &Mesh, cidr: &str) -> anyhow::Result<String> {
+    let args = ["token", "create", "--service-account", "near", "--cidr", cidr, "-o", "json"];
+    let made: serde_json::Value = serde_json::from_str(&mesh.istiod.istioctl_ok(&args).await?)?;
+    Ok(text(&made, "/token").to_owned())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tokens_that_are_no_good_are_refused_with_the_reason() -> anyhow::Result<()> {
     let mesh = Mesh::start(&[], &[], &[]).await?;
@@ -50,10 +57,14 @@ async fn tokens_that_are_no_good_are_refused_with_the_reason() -> anyhow::Result
     let first = Workload::start_with(mesh.folder(), &WorkloadSpec::client("first"), &used)?;
     mesh.istiod.synced("first.default").await?;
     let good = mesh.istiod.token("default", "other").await?;
+    let (abroad, here) = (bound(&mesh, "10.99.0.0/16").await?, bound(&mesh, "127.0.0.0/8").await?);
+    let list = mesh.istiod.istioctl_ok(&["token", "list"]).await?;
+    ensure!(list.contains("10.99.0.0/16") && list.contains("127.0.0.0/8"), "{list}");
     let secret = Secret::random()?;
     for (name, token, reason) in [
         ("again", used, "is used up by another machine"),
         ("late", short_lived(&mesh.istiod).await?, "the join token has expired"),
+        ("abroad", abroad, "the join token is not for machines that call from 127.0.0.1"),
         ("guessed", changed(&good, |token| token.secret = secret)?, "unknown join token"),
         (
             "elsewhere",
@@ -68,7 +79,9 @@ async fn tokens_that_are_no_good_are_refused_with_the_reason() -> anyhow::Result
     // None of them has used the token up.
     let last = Workload::start_with(mesh.folder(), &WorkloadSpec::client("good"), &good)?;
     mesh.istiod.synced("good.default").await?;
-    drop((first, last));
+    let near = Workload::start_with(mesh.folder(), &WorkloadSpec::client("near"), &here)?;
+    mesh.istiod.synced("near.default").await?;
+    drop((first, last, near));
     mesh.finish(&["token", "certificate", "the agent ends", "wrong usage"])
 }
 

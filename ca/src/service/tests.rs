@@ -29,7 +29,13 @@ struct OneMember {
 }
 
 impl Backend for OneMember {
-    async fn redeem(&self, token: PresentedToken, key_hash: Hash) -> Result<Caller, RedeemError> {
+    async fn redeem(
+        &self,
+        token: PresentedToken,
+        key_hash: Hash,
+        from: Option<IpAddr>,
+    ) -> Result<Caller, RedeemError> {
+        self.state.lock().unwrap().check_redeem(&token, key_hash, from, (self.clock)())?;
         let command = CaCommand::redeem(&token, key_hash, (self.clock)());
         match self.state.lock().unwrap().apply(command).outcome {
             CaOutcome::Redeemed { namespace, service_account, .. } => {
@@ -94,6 +100,10 @@ async fn start() -> Fixture {
 
 impl Fixture {
     fn token(&self, uses: u32) -> JoinToken {
+        self.token_for(uses, &[])
+    }
+
+    fn token_for(&self, uses: u32, cidrs: &[&str]) -> JoinToken {
         let binding = TokenBinding {
             namespace: "default".to_owned(),
             service_account: "reviews".to_owned(),
@@ -101,7 +111,8 @@ impl Fixture {
         };
         let root = Hash::of(&self.ca.root.roots()[0]);
         let token = JoinToken::generate(binding, vec![self.address.clone()], root).unwrap();
-        let record = TokenRecord::of(&token, now() + Duration::from_secs(600), uses, "test");
+        let mut record = TokenRecord::of(&token, now() + Duration::from_secs(600), uses, "test");
+        record.cidrs = cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect();
         self.backend.state.lock().unwrap().apply(CaCommand::AddJoinToken(record));
         token
     }
@@ -162,6 +173,19 @@ async fn a_token_gives_a_certificate_that_renews_itself() {
     let mut remote = Remote::renew_only(vec![fixture.address.clone()]);
     let chain = remote.request(csr.der(), &Presented::Certificate(first), None).await.unwrap();
     assert_eq!(Identity::new(chain, key, now()).unwrap().spiffe_id, reviews());
+    fixture.end().await;
+}
+
+#[tokio::test]
+async fn a_token_is_redeemed_from_its_addresses_alone() {
+    let fixture = start().await;
+    let mut client = fixture.anonymous().await;
+    let elsewhere = fixture.token_for(1, &["10.0.0.0/8", "::1/128"]).to_text();
+    let refused = client.create_certificate(request(&csr(), Some(&elsewhere))).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied);
+    assert!(refused.message().contains("that call from 127.0.0.1"), "{refused}");
+    let here = fixture.token_for(1, &["10.0.0.0/8", "127.0.0.1/32"]).to_text();
+    assert_eq!(code(client.create_certificate(request(&csr(), Some(&here))).await), Code::Ok);
     fixture.end().await;
 }
 

@@ -12,6 +12,7 @@ fn record(id: &str, uses: u32) -> TokenRecord {
         workload_group: Some("shop/payments".to_owned()),
         created_by: "ann".to_owned(),
         redeemed_by: BTreeMap::new(),
+        cidrs: Vec::new(),
     }
 }
 
@@ -24,7 +25,7 @@ fn redeem(state: &mut CaState, id: &str, secret: &str, key: &str, at: u64) -> Re
     };
     let token = PresentedToken { id: id.to_owned(), secret_hash: Hash::of(secret.as_bytes()) };
     let now = UNIX_EPOCH + Duration::from_secs(at);
-    let foreseen = state.check_redeem(&token, Hash::of(key.as_bytes()), now);
+    let foreseen = state.check_redeem(&token, Hash::of(key.as_bytes()), None, now);
     let effect = state.apply(command);
     match foreseen {
         Ok(redemption) => assert_eq!(redemption == Redemption::First, effect.writes.len() == 1),
@@ -197,6 +198,33 @@ fn stored_commands_decode() {
     );
     let commands: Vec<CaCommand> = serde_json::from_str(&old).unwrap();
     assert_eq!(commands.len(), 6);
+}
+
+#[test]
+fn a_token_for_some_addresses_is_refused_from_all_others() {
+    let mut state = CaState::default();
+    let cidrs = ["10.1.0.0/16", "2001:db8::/32"].map(|cidr| cidr.parse().unwrap());
+    let restricted = TokenRecord { cidrs: cidrs.to_vec(), ..record("t", 1) };
+    state.apply(CaCommand::AddJoinToken(restricted));
+    let token = PresentedToken { id: "t".to_owned(), secret_hash: Hash::of(b"secret") };
+    let key = Hash::of(b"key");
+    let asked = |state: &CaState, from: Option<&str>| {
+        let from = from.map(|address| address.parse().unwrap());
+        state.check_redeem(&token, key, from, UNIX_EPOCH)
+    };
+    for good in ["10.1.2.3", "::ffff:10.1.2.3", "2001:db8::1"] {
+        assert_eq!(asked(&state, Some(good)), Ok(Redemption::First), "{good}");
+    }
+    for wrong in [Some("10.2.0.1"), Some("2001:db9::1"), Some("::ffff:10.2.0.1"), None] {
+        assert!(matches!(asked(&state, wrong), Err(RedeemRefused::Elsewhere(_))), "{wrong:?}");
+    }
+    let told = asked(&state, Some("10.2.0.1")).unwrap_err().to_string();
+    assert!(told.contains("that call from 10.2.0.1"), "{told}");
+    // The same key again is no exception.
+    state.apply(CaCommand::redeem(&token, key, UNIX_EPOCH));
+    assert_eq!(asked(&state, Some("10.1.2.3")), Ok(Redemption::Repeated));
+    assert!(asked(&state, Some("10.2.0.1")).is_err());
+    assert_eq!(CaState::decode(&state.encode()).unwrap(), state);
 }
 
 fn commands() -> impl Strategy<Value = Vec<CaCommand>> {

@@ -1,6 +1,7 @@
 //! Accepting TLS connections, and telling the services behind them who called.
 
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -32,35 +33,45 @@ const READY: usize = 64;
 /// Pause after the system refused to accept, for example because there are too many open files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// The certificates that a client presented and the handshake verified, leaf first; empty when it had none.
+/// The certificates that a client presented and the handshake verified, leaf first; empty when it had none. And from
+/// where it called.
 ///
 /// In the extensions of every tonic request that came over a [`TlsConnection`].
 #[derive(Debug, Clone, Default)]
-pub struct PeerCertificates(Arc<[CertificateDer<'static>]>);
+pub struct PeerCertificates {
+    chain: Arc<[CertificateDer<'static>]>,
+    address: Option<IpAddr>,
+}
 
 impl PeerCertificates {
     /// From a chain, leaf first.
     #[must_use]
     pub fn new(chain: &[CertificateDer<'_>]) -> Self {
-        Self(chain.iter().map(|cert| cert.clone().into_owned()).collect())
+        Self { chain: chain.iter().map(|cert| cert.clone().into_owned()).collect(), address: None }
     }
 
     /// The chain, leaf first.
     #[must_use]
     pub fn chain(&self) -> &[CertificateDer<'static>] {
-        &self.0
+        &self.chain
+    }
+
+    /// The client's address, as far as it is known.
+    #[must_use]
+    pub fn address(&self) -> Option<IpAddr> {
+        self.address
     }
 
     /// The client's node, when its leaf tells one.
     #[must_use]
     pub fn node(&self) -> Option<NodeId> {
-        x509::Facts::parse(self.0.first()?).ok()?.node()
+        x509::Facts::parse(self.chain.first()?).ok()?.node()
     }
 
     /// The client's identity, when its leaf has exactly one.
     #[must_use]
     pub fn identity(&self) -> Option<SpiffeId> {
-        x509::spiffe_id(self.0.first()?).ok()
+        x509::spiffe_id(self.chain.first()?).ok()
     }
 }
 
@@ -175,7 +186,10 @@ pub fn incoming(
             handshakes.spawn(async move {
                 let handshake = async {
                     socket.set_nodelay(true)?;
-                    tokio::time::timeout(HANDSHAKE_TIMEOUT, accept(socket, &context)).await?
+                    let accepted = accept(socket, &context);
+                    let mut connection = tokio::time::timeout(HANDSHAKE_TIMEOUT, accepted).await??;
+                    connection.peer.address = Some(address.ip());
+                    Ok::<_, io::Error>(connection)
                 };
                 tokio::select! {
                     () = stop.cancelled() => {}

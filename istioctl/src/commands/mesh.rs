@@ -101,12 +101,13 @@ async fn release(client: &Client, output: Output, args: &Release) -> anyhow::Res
 /// Makes, shows and revokes join tokens.
 pub(super) async fn token(client: &Client, output: Output, command: &Token) -> anyhow::Result<ExitCode> {
     match command {
-        Token::Create { namespace, service_account, ttl, uses } => {
+        Token::Create { namespace, service_account, ttl, uses, cidrs } => {
             let request = TokenRequest {
                 namespace: namespace.clone(),
                 service_account: service_account.clone(),
                 ttl_seconds: ttl.as_secs(),
                 uses: *uses,
+                cidrs: cidrs.clone(),
             };
             let created: TokenCreated = client.post("/tokens", &request).await?;
             if matches!(output, Output::Json | Output::Yaml) {
@@ -122,7 +123,8 @@ pub(super) async fn token(client: &Client, output: Output, command: &Token) -> a
         Token::List => {
             let tokens: Vec<TokenRow> = client.rows("/tokens").await?;
             print(output, &tokens, |_| {
-                let mut rows = Rows::new(["id", "namespace", "service account", "expires", "uses left"]);
+                let mut rows =
+                    Rows::new(["id", "namespace", "service account", "expires", "uses left", "from"]);
                 for token in &tokens {
                     rows.push([
                         token.id.clone(),
@@ -130,6 +132,7 @@ pub(super) async fn token(client: &Client, output: Output, command: &Token) -> a
                         token.service_account.clone(),
                         token.expires.clone(),
                         token.uses_left.to_string(),
+                        token.cidrs.join(","),
                     ]);
                 }
                 rows

@@ -172,6 +172,7 @@ impl Mesh {
             service_account: service.to_owned(),
             ttl_seconds: 600,
             uses: 1,
+            cidrs: Vec::new(),
         };
         let token: TokenCreated = self.client.post("/tokens", &request).await?;
         let data = folder.join(&name).display().to_string();

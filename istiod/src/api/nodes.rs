@@ -151,6 +151,7 @@ mod tests {
             workload_group: None,
             created_by: "ann".to_owned(),
             redeemed_by: [(key, 5)].into(),
+            cidrs: Vec::new(),
         }));
         for (node, reason) in [(joined, "stolen"), (other, "lost")] {
             ca.apply(CaCommand::RevokeNode(Revocation {

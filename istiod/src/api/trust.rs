@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use ca::authn::{Hash, JoinToken, TokenBinding};
 use ca::state::{CaCommand, TokenRecord};
+use ipnet::IpNet;
 
 use super::types::{AuthorityReport, RootRow, TokenCreated, TokenRequest, TokenRow};
 use super::view::{rfc3339, token_row};
@@ -16,12 +17,15 @@ const LONGEST_TOKEN: Duration = Duration::from_secs(30 * 24 * 3600);
 /// The most machines that may join with one token: each leaves its key's hash in the state.
 const MOST_USES: u32 = 10_000;
 
+/// The most blocks of addresses of one token.
+const MOST_CIDRS: usize = 64;
+
 impl Api {
     /// Makes a join token; its secret is in the answer and nowhere else.
     ///
     /// # Errors
     ///
-    /// A namespace or service account that no identity can have, or a lifetime out of range.
+    /// A namespace or service account that no identity can have, a lifetime out of range, or blocks that are none.
     pub async fn create_token(
         &self,
         caller: &Caller,
@@ -45,7 +49,8 @@ impl Api {
         let token = JoinToken::generate(binding, self.addresses(), Hash::of(root))
             .map_err(|e| ApiError::Internal(e.to_string()))?;
         let expires = (self.clock)() + lifetime;
-        let record = TokenRecord::of(&token, expires, request.uses, &caller.name);
+        let mut record = TokenRecord::of(&token, expires, request.uses, &caller.name);
+        record.cidrs = cidrs(&request.cidrs)?;
         record.identity(issuing.trust_domain()).map_err(|e| ApiError::invalid(e.to_string()))?;
         let created = TokenCreated {
             id: token.id.clone(),
@@ -109,5 +114,40 @@ impl Api {
             not_after: rfc3339(seconds(until)),
             roots: issuing.roots().iter().filter_map(root).collect(),
         }
+    }
+}
+
+/// Blocks of addresses, of which one may be a single address.
+fn cidrs(said: &[String]) -> Result<Vec<IpNet>, ApiError> {
+    if said.len() > MOST_CIDRS {
+        return Err(ApiError::invalid_field("cidrs", format!("at most {MOST_CIDRS}")));
+    }
+    let block = |text: &String| {
+        let block =
+            text.parse::<IpNet>().ok().or_else(|| Some(IpNet::from(text.parse::<std::net::IpAddr>().ok()?)));
+        block.map(|block| block.trunc()).ok_or_else(|| {
+            ApiError::invalid_field(
+                "cidrs",
+                format!("`{text}` is not a block of addresses such as 10.0.0.0/8"),
+            )
+        })
+    };
+    said.iter().map(block).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_of_either_family_and_may_be_one_address() {
+        let read = |text: &str| cidrs(&[text.to_owned()]).map(|cidrs| cidrs[0].to_string());
+        assert_eq!(read("10.1.2.3/8").unwrap(), "10.0.0.0/8");
+        assert_eq!(read("10.1.2.3").unwrap(), "10.1.2.3/32");
+        assert_eq!(read("2001:db8::/32").unwrap(), "2001:db8::/32");
+        for wrong in ["", "10.0.0.0/33", "vms.example"] {
+            assert!(read(wrong).unwrap_err().to_string().contains("is not a block"), "{wrong}");
+        }
+        assert!(cidrs(&vec!["10.0.0.0/8".to_owned(); 65]).is_err());
     }
 }

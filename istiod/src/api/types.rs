@@ -311,6 +311,10 @@ pub struct TokenRequest {
     #[serde(default = "default_uses")]
     #[schemars(range(min = 1, max = 10_000))]
     pub uses: u32,
+    /// Blocks of addresses, `10.0.0.0/8`, from which machines must call to join with it; from anywhere when none is said.
+    #[serde(default)]
+    #[schemars(length(max = 64))]
+    pub cidrs: Vec<String>,
 }
 
 fn default_ttl() -> u64 {
@@ -354,6 +358,8 @@ pub struct TokenRow {
     pub expires: String,
     /// Uses that are left.
     pub uses_left: u32,
+    /// Blocks of addresses from which machines must call to join with it; empty: from anywhere.
+    pub cidrs: Vec<String>,
 }
 
 /// Answer of `/api/v1/version`.

@@ -231,6 +231,7 @@ pub(super) fn token_row(token: &TokenRecord) -> TokenRow {
         service_account: token.service_account.clone(),
         expires: rfc3339(token.expires_at),
         uses_left: token.uses_left,
+        cidrs: token.cidrs.iter().map(ToString::to_string).collect(),
     }
 }
 

@@ -69,8 +69,9 @@ impl View {
         let reasons = self.registry.workloads().any(|(_, workload)| !workload.reason.is_empty());
         let lost = !self.ca.revoked().is_empty() || !heard;
         let old = cluster.is_none() && access.is_none() && audit.is_none();
-        let version = match (reasons, lost, old) {
-            (true, _, _) => command::REASONS,
+        let bound = self.ca.tokens().any(|token| !token.cidrs.is_empty());
+        let version = match (reasons || bound, lost, old) {
+            (true, _, _) => 4,
             (false, true, _) => 3,
             (false, false, false) => 2,
             (false, false, true) => 1,

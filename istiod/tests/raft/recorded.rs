@@ -43,6 +43,7 @@ fn version_1() -> Vec<(Command, Option<Origin>)> {
         workload_group: None,
         created_by: text("ann"),
         redeemed_by: BTreeMap::new(),
+        cidrs: Vec::new(),
     };
     let redeem = CaCommand::Redeem { id: text("t1"), secret_hash, key_hash, at: 1_800_000_000 };
     let late =
@@ -165,7 +166,23 @@ fn version_4() -> Vec<(Command, Option<Origin>)> {
             Arc::make_mut(registration).reason = text("connection refused");
         }
     }
-    vec![(registry(vec![ill]), None), (Command::Registry(again), None)]
+    let token = TokenRecord {
+        id: text("t3"),
+        hash: Hash::of(b"secret"),
+        namespace: text("shop"),
+        service_account: text("pay"),
+        expires_at: 1_800_009_000,
+        uses_left: 1,
+        workload_group: None,
+        created_by: text("ann"),
+        redeemed_by: BTreeMap::new(),
+        cidrs: ["10.0.0.0/8", "2001:db8::/32"].map(|cidr| cidr.parse().expect("is a block")).into(),
+    };
+    vec![
+        (registry(vec![ill]), None),
+        (Command::Registry(again), None),
+        (Command::Ca(CaCommand::AddJoinToken(token)), Some(origin(10))),
+    ]
 }
 
 /// Every kind of command that a version added.

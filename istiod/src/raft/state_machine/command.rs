@@ -15,7 +15,8 @@ use crate::raft::wire::{self, JoinCommand, MeshCommand};
 /// The newest version of commands and states that this program reads; it reads all before it too.
 ///
 /// Version 2 added the members, access, the audit trail, origins, and how long history is kept; version 3 revoked nodes and
-/// whether agents are heard; version 4 why a workload is not healthy.
+/// whether agents are heard; version 4 why a workload is not healthy, and where
+/// join tokens may be used.
 pub const VERSION: u32 = 4;
 
 /// The version from which on members know why a workload is not healthy.
@@ -106,6 +107,7 @@ impl Command {
                 };
                 batch.commands.iter().map(version).max().unwrap_or(1)
             }
+            Self::Ca(CaCommand::AddJoinToken(record)) if !record.cidrs.is_empty() => 4,
             Self::Ca(CaCommand::RevokeNode(_)) => 3,
             Self::Ca(_) => 1,
             Self::Cluster(_) | Self::Access(_) | Self::Audit(_) => 2,
