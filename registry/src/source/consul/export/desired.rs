@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use super::{HEALTHY, Settings};
 use crate::config::validate::grammar;
@@ -16,6 +17,30 @@ const VERSION: &str = "version";
 /// What should be in the catalog, by id.
 pub type Desired = BTreeMap<String, Registered>;
 
+/// What the entries of a snapshot were made of: most snapshots that follow make the same.
+#[derive(Debug, Default)]
+pub struct Basis {
+    /// `None` before the first look.
+    services: Option<Vec<(Arc<Service>, Arc<[Endpoint]>)>>,
+}
+
+impl Basis {
+    /// Whether a snapshot may make other entries than the one that was looked at before. It is looked at from now on.
+    pub fn differs(&mut self, snapshot: &Snapshot, settings: &Settings) -> bool {
+        let with_endpoints =
+            |service: &Arc<Service>| (Arc::clone(service), Arc::clone(snapshot.endpoints_of(service)));
+        let services: Vec<_> = snapshot.services().map(with_endpoints).collect();
+        let before = self.services.replace(services);
+        let (Some(before), Some(services)) = (before, &self.services) else { return true };
+        before.len() != services.len()
+            || before.iter().zip(services).any(|((service, endpoints), (now, others))| {
+                let same = Arc::ptr_eq(service, now) || service == now;
+                let of = |endpoints| written(now, endpoints, settings);
+                !same || !Arc::ptr_eq(endpoints, others) && !of(endpoints).eq(of(others))
+            })
+    }
+}
+
 /// The endpoints of all services that every namespace may see, but not what came from Consul. The second value are
 /// services that are written under another name than their own, or not at all, with the reason.
 #[must_use]
@@ -26,10 +51,9 @@ pub fn desired(snapshot: &Snapshot, settings: &Settings) -> (Desired, Vec<String
         snapshot.services().filter_map(|service| Some((consul_name(service, settings)?, service)));
     let mut names: BTreeMap<String, String> =
         in_consul.map(|(name, service)| (name.to_owned(), service.hostname.clone())).collect();
-    for service in snapshot.services().filter(|service| is_public(service)) {
+    for service in snapshot.services() {
         let Some(port) = service.ports.first() else { continue };
-        let endpoints = snapshot.endpoints_of(service).iter();
-        let mut endpoints = endpoints.filter(|endpoint| is_ours(endpoint, service, settings)).peekable();
+        let mut endpoints = written(service, snapshot.endpoints_of(service), settings).peekable();
         if endpoints.peek().is_none() {
             continue;
         }
@@ -47,6 +71,16 @@ pub fn desired(snapshot: &Snapshot, settings: &Settings) -> (Desired, Vec<String
         }
     }
     (all, problems)
+}
+
+/// Those of a service's endpoints that are written.
+fn written<'a>(
+    service: &'a Service,
+    endpoints: &'a [Endpoint],
+    settings: &'a Settings,
+) -> impl Iterator<Item = &'a Endpoint> {
+    let public = is_public(service);
+    endpoints.iter().filter(move |endpoint| public && is_ours(endpoint, service, settings))
 }
 
 /// Inside the mesh, and exported to every namespace: a catalog has no namespaces that would hide it.
@@ -135,14 +169,17 @@ fn entry(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::config;
     use crate::state::{Batch, Command, Revision, State};
 
-    /// The names of what should be in the catalog, by id, and what is told of it.
+    /// What should be in the catalog, by id, and what is told of it.
     fn check(yaml: &str, consul: &[(&str, &str)], settings: &Settings) -> (Desired, Vec<String>) {
+        desired(&mesh(yaml, consul), settings)
+    }
+
+    /// A mesh of these objects and instances of a catalog.
+    fn mesh(yaml: &str, consul: &[(&str, &str)]) -> Snapshot {
         let (objects, _) = config::parse_in("default", "t", yaml).unwrap();
         let mut state = State::default();
         state.apply(Revision(1), &Batch::put_objects(1_000, "t", objects));
@@ -165,7 +202,7 @@ mod tests {
             let batch = Batch { time_ms: 1_000, author: "t".to_owned(), commands: commands.collect() };
             state.apply(Revision(2 + n as u64), &batch);
         }
-        desired(&Snapshot::build(&state), settings)
+        Snapshot::build(&state)
     }
 
     fn entry(name: &str, host: &str, namespace: &str, address: &str, more: &str) -> String {
@@ -239,5 +276,26 @@ mod tests {
         let (desired, problems) = check(&yaml, &[("web", "10.2.2.2")], &settings);
         let services: Vec<&str> = desired.values().map(|entry| entry.service.as_str()).collect();
         assert_eq!((services, problems.len()), (vec!["pay", "pay-b", "web-c"], 2), "{problems:?}");
+    }
+
+    #[test]
+    fn a_snapshot_is_looked_at_only_when_something_that_is_written_differs() {
+        let settings = Settings::new("m1", "dc1", 1);
+        let pay = |address: &str| entry("pay", "pay.shop.svc.cluster.local", "shop", address, "");
+        let mut basis = Basis::default();
+        let mut check = |yaml: &str, consul: &[(&str, &str)], expect: bool, what: &str| {
+            assert_eq!(basis.differs(&mesh(yaml, consul), &settings), expect, "{what}");
+        };
+        check("", &[], true, "the first one, though it is empty");
+        check("", &[], false, "the same");
+        check(&pay("10.1.1.1"), &[("web", "10.2.2.2")], true, "new services");
+        check(&pay("10.1.1.1"), &[("web", "10.2.2.3")], false, "another instance of Consul's own");
+        check(&pay("10.1.1.2"), &[("web", "10.2.2.3")], true, "another endpoint of ours");
+        check(
+            &pay("10.1.1.2"),
+            &[("web", "10.2.2.3"), ("pay", "10.2.2.4")],
+            true,
+            "a name that Consul has now",
+        );
     }
 }

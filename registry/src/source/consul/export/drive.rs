@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::desired::desired;
+use super::desired::{Basis, desired};
 use super::writer::{Call, Status, Time, Writer};
 use crate::snapshot::Snapshot;
 use crate::source::consul::answer::Answer;
@@ -21,6 +21,8 @@ use crate::source::consul::drive::{self, Connection, Link};
 const LOOK: Duration = Duration::from_secs(1);
 /// Snapshots that follow each other sooner are looked at together.
 const TOGETHER: Duration = Duration::from_millis(200);
+/// And of the time no more than one part in so many is spent on looking at them.
+const PART: u32 = 10;
 /// With nothing to wait for, the machine is asked again after this time.
 const IDLE: Duration = Duration::from_secs(60);
 
@@ -45,7 +47,7 @@ pub async fn write(mut writer: Writer, world: World, status: watch::Sender<Statu
     let mut link = Link::new(connection);
     let mut answers = Answers::new();
     let mut looks = tokio::time::interval(LOOK);
-    let mut next_look = Instant::now();
+    let (mut next_look, mut basis) = (Instant::now(), Basis::default());
     snapshots.mark_changed();
     loop {
         let due = writer.next_due().map_or_else(|| Instant::now() + IDLE, Instant::from_std);
@@ -59,9 +61,13 @@ pub async fn write(mut writer: Writer, world: World, status: watch::Sender<Statu
             },
             Ok(()) = changed(&mut snapshots, next_look) => {
                 let snapshot = Arc::clone(&snapshots.borrow_and_update());
-                let (desired, unfit) = desired(&snapshot, &settings);
-                next_look = Instant::now() + TOGETHER;
-                writer.on_desired(desired, unfit, time())
+                let began = Instant::now();
+                let looked = basis.differs(&snapshot, &settings).then(|| desired(&snapshot, &settings));
+                next_look = Instant::now() + TOGETHER.max(began.elapsed() * PART);
+                match looked {
+                    Some((desired, unfit)) => writer.on_desired(desired, unfit, time()),
+                    None => writer.tick(time()),
+                }
             }
             _ = looks.tick() => {
                 if link.reload() { writer.on_credentials(time()) } else { writer.tick(time()) }
