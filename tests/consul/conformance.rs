@@ -1,5 +1,6 @@
 //! The same conversation with a real Consul and with the fake: what the fake says, Consul says too.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -7,12 +8,17 @@ use http::Method;
 use registry::source::consul::answer::{self, Answer, Condition};
 use registry::source::consul::client::Client;
 use serde_json::{Value, json};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::world::registration;
 use tests::consul::catalog::Catalog;
 use tests::consul::fake::Server;
 use tests::consul::real::{Consul, client};
+use tests::{PATIENCE, eventually};
+
+/// Connections that Consul takes of an address, unless `limits.http_max_conns_per_client` says otherwise.
+const CONNECTIONS: usize = 200;
 
 struct Peer(Client);
 
@@ -225,6 +231,27 @@ async fn a_real_consul_with_certificates_and_tokens_does_the_same_over_http2() -
     let stranger = client(consul.address, "")?;
     ensure!(stranger.get(0, "/v1/catalog/services").await.map_or(true, |answer| answer.status != 200));
     Ok(())
+}
+
+#[tokio::test]
+async fn whose_connections_a_real_consul_does_not_take_is_told_why() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let consul = Consul::start(folder.path()).await?;
+    let many = Arc::new(client(consul.address, "")?);
+    let mut waiting = JoinSet::new();
+    for _ in 0..CONNECTIONS + 20 {
+        let one = Arc::clone(&many);
+        let path = format!("/v1/health/service/nothing?index={}&wait=60s", u32::MAX);
+        waiting.spawn(async move { one.get(0, &path).await });
+    }
+    eventually(PATIENCE, "no connection is left", || async {
+        // On a connection of its own.
+        let told = client(consul.address, "")?.get(0, "/v1/status/leader").await.err().context("answered")?;
+        let told = format!("{:#}", anyhow::Error::from(told));
+        ensure!(told.contains("limits.http_max_conns_per_client"), "{told}");
+        Ok(())
+    })
+    .await
 }
 
 #[tokio::test]

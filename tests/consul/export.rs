@@ -31,9 +31,9 @@ use tests::consul::fake::Server;
 use tests::consul::real::{Consul, client};
 
 /// A catalog to write into, and ways to look at it.
-struct Peer {
+pub(crate) struct Peer {
     client: Client,
-    connection: Connection,
+    pub(crate) connection: Connection,
     fake: Option<Server>,
     _real: Option<Consul>,
 }
@@ -45,7 +45,7 @@ enum Saved {
 }
 
 impl Peer {
-    async fn real(folder: &Path) -> anyhow::Result<Self> {
+    pub(crate) async fn real(folder: &Path) -> anyhow::Result<Self> {
         let consul = Consul::start(folder).await?;
         let (client, connection) = (client(consul.address, "")?, plain(consul.address));
         Ok(Self { client, connection, fake: None, _real: Some(consul) })
@@ -57,24 +57,24 @@ impl Peer {
         Ok(Self { client, connection, fake: Some(fake), _real: None })
     }
 
-    async fn put(&self, path: &str, body: &Value) -> anyhow::Result<answer::Answer> {
+    pub(crate) async fn put(&self, path: &str, body: &Value) -> anyhow::Result<answer::Answer> {
         Ok(self.client.send(0, Method::PUT, path, body.to_string().into_bytes()).await?)
     }
 
     /// What clients of Consul find under a name.
-    async fn instances(&self, name: &str) -> anyhow::Result<Vec<Instance>> {
+    pub(crate) async fn instances(&self, name: &str) -> anyhow::Result<Vec<Instance>> {
         let answer = self.client.get(0, &format!("/v1/health/service/{name}?dc=dc1&consistent")).await?;
         ensure!(answer.status == 200, "{}", answer.reason());
         Ok(answer::instances(&answer.body)?)
     }
 
-    async fn node(&self, name: &str) -> anyhow::Result<Node> {
+    pub(crate) async fn node(&self, name: &str) -> anyhow::Result<Node> {
         let answer = self.client.get(0, &format!("/v1/catalog/node/{name}?dc=dc1&consistent")).await?;
         answer::node(&answer.body)?.with_context(|| format!("no node {name}"))
     }
 
     /// The entries of the mesh, and others of its node.
-    async fn entries(&self) -> anyhow::Result<(usize, usize)> {
+    pub(crate) async fn entries(&self) -> anyhow::Result<(usize, usize)> {
         let node = self.node("mesh-m1").await?;
         let ours = node.services.values().filter(|entry| entry.meta.contains_key(EPOCH)).count();
         Ok((ours, node.services.len() - ours))
@@ -117,7 +117,7 @@ fn now() -> Time {
 }
 
 /// These services of namespace `shop`, each with one instance that is healthy or drains.
-fn yaml(services: &[(String, String, bool)]) -> String {
+pub(crate) fn yaml(services: &[(String, String, bool)]) -> String {
     let entry = |(name, address, healthy): &(String, String, bool)| {
         let draining = if *healthy { "" } else { ", istio.io/draining: 'true'" };
         format!(
@@ -139,7 +139,7 @@ fn mesh(services: &[(String, String, bool)]) -> anyhow::Result<Arc<Snapshot>> {
     Ok(Arc::new(Snapshot::build(&state)))
 }
 
-fn service(n: usize) -> (String, String, bool) {
+pub(crate) fn service(n: usize) -> (String, String, bool) {
     (format!("s{n:03}"), format!("10.3.{}.{}", n / 250, n % 250 + 1), true)
 }
 

@@ -7,6 +7,7 @@ mod export;
 mod export_matrix;
 mod export_world;
 mod instances;
+mod leader;
 mod matrix;
 mod scale;
 mod split;

@@ -13,10 +13,12 @@ use registry::source::consul::export::Settings;
 use super::Span;
 use super::reader::{Reader, name, span, whole};
 
-/// Questions that wait at the same time over HTTP/1.1, where each has a connection; Consul allows 200 for a client.
-const WATCHES: usize = 150;
-/// And over HTTP/2, where a hundred share one.
-const SHARED_WATCHES: usize = 12_000;
+/// Questions at the same time over HTTP/1.1, where each has a connection: those that wait, and those that come back at
+/// once. Consul takes 200 connections of an address, and those of a member that was killed count until their wait ends,
+/// so there is room for three members behind one.
+const QUESTIONS: (usize, usize) = (48, 12);
+/// And over HTTP/2, where a hundred share a connection.
+const SHARED_QUESTIONS: (usize, usize) = (12_000, 32);
 /// The node of an owner, `mesh-OWNER`, is a DNS label.
 const MOST_OWNER: usize = 58;
 /// The names of services that follow need some room.
@@ -104,10 +106,11 @@ impl Consul {
         Connection { servers: self.servers.clone(), token, tls: self.tls.clone() }
     }
 
-    /// Questions that wait at the same time, in each datacenter.
-    pub(crate) fn watches(&self) -> usize {
-        let usual = if self.tls.is_some() { SHARED_WATCHES } else { WATCHES };
-        (self.max_watches.unwrap_or(usual) / self.datacenters.len().max(1)).max(1)
+    /// Questions at the same time in each datacenter: those that wait, and those that come back at once.
+    pub(crate) fn questions(&self) -> (usize, usize) {
+        let (watches, fetches) = if self.tls.is_some() { SHARED_QUESTIONS } else { QUESTIONS };
+        let share = |all: usize| (all / self.datacenters.len().max(1)).max(1);
+        (share(self.max_watches.unwrap_or(watches)), share(fetches))
     }
 }
 
@@ -286,7 +289,7 @@ mod tests {
         assert_eq!(again.consul, config.consul);
         let consul = config.consul.unwrap();
         let nearest: Vec<bool> = consul.datacenters().map(|(mapping, _)| mapping.nearest).collect();
-        assert_eq!((nearest, consul.watches()), (vec![true, false], 6_000));
+        assert_eq!((nearest, consul.questions()), (vec![true, false], (6_000, 16)));
         let exports: Vec<_> = consul.exports().collect();
         let [(settings, connection)] = exports.as_slice() else { panic!("{exports:?}") };
         let told = (settings.node(), settings.datacenter.as_str(), settings.prefix.as_str(), settings.rate);
@@ -294,7 +297,7 @@ mod tests {
         assert_eq!(connection.token, Some("/w".into()));
         let plain = parse("{addresses: 'http://127.0.0.1:8500'}").unwrap().consul.unwrap();
         assert_eq!(plain.exports().count(), 0, "off unless asked for");
-        assert_eq!((plain.datacenters.clone(), plain.watches()), (vec!["dc1".to_owned()], 150));
+        assert_eq!((plain.datacenters.clone(), plain.questions()), (vec!["dc1".to_owned()], (48, 12)));
     }
 
     #[test]

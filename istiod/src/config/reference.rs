@@ -112,7 +112,7 @@ pub const SETTINGS: &[Setting] = &[
     setting(
         "sources.consul.maxWatches",
         "",
-        "questions that wait at the same time; 150, or 12000 over https",
+        "questions that wait at the same time, each for a service; 48, or 12000 over https",
     ),
     setting(
         "sources.consul.wait",

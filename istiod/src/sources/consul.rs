@@ -93,7 +93,7 @@ pub(crate) fn start(
     for (mapping, connection) in consul.into_iter().flat_map(Consul::datacenters) {
         let mut settings = Settings::new(mapping, connection.servers.len());
         if let Some(consul) = consul {
-            settings.watches = consul.watches();
+            (settings.watches, settings.fetches) = consul.questions();
             settings.wait = consul.wait;
         }
         let source = Source {

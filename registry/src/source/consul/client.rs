@@ -123,6 +123,18 @@ pub enum Broken {
         #[source]
         source: io::Error,
     },
+    /// The server took a connection, and closed it before it answered anything on it.
+    #[error(
+        "{server} closed a connection before its first answer, as Consul does when it stops, and to an address with more \
+         connections than its limits.http_max_conns_per_client, 200 unless set"
+    )]
+    Unanswered {
+        /// Which server.
+        server: String,
+        /// How it ended.
+        #[source]
+        source: hyper::Error,
+    },
     /// The connection ended, or speaks something else.
     #[error("the exchange failed")]
     Http(#[from] hyper::Error),
@@ -175,7 +187,8 @@ impl Drop for Stream {
 }
 
 enum Sender {
-    One(http1::SendRequest<Full<Bytes>>),
+    Kept(http1::SendRequest<Full<Bytes>>),
+    New(http1::SendRequest<Full<Bytes>>),
     Shared(http2::SendRequest<Full<Bytes>>, Stream),
 }
 
@@ -242,13 +255,17 @@ impl Client {
         let pool = self.servers.get(server).ok_or(Broken::NoServer)?;
         let body = Full::new(Bytes::from(body));
         match self.sender(pool).await? {
-            Sender::One(mut sender) => {
+            Sender::Kept(mut sender) => {
                 let request = self.request(pool, method, path, false, body)?;
                 let answer = read(sender.send_request(request).await?).await?;
-                let mut idle = pool.idle.lock().unwrap_or_else(PoisonError::into_inner);
-                if idle.len() < IDLE && !sender.is_closed() {
-                    idle.push(sender);
-                }
+                pool.keep(sender);
+                Ok(answer)
+            }
+            Sender::New(mut sender) => {
+                let request = self.request(pool, method, path, false, body)?;
+                let response = sender.send_request(request).await.map_err(|error| pool.unanswered(error))?;
+                let answer = read(response).await?;
+                pool.keep(sender);
                 Ok(answer)
             }
             Sender::Shared(mut sender, _stream) => {
@@ -310,7 +327,7 @@ impl Client {
         let stop = self.stop.clone();
         // How a connection ends is told to whoever has a request on it.
         self.tasks.spawn(async move { stop.run_until_cancelled(connection).await.is_some() });
-        Ok(Sender::One(sender))
+        Ok(Sender::New(sender))
     }
 
     async fn shared(
@@ -334,13 +351,29 @@ impl Client {
 }
 
 impl Pool {
+    fn keep(&self, sender: http1::SendRequest<Full<Bytes>>) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if idle.len() < IDLE && !sender.is_closed() {
+            idle.push(sender);
+        }
+    }
+
+    /// Why the first request of a connection has no answer.
+    fn unanswered(&self, error: hyper::Error) -> Broken {
+        let Server { host, port } = &self.server;
+        match error.is_parse() {
+            true => Broken::Http(error),
+            false => Broken::Unanswered { server: format!("{host}:{port}"), source: error },
+        }
+    }
+
     fn kept(&self) -> Option<Sender> {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         idle.retain(|sender| !sender.is_closed());
         if let Some(sender) =
             idle.iter().position(http1::SendRequest::is_ready).map(|at| idle.swap_remove(at))
         {
-            return Some(Sender::One(sender));
+            return Some(Sender::Kept(sender));
         }
         drop(idle);
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);

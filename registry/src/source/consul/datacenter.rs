@@ -37,8 +37,8 @@ const LIST_SLOWEST: Duration = Duration::from_secs(1);
 const SERVICE_SLOWEST: Duration = Duration::from_secs(5);
 /// A loss waits so long for others, so that many are seen as many.
 const SETTLE: Duration = Duration::from_secs(1);
-/// With more services than may be watched at once, each is looked at this often.
-const ROTATION: Duration = Duration::from_secs(60);
+/// With more services than may be watched at once, each is looked at this often, if a second for each look allows it.
+const ROTATION: Duration = Duration::from_secs(15);
 /// A question that does not block is answered within this time, and a blocking one so long after its wait.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -49,7 +49,8 @@ pub struct Settings {
     pub mapping: Mapping,
     /// How many servers there are to ask.
     pub servers: usize,
-    /// Blocking questions at the same time; Consul closes connections of a client that has more than 200.
+    /// Blocking questions at the same time. Consul takes 200 connections of an address, and those of a program that has
+    /// gone count until their wait ends.
     pub watches: usize,
     /// Questions at the same time that come back at once.
     pub fetches: usize,
@@ -72,8 +73,8 @@ impl Settings {
         Self {
             mapping,
             servers,
-            watches: 150,
-            fetches: 32,
+            watches: 48,
+            fetches: 12,
             wait: Duration::from_secs(60),
             resync: Duration::from_secs(600),
             grace: Duration::from_secs(30),
