@@ -148,6 +148,8 @@ fn a_machine_joins_with_three_commands_is_upgraded_under_load_rebooted_and_purge
         .unwrap();
     told("upgraded");
     hardened(&mesh).unwrap();
+    asked_by_systemd_resolved(&mut mesh).unwrap();
+    told("systemd-resolved asks the agent");
 
     rebooted_without_a_control_plane(&mut mesh).unwrap();
     told("serves again after a reboot without the control plane, and with it");
@@ -234,6 +236,35 @@ fn hardened(mesh: &Mesh) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// systemd-resolved comes to the machine: from then on it asks the agent for names of the mesh, and for no other, for as
+/// long as the agent serves.
+fn asked_by_systemd_resolved(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let machine = &mut mesh.machine;
+    machine.run("test ! -e /sys/class/net/istio-dns")?;
+    machine.run("dpkg --install /packages/resolved/*.deb")?;
+    // It started before the bus knew its user.
+    machine.run("systemctl reload dbus; systemctl restart systemd-resolved")?;
+    for step in ["start istio-resolved", "restart istio-agent", "restart systemd-resolved"] {
+        machine.run(&format!("systemctl {step}"))?;
+        let answered = machine.wait("names of the mesh are answered", |machine| {
+            let own = machine.run("resolvectl query billing.default.svc.cluster.local")?;
+            ensure!(own.contains(": 127.240."), "the machine's own address for it: {own}");
+            Ok(())
+        });
+        answered.with_context(|| step)?;
+    }
+    let nothing = machine.run("resolvectl query nothing.default.svc.cluster.local 2>&1 || true")?;
+    ensure!(nothing.contains("not found"), "{nothing}");
+    let status = machine.run("resolvectl status istio-dns")?;
+    for part in ["-DefaultRoute", "127.0.0.1:15053", "~svc.cluster.local ~service.consul"] {
+        ensure!(status.contains(part), "{part} is not in {status}");
+    }
+    machine.run("systemctl stop istio-agent")?;
+    machine.run("test ! -e /sys/class/net/istio-dns && test ! -e /sys/class/net/istio-dns-peer")?;
+    machine.run("systemctl start istio-agent")?;
+    machine.wait("the link is back", |machine| machine.run("test -e /sys/class/net/istio-dns")).map(drop)
+}
+
 /// The same from the beginning, with the agent's folder sealed under a key that the service manager hands over.
 fn sealed_under_the_managers_key(mesh: &Mesh) -> anyhow::Result<()> {
     let machine = &mesh.machine;
@@ -263,6 +294,8 @@ fn purged(mesh: &mut Mesh) -> anyhow::Result<()> {
     ensure!(files.is_empty(), "left: {files}");
     let users = machine.run("getent passwd istio-agent istiod || true")?;
     ensure!(users.is_empty(), "left: {users}");
+    let links = machine.run("ip -brief link | grep istio || true")?;
+    ensure!(links.is_empty(), "left: {links}");
     let tables = machine.run("nft list tables")?;
     ensure!(tables.is_empty(), "left: {tables}");
     let processes = machine.run("pgrep --list-full istio || true")?;
