@@ -309,7 +309,7 @@ const RECORDED_EMPTY_BATCH: &str = "080112347b2276657273696f6e223a312c2274696d65
 
 #[test]
 fn a_newer_command_halts_and_says_what_to_do() {
-    let newer = unhex("08041200");
+    let newer = unhex("08051200");
     let halt = Command::decode(9, &newer).expect_err("halts").to_string();
     assert!(halt.contains("entry 9") && halt.contains("upgrade this member"), "{halt}");
     let unknown_kind = unhex("0801");
