@@ -278,9 +278,12 @@ fn move_aside(data_dir: &Path) -> anyhow::Result<PathBuf> {
 impl Seat {
     /// Opens the peer port and connects to the peers, on `tasks` until `stop`.
     ///
+    /// All of it is one thread's: a message of Raft is little work, and a runtime of several threads wakes another one for
+    /// each, on every member that the message reaches.
+    ///
     /// # Errors
     ///
-    /// When TLS cannot be set up.
+    /// When TLS cannot be set up, or the operating system gives no thread.
     pub(crate) fn take(
         self,
         started: &Started,
@@ -294,6 +297,8 @@ impl Seat {
         let known = Directory { addresses: membership.peers.clone(), retired: [].into() };
         let (send, directory) = watch::channel(Arc::new(known));
         tasks.spawn(follow(started.raft.clone(), send, (kept, membership), stop.clone()));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let entered = runtime.enter();
         let connected = links.connected();
         let settings = links::Settings {
             id,
@@ -319,6 +324,10 @@ impl Seat {
             stop: stop.clone(),
         };
         serve(listener, tls::server_config(identity)?, service);
+        drop(entered);
+        let ended = tasks.clone();
+        let thread = std::thread::Builder::new().name("peers".to_owned());
+        thread.spawn(move || runtime.block_on(async move { ended.wait().await }))?;
         Ok(Peers { connected, ca })
     }
 }

@@ -17,11 +17,14 @@ const VERSION: &str = "version";
 /// What should be in the catalog, by id.
 pub type Desired = BTreeMap<String, Registered>;
 
+/// A service with all its endpoints.
+type Whole = (Arc<Service>, Arc<[Endpoint]>);
+
 /// What the entries of a snapshot were made of: most snapshots that follow make the same.
 #[derive(Debug, Default)]
 pub struct Basis {
     /// `None` before the first look.
-    services: Option<Vec<(Arc<Service>, Arc<[Endpoint]>)>>,
+    services: Option<Vec<Whole>>,
 }
 
 impl Basis {
