@@ -1,6 +1,6 @@
 //! The same conversation with a real Consul and with the fake: what the fake says, Consul says too.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -238,13 +238,18 @@ async fn whose_connections_a_real_consul_does_not_take_is_told_why() -> anyhow::
     let folder = tempfile::tempdir()?;
     let consul = Consul::start(folder.path()).await?;
     let many = Arc::new(client(consul.address, "")?);
-    let mut waiting = JoinSet::new();
-    for _ in 0..CONNECTIONS + 20 {
-        let one = Arc::clone(&many);
-        let path = format!("/v1/health/service/nothing?index={}&wait=60s", u32::MAX);
-        waiting.spawn(async move { one.get(0, &path).await });
-    }
+    let waiting = Mutex::new(JoinSet::new());
     eventually(PATIENCE, "no connection is left", || async {
+        {
+            let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            // A Consul that has just started may have answered some at once, that it has no leader.
+            while waiting.try_join_next().is_some() {}
+            while waiting.len() < CONNECTIONS + 20 {
+                let one = Arc::clone(&many);
+                let path = format!("/v1/health/service/nothing?index={}&wait=60s", u32::MAX);
+                waiting.spawn(async move { one.get(0, &path).await });
+            }
+        }
         // On a connection of its own.
         let told = client(consul.address, "")?.get(0, "/v1/status/leader").await.err().context("answered")?;
         let told = format!("{:#}", anyhow::Error::from(told));
