@@ -468,6 +468,10 @@ impl World {
 
     /// A member that was removed hears of it from a peer, or is switched off while it is down.
     fn retire(&mut self, id: u64) -> Check {
+        // A change that was on its way when it was removed may have taken it in again.
+        if self.listed(id) {
+            return Ok(());
+        }
         let Some(member) = self.members.get_mut(&id) else { return Ok(()) };
         let life = member.life;
         if member.running.is_some() {
