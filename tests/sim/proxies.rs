@@ -170,9 +170,10 @@ impl Proxy {
                 wanted.map(|(name, resource)| (name.clone(), resource.version)).collect();
             if self.held.get(&t).cloned().unwrap_or_default() != wanted {
                 let seen = format!(
-                    "{} at {} holds {:?} of {t:?} and should hold {wanted:?}",
+                    "{} at {}, given {:?} by a member, holds {:?} of {t:?} and should hold {wanted:?}",
                     self.node.id,
                     self.revision,
+                    self.stream.as_ref().map(|connection| (connection.member, connection.given)),
                     self.held.get(&t)
                 );
                 return Err(Broken::new("a proxy comes to hold what the mesh says", seen));
@@ -187,7 +188,9 @@ impl World {
     pub(crate) fn proxy_looks(&mut self, number: usize) -> Check {
         let pause = 1 + self.rng.u64(0..LOOK_US * 2);
         self.after(pause, Happening::Proxy(number));
-        let (cuts, running, clock) = (self.rng.u32(0..20) == 0, self.running(), self.clock());
+        let (cuts, mut running, clock) = (self.rng.u32(0..20) == 0, self.running(), self.clock());
+        // Who was never taken in is never ready, and serves nobody.
+        running.retain(|id| self.ledger.ever().contains(id));
         let next = self.rng.choice(running);
         let Some(proxy) = self.proxies.get_mut(number) else { return Ok(()) };
         let alive = proxy.stream.as_ref().is_some_and(|connection| {
