@@ -15,8 +15,7 @@ use crate::raft::wire::{self, JoinCommand, MeshCommand};
 /// The newest version of commands and states that this program reads; it reads all before it too.
 ///
 /// Version 2 added the members, access, the audit trail, origins, and how long history is kept; version 3 revoked nodes and
-/// whether agents are heard; version 4 why a workload is not healthy, and where
-/// join tokens may be used.
+/// whether agents are heard; version 4 why a workload is not healthy, and where join tokens may be used.
 pub const VERSION: u32 = 4;
 
 /// The version from which on members know why a workload is not healthy.
