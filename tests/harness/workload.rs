@@ -18,6 +18,8 @@ const BLOCKS: u32 = 512;
 
 /// Whoever listens on this port of a block's own address has the block.
 const RESERVED: u16 = 15999;
+/// Whoever listens on a port of this address has the port of `127.0.0.1`; no block has it.
+const PORT_HOLDER: Ipv4Addr = Ipv4Addr::new(127, 191, 255, 254);
 
 /// A workload behind one of our proxies.
 #[derive(Debug)]
@@ -205,15 +207,20 @@ pub fn free_block() -> anyhow::Result<Ipv4Addr> {
     bail!("no free loopback block")
 }
 
-/// A loopback port below those that the system gives to clients, free just now.
+/// A loopback port below those that the system gives to clients. The process holds what it took to its end, at an address
+/// where nobody listens, so that several can run at once.
 ///
 /// # Errors
 ///
 /// When none can be had.
 pub fn free_port() -> anyhow::Result<u16> {
-    let free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
-    std::iter::repeat_with(|| fastrand::u16(20_000..32_000))
-        .take(100)
-        .find(free)
-        .ok_or_else(|| anyhow::anyhow!("no free port"))
+    static HELD: Mutex<Vec<TcpListener>> = Mutex::new(Vec::new());
+    for port in std::iter::repeat_with(|| fastrand::u16(20_000..32_000)).take(100) {
+        let Ok(held) = TcpListener::bind((PORT_HOLDER, port)) else { continue };
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            HELD.lock().map_err(|_| anyhow::anyhow!("a test failed while it took a port"))?.push(held);
+            return Ok(port);
+        }
+    }
+    bail!("no free port")
 }

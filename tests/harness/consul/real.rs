@@ -1,10 +1,12 @@
 //! A real Consul server in development mode, as `tests/run` installs it.
 
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 
 use crate::program::Program;
+use crate::workload::free_port;
 use crate::{PATIENCE, eventually, peers};
+use anyhow::Context;
 use rcgen::{
     BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
 };
@@ -25,7 +27,7 @@ impl Consul {
     ///
     /// When it does not start.
     pub async fn start(folder: &Path) -> anyhow::Result<Self> {
-        let [http, ..] = ports()?;
+        let http = free_port()?;
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, http));
         Self::launch(
             folder,
@@ -43,7 +45,7 @@ impl Consul {
     /// When it does not start.
     pub async fn secured(folder: &Path) -> anyhow::Result<(Self, Secured)> {
         let secured = Secured::new(folder)?;
-        let [https, ..] = ports()?;
+        let https = free_port()?;
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, https));
         let [ca, cert, key] =
             ["ca.pem", "cert.pem", "key.pem"].map(|name| folder.join(name).display().to_string());
@@ -63,10 +65,9 @@ impl Consul {
         client: Client,
     ) -> anyhow::Result<Self> {
         let program = peers::find("consul/consul")?;
-        let [server, lan, wan, ..] = ports()?;
         let config = folder.join("consul.json");
-        for (name, port) in [("server", server), ("serf_lan", lan), ("serf_wan", wan)] {
-            settings["ports"][name] = port.into();
+        for name in ["server", "serf_lan", "serf_wan"] {
+            settings["ports"][name] = free_port()?.into();
         }
         settings["ports"]["dns"] = (-1).into();
         settings["ports"]["grpc"] = (-1).into();
@@ -75,15 +76,16 @@ impl Consul {
             ["agent", "-dev", "-bind=127.0.0.1", "-client=127.0.0.1", "-log-level=warn", "-node=server-1"];
         let mut args = args.map(str::to_owned).to_vec();
         args.push(format!("-config-file={}", config.display()));
-        let consul = Self { address, _program: Program::start(&program, folder, "consul", &args)? };
+        let program = Program::start(&program, folder, "consul", &args)?;
         eventually(PATIENCE, "consul has a leader and is in its own catalog", || async {
             let answer = client.get(0, "/v1/catalog/services").await?;
             let listed = String::from_utf8_lossy(&answer.body).contains("\"consul\"");
             anyhow::ensure!(answer.status == 200 && listed, "{}", answer.reason());
             Ok(())
         })
-        .await?;
-        Ok(consul)
+        .await
+        .with_context(|| program.output())?;
+        Ok(Self { address, _program: program })
     }
 }
 
@@ -150,15 +152,4 @@ impl Secured {
 pub fn client(address: SocketAddr, token: &str) -> anyhow::Result<Client> {
     let server = Server { host: address.ip().to_string(), port: address.port() };
     Client::new(&[server], None, &Credentials::token(token)).map_err(anyhow::Error::msg)
-}
-
-/// Ports that were free just now.
-fn ports() -> anyhow::Result<[u16; 5]> {
-    let held: Vec<TcpListener> =
-        (0..5).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).collect::<Result<_, _>>()?;
-    let mut ports = [0; 5];
-    for (port, held) in ports.iter_mut().zip(&held) {
-        *port = held.local_addr()?.port();
-    }
-    Ok(ports)
 }
