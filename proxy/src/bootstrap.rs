@@ -66,10 +66,7 @@ pub fn load(path: &Path, now: jiff::Timestamp) -> Result<Config, BootstrapError>
 ///
 /// As [`load`].
 pub fn parse(text: &str, now: jiff::Timestamp) -> Result<Config, BootstrapError> {
-    let read = wire::json::message_from_yaml(text);
-    // A proxy reads one such file; what reading it took is worth more free.
-    wire::forget_descriptors();
-    let pb: pb::Bootstrap = read.map_err(|e| BootstrapError::Format(Box::new(e)))?;
+    let pb = read(text).map_err(|e| BootstrapError::Format(Box::new(e)))?;
     let kept = Arc::new(pb.clone());
     note_unused(&pb);
     let static_resources = static_resources(pb.static_resources.unwrap_or_default(), now)?;
@@ -81,6 +78,21 @@ pub fn parse(text: &str, now: jiff::Timestamp) -> Result<Config, BootstrapError>
     config.static_resources = static_resources;
     config.bootstrap = Some(kept);
     Ok(config)
+}
+
+/// Reads the message on a thread of its own: the descriptors that it takes are many times what a proxy needs from then
+/// on, and memory of a thread that has ended goes back as a whole.
+fn read(text: &str) -> Result<pb::Bootstrap, wire::json::JsonError> {
+    let encoded = || {
+        let message: Result<pb::Bootstrap, _> = wire::json::message_from_yaml(text);
+        wire::forget_descriptors();
+        message.map(|m| m.encode_to_vec())
+    };
+    let encoded = std::thread::scope(|scope| scope.spawn(encoded).join());
+    let bytes = encoded.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let type_name = pb::Bootstrap::full_name();
+    pb::Bootstrap::decode(bytes.as_slice())
+        .map_err(|source| wire::json::JsonError::Decode { type_name, source })
 }
 
 fn note_unused(pb: &pb::Bootstrap) {

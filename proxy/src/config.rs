@@ -43,6 +43,8 @@ pub struct Config {
     pub drain: Duration,
     /// Listening sockets that the process before this one left.
     pub inherited: Inherited,
+    /// Whether listeners without a `traffic_direction` report Istio's standard metrics, too.
+    pub reports_all: bool,
     /// The bootstrap file, for the configuration dump.
     pub bootstrap: Option<Arc<Bootstrap>>,
     /// Where the bootstrap file is, for `/server_info`.
@@ -65,6 +67,7 @@ impl Config {
             workers: 0,
             drain: DEFAULT_DRAIN,
             inherited: Inherited::default(),
+            reports_all: false,
             bootstrap: None,
             bootstrap_path: None,
         }

@@ -162,6 +162,7 @@ impl Http {
             }
             ServerHeader::PassThrough => {}
         }
+        map.entry(header::DATE).or_insert_with(|| self.worker.date.borrow().clone());
         if let Some(id) = &exchange.request_id {
             map.insert(headers::REQUEST_ID, id.clone());
         }
@@ -526,12 +527,12 @@ fn respond(
     mut call: Box<Call>,
     answer: attempts::Answered,
 ) -> HttpResponse {
-    let attempts::Answered { mut parts, reply, elapsed, cookie } = answer;
+    let attempts::Answered { mut parts, reply, began, at, cookie } = answer;
     let upgraded = call.upgrade && parts.status == StatusCode::SWITCHING_PROTOCOLS;
     headers::strip_response(&mut parts.headers, upgraded);
     // a request to leave HTTP does not end, and the time counts from its end
     if !http.router.suppress_envoy_headers && !call.upgrade {
-        let ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
+        let ms = u64::try_from(at.duration_since(began).as_millis()).unwrap_or(u64::MAX);
         parts.headers.insert(headers::UPSTREAM_SERVICE_TIME, headers::number(ms));
     }
     if decision.host.include_attempt_count_in_response {
@@ -552,7 +553,7 @@ fn respond(
     }
     let mut exchange = call.exchange;
     exchange.details = "via_upstream".into();
-    exchange.respond(parts.status, &parts.headers);
+    exchange.respond(parts.status, &parts.headers, at);
     if exchange.version == Version::HTTP_2 {
         parts.headers.remove(header::CONNECTION);
         if upgraded {

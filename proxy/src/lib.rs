@@ -20,6 +20,7 @@ pub mod ratelimit;
 pub mod retry;
 pub mod router;
 mod run;
+pub mod signal;
 pub mod sockets;
 pub mod supervisor;
 pub mod tables;

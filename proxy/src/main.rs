@@ -45,6 +45,10 @@ struct Arguments {
     /// Serve `/healthz/ready` here for everybody, such as 0.0.0.0:15021.
     #[arg(long, value_name = "ADDRESS")]
     ready_address: Option<SocketAddr>,
+    /// Report Istio's standard metrics also for listeners without a `traffic_direction`: as the server's side where
+    /// clients must show a certificate, as the client's elsewhere.
+    #[arg(long)]
+    standard_metrics: bool,
     /// Serve traffic, or only check the bootstrap file.
     #[arg(long, default_value = "serve")]
     mode: Mode,
@@ -89,6 +93,7 @@ fn main() -> ExitCode {
         drain: Duration::from_secs(arguments.drain_time_s),
         stats: arguments.stats_address,
         ready: arguments.ready_address,
+        reports_all: arguments.standard_metrics,
         inherited: Inherited::from_manager(),
         ..config
     };

@@ -287,6 +287,7 @@ fn start_workers(
 ) -> Result<Vec<worker::Handle>, StartError> {
     let mut options = worker::Options::new(Arc::clone(tables), Arc::clone(identity), drain.clone());
     options.node_id = config.node.id.clone();
+    options.reports_all = config.reports_all;
     options.metadata = json(config.node.metadata.clone().unwrap_or_default());
     (0..count).map(|index| worker::start(index, options.clone()).map_err(StartError::Worker)).collect()
 }

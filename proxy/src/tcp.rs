@@ -69,7 +69,7 @@ pub async fn serve(
             None
         }
     };
-    let series = runtime.reporter().map(|reporter| session.series(reporter));
+    let series = chain.reporter.map(|reporter| session.series(reporter));
     if let Some(series) = &series {
         series.opened.inc();
     }

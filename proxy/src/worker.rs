@@ -22,6 +22,7 @@ use tokio_util::task::TaskTracker;
 use crate::access_log::Log;
 use crate::access_log::writer::Writers;
 use crate::drain::Drain;
+use crate::http::timing::{OF_WORKER, Spare};
 use crate::listener::connection::Connection;
 use crate::listener::slot::Slot;
 use crate::metrics::standard::{Numbered, Principals, Service, Standard, Workload, peer_header};
@@ -29,6 +30,7 @@ use crate::metrics::{Registry, Snapshot};
 use crate::ratelimit::Buckets;
 use crate::router::Routes;
 use crate::router::split::Split;
+use crate::signal::Signal;
 use crate::tables::{TableStore, Tables};
 use crate::tls::{Identity, Secrets};
 use crate::upstream::{Shared, Upstream};
@@ -60,6 +62,8 @@ pub struct Options {
     pub writers: Writers,
     /// Token buckets of rate limits.
     pub buckets: Arc<Buckets>,
+    /// Whether listeners without a direction report standard metrics, too.
+    pub reports_all: bool,
 }
 
 impl Options {
@@ -74,6 +78,7 @@ impl Options {
             drain,
             writers: Writers::default(),
             buckets: Arc::default(),
+            reports_all: false,
         }
     }
 }
@@ -187,7 +192,10 @@ async fn run(index: usize, options: Options, mut questions: mpsc::Receiver<Ask>,
     let mut asking = true;
     loop {
         tokio::select! {
-            () = worker.drain.draining() => break,
+            () = worker.drain.draining() => {
+                worker.ending.raise();
+                break;
+            }
             changed = generation.changed() => {
                 if changed.is_err() {
                     break;
@@ -203,9 +211,14 @@ async fn run(index: usize, options: Options, mut questions: mpsc::Receiver<Ask>,
         }
     }
     worker.connections.close();
+    let mut cut = false;
     loop {
         tokio::select! {
             () = worker.connections.wait() => break,
+            () = worker.drain.cut(), if !cut => {
+                cut = true;
+                worker.ending.raise();
+            }
             ask = questions.recv(), if asking => match ask {
                 Some(ask) => worker.answer(ask),
                 None => asking = false,
@@ -255,6 +268,10 @@ pub struct Worker {
     pub shared: Rc<Shared>,
     /// How the proxy ends.
     pub drain: Drain,
+    /// Told with each step of that.
+    pub ending: Rc<Signal>,
+    /// `date` of this second.
+    pub date: RefCell<HeaderValue>,
     /// The tasks of clients' connections.
     pub connections: TaskTracker,
     /// A peer of whom nothing is known.
@@ -265,6 +282,8 @@ pub struct Worker {
     pub no_principals: Rc<Numbered<Principals>>,
     /// How this proxy tells its peers who it is: metadata and id.
     pub peer_headers: Option<(HeaderValue, HeaderValue)>,
+    /// Whether listeners without a direction report standard metrics, too.
+    pub reports_all: bool,
     store: Arc<TableStore>,
     tables: RefCell<Arc<Tables>>,
     generation: Cell<u64>,
@@ -299,15 +318,18 @@ impl Worker {
                 registry,
                 standard,
                 secrets: Arc::new(secrets),
-                timers: crate::http::timing::Spare::default(),
+                timers: Spare::new(OF_WORKER),
                 checks: index == 0,
             }),
             drain: options.drain,
+            ending: Rc::default(),
+            date: RefCell::new(date()),
             connections: TaskTracker::new(),
             nobody,
             no_service,
             no_principals,
             peer_headers: peer_header(&options.metadata).zip(id),
+            reports_all: options.reports_all,
             tables: RefCell::new(Arc::default()),
             generation: Cell::new(u64::MAX),
             store: options.tables,
@@ -485,6 +507,7 @@ impl Worker {
 
     fn sweep(&self) {
         let now = Instant::now();
+        *self.date.borrow_mut() = date();
         let upstreams: Vec<Rc<Upstream>> = {
             let known = self.upstreams.borrow();
             let sorted: BTreeMap<_, _> = known.iter().collect();
@@ -512,6 +535,13 @@ impl Worker {
         let upstreams = std::mem::take(&mut *self.upstreams.borrow_mut());
         drop(upstreams);
     }
+}
+
+/// The time of day as a header has it (RFC 9110, section 5.6.7).
+fn date() -> HeaderValue {
+    let now = jiff::Timestamp::try_from(wall_clock()).unwrap_or_default();
+    let text = jiff::fmt::rfc2822::DateTimePrinter::new().timestamp_to_rfc9110_string(&now);
+    text.ok().and_then(|t| HeaderValue::try_from(t).ok()).unwrap_or(HeaderValue::from_static(""))
 }
 
 /// The time of day, for access logs.

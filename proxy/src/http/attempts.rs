@@ -37,8 +37,10 @@ pub struct Answered {
     pub parts: response::Parts,
     /// What brings its body.
     pub reply: Box<Reply>,
-    /// How long the last attempt took until its head.
-    pub elapsed: Duration,
+    /// When the last attempt began.
+    pub began: Instant,
+    /// When its head was here.
+    pub at: Instant,
     /// A cookie that ties the client to an endpoint.
     pub cookie: Option<HeaderValue>,
 }
@@ -64,7 +66,10 @@ pub async fn run(
     let Some(forward) = forward else { return Err(Box::new(unrouted())) };
     let policy = forward.retry.as_deref().filter(|p| !call.upgrade && retry::applies(p, &call.head()));
     let timeout = timeout_of(forward, call);
-    call.exchange.timing.forward(Instant::now(), timeout);
+    // nothing before this waits but an injected delay
+    let delayed = call.exchange.flags.contains(Flags::DELAY_INJECTED);
+    let mut now = if delayed { Instant::now() } else { call.exchange.started };
+    call.exchange.timing.forward(now, timeout);
     let per_try = policy.and_then(|p| p.per_try_timeout);
     let expected = [per_try, timeout].into_iter().flatten().min();
     if let Some(expected) = expected.filter(|_| !http.router.suppress_envoy_headers) {
@@ -72,10 +77,11 @@ pub async fn run(
         call.parts.headers.insert(headers::EXPECTED_TIMEOUT, headers::number(ms));
     }
     let (hash, cookie) = hash_of(http, forward, call);
-    if upstream.is_cold()
-        && let Some(late) = warm(upstream, call).await
-    {
-        return Err(Box::new(too_late(call, late)));
+    if upstream.is_cold() {
+        if let Some(late) = warm(upstream, call).await {
+            return Err(Box::new(too_late(call, late)));
+        }
+        now = Instant::now();
     }
     let mut tried: Vec<Rc<Host>> = Vec::new();
     loop {
@@ -89,8 +95,7 @@ pub async fn run(
         let limit = usize::try_from(upstream.config.buffer_limit).unwrap_or(usize::MAX);
         let Some(mut outgoing) = call.outgoing(keep, limit) else { return Err(Box::new(unrepeatable())) };
         dress(http, host, forward, &endpoint, attempt, &mut outgoing);
-        let began = Instant::now();
-        let result = one(upstream, &endpoint, outgoing, per_try, call).await;
+        let result = one(upstream, &endpoint, outgoing, (now, per_try), call).await;
         note(upstream, &endpoint, &result);
         let next = judge(http, policy, attempt, &result);
         if let Next::Again { after } = next
@@ -105,15 +110,18 @@ pub async fn run(
             if let Ok((_, mut reply)) = result
                 && reply.is_end()
             {
-                reply.release();
+                reply.release(Instant::now());
             }
             match pause(after, call).await {
-                None => continue,
+                None => {
+                    now = Instant::now();
+                    continue;
+                }
                 Some(late) => return Err(Box::new(too_late(call, late))),
             }
         }
         call.exchange.retrying = None;
-        return conclude(call, next, result, began, cookie).map_err(Box::new);
+        return conclude(call, next, result, now, cookie).map_err(Box::new);
     }
 }
 
@@ -122,11 +130,11 @@ async fn one(
     upstream: &Rc<Upstream>,
     endpoint: &Rc<Host>,
     outgoing: Outgoing,
-    per_try: Option<Duration>,
+    (now, per_try): (Instant, Option<Duration>),
     call: &mut Call,
 ) -> Result<Answer, Miss> {
     let ready = Cell::new(None);
-    let mut sending = std::pin::pin!(upstream.send(endpoint, outgoing, &ready));
+    let mut sending = std::pin::pin!(upstream.send(endpoint, outgoing, now, &ready));
     std::future::poll_fn(|cx| {
         if let Poll::Ready(result) = sending.as_mut().poll(cx) {
             return Poll::Ready(result.map_err(Miss::Failed));
@@ -251,7 +259,7 @@ fn conclude(
                 let local = Local::text(StatusCode::BAD_GATEWAY, "").flag(Flags::UPSTREAM_PROTOCOL);
                 return Err(local.details("upgrade_not_taken"));
             }
-            Ok(Answered { parts, reply, elapsed: began.elapsed(), cookie })
+            Ok(Answered { parts, reply, began, at: Instant::now(), cookie })
         }
         Err(Miss::Late(late)) => Err(too_late(call, late)),
         Err(Miss::Failed(failure)) => {
@@ -489,9 +497,12 @@ pub fn shadow(http: &Rc<Http>, policy: &MirrorPolicy, upstream: &Rc<Upstream>, c
             let Some(bytes) = replay.wait().await else { return };
             copy.body = super::body::RequestBody::Full(bytes);
         }
-        let Ok((_, mut reply)) = upstream.send(&endpoint, copy, &Cell::new(None)).await else { return };
+        let Ok((_, mut reply)) = upstream.send(&endpoint, copy, Instant::now(), &Cell::new(None)).await
+        else {
+            return;
+        };
         while let Some(Ok(_)) = std::future::poll_fn(|cx| reply.poll_frame(cx)).await {}
-        reply.release();
+        reply.release(Instant::now());
     };
     http.worker.shared.tasks.spawn_local(async move {
         // nobody waits for a copy, so whether it came to its end is nobody's business either

@@ -283,16 +283,22 @@ impl ResponseBody {
     /// An upstream's body.
     #[must_use]
     pub fn upstream(reply: Box<Reply>, exchange: Box<Exchange>) -> Self {
+        let now = exchange.responded;
         let mut body = Self { source: Source::Upstream(reply), exchange: Some(exchange), held: false };
-        body.finish_at_end();
+        if let Some(now) = now {
+            body.finish_at_end(now);
+        }
         body
     }
 
-    fn finish_at_end(&mut self) {
+    fn finish_at_end(&mut self, now: Instant) {
         if let Source::Upstream(reply) = &mut self.source
             && reply.is_end()
         {
-            reply.release();
+            reply.release(now);
+            if let Some(exchange) = &mut self.exchange {
+                exchange.over = Some(now);
+            }
             self.finish();
         }
     }
@@ -359,9 +365,9 @@ impl Body for ResponseBody {
                 };
                 match &frame {
                     Some(Ok(_)) => {
-                        this.finish_at_end();
+                        let now = Instant::now();
+                        this.finish_at_end(now);
                         if let Some(exchange) = &mut this.exchange {
-                            let now = Instant::now();
                             exchange.timing.on_move(now);
                             exchange.connection.hold(now);
                             this.held = true;
@@ -372,7 +378,7 @@ impl Body for ResponseBody {
                         this.finish();
                     }
                     None => {
-                        reply.release();
+                        reply.release(Instant::now());
                         this.finish();
                     }
                 }

@@ -18,7 +18,7 @@ use super::body::{Progress, Replay, RequestBody};
 use super::exchange::{Exchange, Told, head_bytes};
 use super::flags::Flags;
 use super::head::Head;
-use super::headers::{self, CertFacts};
+use super::headers::{self, CertFacts, Found};
 use super::path::{Normalized, normalize};
 use super::raw::Ambiguous;
 use super::reply::Local;
@@ -81,15 +81,16 @@ impl Call {
         let mut exchange =
             Box::new(Exchange::new(Rc::clone(http), Rc::clone(connection), started, parts.version));
         from_connect(&mut parts);
+        let found = headers::look_over(&parts.headers);
         exchange.is_head = parts.method == Method::HEAD;
-        exchange.is_grpc =
-            parts.headers.get(header::CONTENT_TYPE).is_some_and(|v| router::is_grpc_type(v.as_bytes()));
+        exchange.is_grpc = found.has(Found::CONTENT_TYPE)
+            && parts.headers.get(header::CONTENT_TYPE).is_some_and(|v| router::is_grpc_type(v.as_bytes()));
         let taken = target(&parts)
             .and_then(|()| names(&parts, http))
             .and_then(|()| scheme_fits(&parts, connection, http))
             .and_then(|()| authority(&mut parts, http, connection.local.port()))
-            .and_then(|a| framing(&parts, http).map(|()| a))
-            .and_then(|a| one_length(&parts, connection).map(|()| a));
+            .and_then(|a| framing(&parts, found, http).map(|()| a))
+            .and_then(|a| one_length(&parts, found, connection).map(|()| a));
         let authority = match taken {
             Ok(authority) => authority,
             Err(refusal) => return Err(refuse(exchange, refusal)),
@@ -123,10 +124,10 @@ impl Call {
             shadows: Vec::new(),
             cors: None,
         });
-        if let Err(refusal) = call.clean_headers(http) {
+        if let Err(refusal) = call.clean_headers(http, found) {
             return Err(refuse(call.exchange, refusal));
         }
-        call.add_headers(http);
+        call.add_headers(http, found);
         if !http.logs.is_empty() {
             call.exchange.told = Some(Box::new(call.told()));
         }
@@ -196,7 +197,7 @@ impl Call {
     }
 
     /// Takes out what is not for the next hop and what a client may not say.
-    fn clean_headers(&mut self, http: &Http) -> Result<(), Refusal> {
+    fn clean_headers(&mut self, http: &Http, found: Found) -> Result<(), Refusal> {
         let map = &mut self.parts.headers;
         if http.config.underscores == Underscores::Drop {
             for name in underscored(map).cloned().collect::<Vec<_>>() {
@@ -210,8 +211,7 @@ impl Call {
             self.exchange.connection.drain();
         }
         headers::join_lines(map);
-        let found = headers::look_over(map);
-        if wants_upgrade(map) {
+        if found.has(Found::UPGRADE) && wants_upgrade(map) {
             let name = map.get(header::UPGRADE).and_then(|v| v.to_str().ok()).unwrap_or_default();
             let over_h1 = self.parts.version < Version::HTTP_2;
             if !(over_h1 && name.eq_ignore_ascii_case("h2c")) {
@@ -229,19 +229,23 @@ impl Call {
         }
         headers::strip_hop_by_hop(map, found, self.upgrade);
         headers::strip_internal(map, found);
-        if let Some(told) = map.remove(headers::PEER_METADATA)
-            && http.reporter == Some(Reporter::Destination)
-        {
-            let standard = &http.worker.shared.standard;
-            self.exchange.peer = self.exchange.connection.peer_workload(&told, standard);
+        if found.has(Found::PEER_METADATA) {
+            if let Some(told) = map.remove(headers::PEER_METADATA)
+                && http.reporter == Some(Reporter::Destination)
+            {
+                let standard = &http.worker.shared.standard;
+                self.exchange.peer = self.exchange.connection.peer_workload(&told, standard);
+            }
+            map.remove(headers::PEER_METADATA_ID);
         }
-        map.remove(headers::PEER_METADATA_ID);
-        map.remove(header::EXPECT);
+        if found.has(Found::EXPECT) {
+            map.remove(header::EXPECT);
+        }
         Ok(())
     }
 
     /// Adds what the next hop should know of the client.
-    fn add_headers(&mut self, http: &Http) {
+    fn add_headers(&mut self, http: &Http, found: Found) {
         let config = &http.config;
         let connection = Rc::clone(&self.exchange.connection);
         let map = &mut self.parts.headers;
@@ -264,10 +268,12 @@ impl Call {
                 map.insert(headers::EXTERNAL_ADDRESS, value);
             }
         } else {
-            if let Some(ip) = headers::forwarded_for(map, client.xff_num_trusted_hops) {
+            if found.has(Found::FORWARDED_FOR)
+                && let Some(ip) = headers::forwarded_for(map, client.xff_num_trusted_hops)
+            {
                 self.exchange.remote = SocketAddr::new(ip, 0);
             }
-            if !map.contains_key(headers::FORWARDED_PROTO) {
+            if !found.has(Found::FORWARDED_PROTO) {
                 map.insert(headers::FORWARDED_PROTO, proto(self.https));
             }
         }
@@ -277,6 +283,7 @@ impl Call {
                 *scheme == Scheme::HTTPS
             }
             (None, Some(scheme)) => *scheme == Scheme::HTTPS,
+            (None, None) if !found.has(Found::FORWARDED_PROTO) => self.https,
             (None, None) => match map.get(headers::FORWARDED_PROTO).map(HeaderValue::as_bytes) {
                 Some(b"https") => true,
                 Some(b"http") => false,
@@ -285,7 +292,9 @@ impl Call {
         };
         let id = &config.request_id;
         let outside = client.use_remote_address && !id.preserve_external;
-        if id.generate && (outside || !map.contains_key(headers::REQUEST_ID)) {
+        if id.generate
+            && (outside || !(found.has(Found::REQUEST_ID) && map.contains_key(headers::REQUEST_ID)))
+        {
             map.insert(headers::REQUEST_ID, headers::request_id(&mut http.worker.shared.rng.borrow_mut()));
         }
         if id.in_response {
@@ -299,7 +308,7 @@ impl Call {
         if config.append_x_forwarded_port && !told {
             map.insert(headers::FORWARDED_PORT, HeaderValue::from(connection.local.port()));
         }
-        forward_certificate(http, &connection, map);
+        forward_certificate(http, &connection, found, map);
     }
 
     /// One attempt's request. `keep` says that another attempt may follow, so its parts are copied.
@@ -406,8 +415,8 @@ fn clean_authority<'a>(text: &'a str, http: &Http, port: u16) -> Option<std::bor
 }
 
 /// One interpretation of where the body ends, or none.
-fn framing(parts: &request::Parts, http: &Http) -> Result<(), Refusal> {
-    if parts.headers.contains_key(header::TRANSFER_ENCODING) {
+fn framing(parts: &request::Parts, found: Found, http: &Http) -> Result<(), Refusal> {
+    if found.has(Found::TRANSFER_ENCODING) {
         if parts.version == Version::HTTP_10 {
             return Err((BAD, "http1.invalid_transfer_encoding", Flags::DOWNSTREAM_PROTOCOL));
         }
@@ -460,13 +469,11 @@ fn names(parts: &request::Parts, http: &Http) -> Result<(), Refusal> {
 }
 
 /// What the codec has hidden: a head that tells the length of its body in two ways.
-fn one_length(parts: &request::Parts, connection: &Connection) -> Result<(), Refusal> {
+fn one_length(parts: &request::Parts, found: Found, connection: &Connection) -> Result<(), Refusal> {
     if parts.version >= Version::HTTP_2 {
         return Ok(());
     }
-    let has = |name| parts.headers.contains_key(name);
-    let has_body = has(header::CONTENT_LENGTH) || has(header::TRANSFER_ENCODING);
-    let details = match connection.head.take(&parts.method, has_body) {
+    let details = match connection.head.take(&parts.method, found.has(Found::BODY)) {
         Ok(()) => return Ok(()),
         Err(Ambiguous::LengthAndChunks) => "http1.content_length_and_chunked_not_allowed",
         Err(Ambiguous::TwoLengths) => "http1.codec_error",
@@ -537,7 +544,7 @@ fn proto(https: bool) -> HeaderValue {
 }
 
 /// Tells, or keeps from telling, who the client is by its certificate.
-fn forward_certificate(http: &Http, connection: &Connection, map: &mut HeaderMap) {
+fn forward_certificate(http: &Http, connection: &Connection, found: Found, map: &mut HeaderMap) {
     let config = &http.config.client_cert;
     let mutual = connection.is_mutual_tls();
     let name = headers::FORWARDED_CLIENT_CERT;
@@ -546,7 +553,7 @@ fn forward_certificate(http: &Http, connection: &Connection, map: &mut HeaderMap
         ForwardClientCert::ForwardOnly | ForwardClientCert::AppendForward => mutual,
         ForwardClientCert::AlwaysForwardOnly => true,
     };
-    if !keep {
+    if !keep && found.has(Found::CLIENT_CERT) {
         map.remove(&name);
     }
     let adds = matches!(config.forward, ForwardClientCert::AppendForward | ForwardClientCert::SanitizeSet);

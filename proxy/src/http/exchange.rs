@@ -96,6 +96,8 @@ pub struct Exchange {
     /// How long it may take.
     pub timing: Timing,
     timer: Timer,
+    /// When the last byte was here.
+    pub over: Option<Instant>,
     left: bool,
     /// What filters found out about it, by their names.
     pub metadata: Option<Box<serde_json::Map<String, serde_json::Value>>>,
@@ -144,19 +146,20 @@ impl Exchange {
             leaves: false,
             timing,
             timer: Timer::default(),
+            over: None,
             left: false,
             metadata: None,
             remote,
         }
     }
 
-    /// Notes the head of the response that the client gets.
-    pub fn respond(&mut self, status: StatusCode, headers: &HeaderMap) {
+    /// Notes the head of the response that the client gets, and when it was here.
+    pub fn respond(&mut self, status: StatusCode, headers: &HeaderMap, at: Instant) {
         if self.left {
             return; // nobody gets it
         }
         self.status = Some(status);
-        self.responded = Some(Instant::now());
+        self.responded = Some(at);
         self.response_head_bytes = head_bytes(headers);
         if self.is_grpc {
             self.grpc_status = grpc_status(headers);
@@ -199,7 +202,8 @@ impl Exchange {
     pub fn poll_late(&mut self, attempt: Option<Attempt>, cx: &mut Context<'_>) -> Poll<Late> {
         let upload = self.upload();
         let Some((at, late)) = self.timing.next(upload, attempt) else { return Poll::Pending };
-        self.timer.poll(at, &self.http.worker.shared.timers, cx).map(|()| late)
+        let spare = [&self.connection.timers, &self.http.worker.shared.timers];
+        self.timer.poll(at, spare, cx).map(|()| late)
     }
 
     /// How far the request has come.
@@ -242,10 +246,10 @@ impl Exchange {
     /// Milliseconds since the head was here.
     #[must_use]
     pub fn duration_ms(&self) -> f64 {
-        self.started.elapsed().as_secs_f64() * 1000.0
+        milliseconds(self.started, Instant::now())
     }
 
-    fn count(&self) {
+    fn count(&self, now: Instant) {
         let http = &self.http;
         http.stats.rq_active.sub(1);
         let status = self.status.map_or(0, |s| s.as_u16());
@@ -281,7 +285,7 @@ impl Exchange {
         };
         let series = standard.request(key, parties);
         series.requests.inc();
-        series.duration.observe(self.duration_ms());
+        series.duration.observe(milliseconds(self.started, now));
         let body = self.progress.as_ref().map_or(0, |p| p.bytes.get());
         #[expect(clippy::cast_precision_loss, reason = "a histogram of sizes")]
         {
@@ -297,19 +301,23 @@ impl Drop for Exchange {
         if self.status.is_none() {
             self.client_left();
         }
-        let now = Instant::now();
+        let now = self.over.unwrap_or_else(Instant::now);
         self.connection.end(now);
         if self.version == Version::HTTP_2 {
             let mut resets = self.connection.resets.get();
             resets.on_end(self.left.then(|| now.duration_since(self.started)));
             self.connection.resets.set(resets);
         }
-        self.timer.leave(&self.http.worker.shared.timers);
-        self.count();
+        self.timer.leave([&self.connection.timers, &self.http.worker.shared.timers]);
+        self.count(now);
         if !self.http.logs.is_empty() {
             self.http.logs.write(self);
         }
     }
+}
+
+fn milliseconds(from: Instant, to: Instant) -> f64 {
+    to.duration_since(from).as_secs_f64() * 1000.0
 }
 
 /// How many bytes these headers take, about.

@@ -44,46 +44,83 @@ names! {
     UPSTREAM_SERVICE_TIME = "x-envoy-upstream-service-time";
 }
 
-/// What one look over a request's headers found.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Found {
-    connection: bool,
-    other_hop_by_hop: bool,
-    internal: bool,
+/// Which headers there are, of those that need a second look. What was not found is not there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Found(u16);
+
+impl Found {
+    /// `connection`
+    pub const CONNECTION: Self = Self(1);
+    /// `content-length` or `transfer-encoding`
+    pub const BODY: Self = Self(1 << 1);
+    /// `transfer-encoding`
+    pub const TRANSFER_ENCODING: Self = Self(1 << 2);
+    /// `upgrade`
+    pub const UPGRADE: Self = Self(1 << 3);
+    /// Another one that is meant for one hop.
+    pub const HOP_BY_HOP: Self = Self(1 << 4);
+    /// `content-type`
+    pub const CONTENT_TYPE: Self = Self(1 << 5);
+    /// `expect`
+    pub const EXPECT: Self = Self(1 << 6);
+    /// `x-envoy-peer-metadata` or `x-envoy-peer-metadata-id`
+    pub const PEER_METADATA: Self = Self(1 << 7);
+    /// Another one of Envoy's own.
+    pub const INTERNAL: Self = Self(1 << 8);
+    /// `x-forwarded-for`
+    pub const FORWARDED_FOR: Self = Self(1 << 9);
+    /// `x-forwarded-proto`
+    pub const FORWARDED_PROTO: Self = Self(1 << 10);
+    /// `x-forwarded-client-cert`
+    pub const CLIENT_CERT: Self = Self(1 << 11);
+    /// `x-request-id`
+    pub const REQUEST_ID: Self = Self(1 << 12);
+
+    /// Whether any of these may be there.
+    #[must_use]
+    pub fn has(self, any: Self) -> bool {
+        self.0 & any.0 != 0
+    }
+
+    /// These, too.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
 }
 
-/// Looks over the headers once, so that the usual request, which has none of these, costs no look-ups.
+/// Looks over the headers once, so that the usual request, which has few of these, costs few look-ups.
 #[must_use]
 pub fn look_over(headers: &HeaderMap) -> Found {
-    let mut found = Found::default();
-    for name in headers.keys() {
-        if *name == header::CONNECTION {
-            found.connection = true;
-        } else if is_hop_by_hop(name) {
-            found.other_hop_by_hop = true;
-        } else if name.as_str().starts_with("x-envoy-") {
-            found.internal = true;
-        }
-    }
-    found
+    headers.keys().fold(Found::default(), |found, name| found.and(what_it_is(name.as_str())))
 }
 
-fn is_hop_by_hop(name: &HeaderName) -> bool {
-    *name == header::TE
-        || *name == header::TRANSFER_ENCODING
-        || *name == header::UPGRADE
-        || *name == header::PROXY_AUTHENTICATE
-        || *name == KEEP_ALIVE
-        || *name == PROXY_CONNECTION
+fn what_it_is(name: &str) -> Found {
+    match name {
+        "connection" => Found::CONNECTION,
+        "content-length" => Found::BODY,
+        "transfer-encoding" => Found::BODY.and(Found::TRANSFER_ENCODING).and(Found::HOP_BY_HOP),
+        "upgrade" => Found::UPGRADE.and(Found::HOP_BY_HOP),
+        "te" | "proxy-authenticate" | "keep-alive" | "proxy-connection" => Found::HOP_BY_HOP,
+        "content-type" => Found::CONTENT_TYPE,
+        "expect" => Found::EXPECT,
+        "x-forwarded-for" => Found::FORWARDED_FOR,
+        "x-forwarded-proto" => Found::FORWARDED_PROTO,
+        "x-forwarded-client-cert" => Found::CLIENT_CERT,
+        "x-request-id" => Found::REQUEST_ID,
+        "x-envoy-peer-metadata" | "x-envoy-peer-metadata-id" => Found::PEER_METADATA,
+        _ if name.starts_with("x-envoy-") => Found::INTERNAL,
+        _ => Found::default(),
+    }
 }
 
 /// Takes away what is meant for one hop, with the headers that `connection` names. `te: trailers` stays, because
 /// gRPC needs it end to end; upgrade headers stay when an upgrade is on its way.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap, found: Found, upgrade: bool) {
-    if found.connection && !is_about_the_connection_alone(headers) {
+    if found.has(Found::CONNECTION) && !is_about_the_connection_alone(headers) {
         strip_named(headers);
     }
-    if found.other_hop_by_hop {
+    if found.has(Found::HOP_BY_HOP) {
         let has_trailers = |line: &[u8]| {
             line.split(|b| *b == b',').any(|te| te.trim_ascii().eq_ignore_ascii_case(b"trailers"))
         };
@@ -98,9 +135,9 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap, found: Found, upgrade: bool) {
             headers.remove(header::UPGRADE);
         }
     }
-    if upgrade && (found.connection || found.other_hop_by_hop) {
+    if upgrade && found.has(Found::CONNECTION.and(Found::HOP_BY_HOP)) {
         headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-    } else if found.connection {
+    } else if found.has(Found::CONNECTION) {
         headers.remove(header::CONNECTION);
     }
 }
@@ -137,7 +174,7 @@ fn is_removable(name: &HeaderName) -> bool {
 /// Takes away Envoy's own request headers that a client sent: nobody outside this proxy may steer it by them, and
 /// no address counts as internal. What the mesh itself exchanges stays for whoever reads it.
 pub fn strip_internal(headers: &mut HeaderMap, found: Found) {
-    if !found.internal {
+    if !found.has(Found::INTERNAL) {
         return;
     }
     let own: Vec<HeaderName> = headers

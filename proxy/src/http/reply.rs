@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
 use http::{Response, StatusCode, Version};
+use tokio::time::Instant;
 
 use super::body::ResponseBody;
 use super::exchange::Exchange;
@@ -127,7 +128,7 @@ impl Local {
         if exchange.version < Version::HTTP_2 && exchange.upload().whole.is_none() {
             headers.insert(CONNECTION, HeaderValue::from_static("close")); // nobody reads the rest
         }
-        exchange.respond(status, &headers);
+        exchange.respond(status, &headers, Instant::now());
         let mut response = Response::new(ResponseBody::local(body, Some(exchange)));
         *response.status_mut() = status;
         *response.headers_mut() = headers;

@@ -1,6 +1,5 @@
 //! HTTP/1 and HTTP/2 from the client: one task per connection, its requests through [`forward`].
 
-use std::cell::RefCell;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -19,10 +18,12 @@ use super::flags::Flags;
 use super::flood::Metered;
 use super::raw::Noted;
 use super::reply::Local as Reply;
+use super::timing::Alarm;
 use super::{Http, forward};
 use crate::listener::connection::Connection;
 use crate::listener::detect::H2_PREFACE;
 use crate::listener::slot::Place;
+use crate::signal::Subscription;
 use crate::tcp::io::Io;
 use crate::worker::Worker;
 use crate::xds::listener::hcm::Codec;
@@ -35,6 +36,7 @@ const HYPER_HEADERS: usize = 100;
 
 /// Serves a connection until it ends, is idle for too long, or is cut.
 pub async fn serve(http: Rc<Http>, place: Place, connection: Rc<Connection>, mut io: Io) {
+    let mut ending = Ending::new(&http.worker, place);
     let alpn = connection.peer.as_ref().and_then(|p| p.alpn.as_deref());
     let h2 = match http.config.codec {
         Codec::Http1 => false,
@@ -44,10 +46,7 @@ pub async fn serve(http: Rc<Http>, place: Place, connection: Rc<Connection>, mut
             Some(b"http/1.1" | b"http/1.0" | b"istio-http/1.1") => false,
             _ => {
                 let ends = async {
-                    tokio::select! {
-                        () = http.worker.drain.draining() => {}
-                        () = place.outlived() => {}
-                    }
+                    ending.begun().await;
                     tokio::time::sleep(IDLE_LINGER).await;
                 };
                 let found = tokio::select! {
@@ -65,9 +64,9 @@ pub async fn serve(http: Rc<Http>, place: Place, connection: Rc<Connection>, mut
         },
     };
     if h2 {
-        serve_h2(http, place, connection, io).await;
+        serve_h2(http, ending, connection, io).await;
     } else {
-        serve_h1(http, place, connection, io).await;
+        serve_h1(http, ending, connection, io).await;
     }
 }
 
@@ -137,7 +136,7 @@ struct Limits {
     request: Option<Duration>,
     headers: Option<Duration>,
     head: Option<Head>,
-    sleep: Option<Pin<Box<Sleep>>>,
+    alarm: Option<Alarm>,
 }
 
 impl Limits {
@@ -146,9 +145,9 @@ impl Limits {
         let until = timeouts.max_connection_duration.map(|d| now + d);
         let (idle, stall) = (timeouts.idle, timeouts.stream_idle);
         let first = [idle.map(|d| now + d), stall.map(|d| now + d), until].into_iter().flatten().min();
-        let sleep = first.map(|at| Box::pin(tokio::time::sleep_until(at)));
+        let alarm = first.map(Alarm::new);
         let (request, headers) = (timeouts.request, timeouts.request_headers);
-        Self { idle, stall, until, told: false, request, headers, head: None, sleep }
+        Self { idle, stall, until, told: false, request, headers, head: None, alarm }
     }
 
     /// When the connection ends if nothing more happens, and how.
@@ -187,10 +186,10 @@ impl Limits {
         let began = self.head.map_or(now, |head| head.began);
         self.head = Some(Head { began, moved: now, length });
         if let Some((at, _)) = self.head_ends() {
-            match &mut self.sleep {
-                Some(sleep) if at < sleep.deadline() => sleep.as_mut().reset(at),
+            match &mut self.alarm {
+                Some(alarm) if at < alarm.deadline() => alarm.reset(at),
                 Some(_) => {}
-                None => self.sleep = Some(Box::pin(tokio::time::sleep_until(at))),
+                None => self.alarm = Some(Alarm::new(at)),
             }
         }
     }
@@ -199,28 +198,68 @@ impl Limits {
     fn poll(&mut self, connection: &Connection, cx: &mut Context<'_>) -> Poll<End> {
         self.look_at_head(connection);
         loop {
-            let Some(sleep) = &mut self.sleep else { return Poll::Pending };
-            if sleep.as_mut().poll(cx).is_pending() {
+            let Some(alarm) = &mut self.alarm else { return Poll::Pending };
+            if alarm.poll(cx).is_pending() {
                 return Poll::Pending;
             }
             let now = Instant::now();
             let next = self.next(connection, now);
-            match (next, &mut self.sleep) {
-                (Some((at, _)), Some(sleep)) if now < at => sleep.as_mut().reset(at),
+            match (next, &mut self.alarm) {
+                (Some((at, _)), Some(alarm)) if now < at => alarm.reset(at),
                 (Some((_, End::Gently)), _) => {
                     self.told = true;
                     cx.waker().wake_by_ref(); // what else is limited is looked at next
                     return Poll::Ready(End::Gently);
                 }
                 (Some((_, end @ (End::Now | End::Head(_)))), _) => {
-                    self.sleep = None;
+                    self.alarm = None;
                     return Poll::Ready(end);
                 }
                 (None, _) => {
-                    self.sleep = None;
+                    self.alarm = None;
                     return Poll::Pending;
                 }
             }
+        }
+    }
+}
+
+/// What ends a connection from outside: the proxy's own end, and that of its listener.
+struct Ending {
+    worker: Rc<Worker>,
+    place: Rc<Place>,
+    of_worker: Subscription,
+    of_place: Subscription,
+    /// Its requests may end first.
+    gently: bool,
+    /// At once.
+    cut: bool,
+}
+
+impl Ending {
+    fn new(worker: &Rc<Worker>, place: Place) -> Self {
+        let (of_worker, of_place) = (worker.ending.subscribe(), place.changes());
+        let (worker, place) = (Rc::clone(worker), Rc::new(place));
+        Self { worker, place, of_worker, of_place, gently: false, cut: false }
+    }
+
+    /// Ends when it has begun.
+    async fn begun(&mut self) {
+        std::future::poll_fn(|cx| {
+            self.look(cx);
+            if self.gently || self.cut { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
+    /// Looks whether it ends; the task is woken when that may have changed.
+    fn look(&mut self, cx: &Context<'_>) {
+        if self.of_worker.changed(cx) {
+            self.cut = self.worker.drain.is_cut();
+            self.gently |= self.worker.is_draining();
+        }
+        if self.of_place.changed(cx) {
+            self.gently |= self.place.is_outlived();
         }
     }
 }
@@ -244,20 +283,19 @@ async fn request(
     Ok(response)
 }
 
-async fn serve_h1(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: Io) {
+async fn serve_h1(http: Rc<Http>, mut ending: Ending, connection: Rc<Connection>, io: Io) {
     let worker = Rc::clone(&http.worker);
-    let place = Rc::new(place);
-    let outlived = Rc::clone(&place);
-    let mut outlived = pin!(outlived.outlived());
     let mut limits = Limits::new(&http, Instant::now());
     let service = {
         let (worker, connection) = (Rc::clone(&worker), Rc::clone(&connection));
+        let place = Rc::clone(&ending.place);
         service_fn(move |r| request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), r))
     };
     let mut builder = http1::Builder::new();
     builder
         .max_buf_size(http.config.max_request_headers.max(8192))
-        .title_case_headers(http.config.http1.proper_case);
+        .title_case_headers(http.config.http1.proper_case)
+        .auto_date_header(false); // the worker knows the second
     // Another number than hyper's own is room that it makes anew for each head.
     let most = usize::try_from(http.config.max_headers_count).unwrap_or(HYPER_HEADERS);
     if most != HYPER_HEADERS {
@@ -266,20 +304,17 @@ async fn serve_h1(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
     let io = Noted::new(io, std::sync::Arc::clone(&connection.head));
     let server = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
     let mut server = pin!(server);
-    let mut draining = pin!(worker.drain.draining());
-    let mut cut = pin!(worker.drain.cut());
     let mut lingers: Option<Pin<Box<Sleep>>> = None;
     let mut drained = false;
     let outcome = std::future::poll_fn(|cx| {
         if let Poll::Ready(result) = server.as_mut().poll(cx) {
             return Poll::Ready(Some(result));
         }
-        if cut.as_mut().poll(cx).is_ready() {
+        ending.look(cx);
+        if ending.cut {
             return Poll::Ready(None);
         }
-        if lingers.is_none()
-            && (draining.as_mut().poll(cx).is_ready() || outlived.as_mut().poll(cx).is_ready())
-        {
+        if lingers.is_none() && ending.gently {
             lingers = Some(Box::pin(tokio::time::sleep(IDLE_LINGER)));
         }
         // a connection with a request tells so in its response and ends after it
@@ -355,14 +390,12 @@ impl<F: Future + 'static> hyper::rt::Executor<F> for Local {
     }
 }
 
-async fn serve_h2(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: Io) {
+async fn serve_h2(http: Rc<Http>, mut ending: Ending, connection: Rc<Connection>, io: Io) {
     let worker = Rc::clone(&http.worker);
-    let place = Rc::new(place);
-    let outlived = Rc::clone(&place);
-    let mut outlived = pin!(outlived.outlived());
     let mut limits = Limits::new(&http, Instant::now());
     let service = {
         let (worker, connection) = (Rc::clone(&worker), Rc::clone(&connection));
+        let place = Rc::clone(&ending.place);
         service_fn(move |r| request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), r))
     };
     let settings = &http.config.http2;
@@ -374,7 +407,8 @@ async fn serve_h2(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
         .max_header_list_size(u32::try_from(http.config.max_request_headers).unwrap_or(u32::MAX))
         .max_pending_accept_reset_streams(Some(20))
         .max_local_error_reset_streams(Some(1024))
-        .max_send_buf_size(1 << 20);
+        .max_send_buf_size(1 << 20)
+        .auto_date_header(false);
     if settings.allow_connect {
         builder.enable_connect_protocol();
     }
@@ -384,21 +418,16 @@ async fn serve_h2(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
     let io = Metered::new(io, Instant::now());
     let server = builder.serve_connection(TokioIo::new(io), service);
     let mut server = pin!(server);
-    let mut draining = pin!(worker.drain.draining());
-    let mut cut = pin!(worker.drain.cut());
-    let drained = RefCell::new(false);
+    let mut drained = false;
     let result = std::future::poll_fn(|cx| {
         if let Poll::Ready(result) = server.as_mut().poll(cx) {
             return Poll::Ready(Some(result));
         }
-        if cut.as_mut().poll(cx).is_ready() {
+        ending.look(cx);
+        if ending.cut {
             return Poll::Ready(None);
         }
-        let mut drained = drained.borrow_mut();
-        let drains = !*drained
-            && (connection.is_draining()
-                || draining.as_mut().poll(cx).is_ready()
-                || outlived.as_mut().poll(cx).is_ready());
+        let drains = !drained && (connection.is_draining() || ending.gently);
         let end = limits.poll(&connection, cx);
         if end == Poll::Ready(End::Now) {
             stalled(&http, &connection);
@@ -409,7 +438,7 @@ async fn serve_h2(http: Rc<Http>, place: Place, connection: Rc<Connection>, io: 
             return Poll::Ready(None);
         }
         if drains || end.is_ready() {
-            *drained = true;
+            drained = true;
             server.as_mut().graceful_shutdown();
             return server.as_mut().poll(cx).map(Some);
         }

@@ -5,13 +5,15 @@
 
 use std::cell::RefCell;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use tokio::time::{Instant, Sleep};
 
 /// The most timers that a worker keeps for its next streams.
-const SPARE: usize = 512;
+pub const OF_WORKER: usize = 512;
+/// The most timers that a connection keeps for its next streams.
+pub const OF_CONNECTION: usize = 1;
 
 /// A limit that has passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,39 +108,99 @@ impl Timing {
     }
 }
 
+/// A timer that is looked at with every request and hardly ever fires: between, a look costs a comparison.
+#[derive(Debug)]
+pub struct Alarm {
+    sleep: Pin<Box<Sleep>>,
+    /// Who will be woken.
+    task: Option<Waker>,
+}
+
+impl Alarm {
+    /// Fires at this time.
+    #[must_use]
+    pub fn new(at: Instant) -> Self {
+        Self { sleep: Box::pin(tokio::time::sleep_until(at)), task: None }
+    }
+
+    /// When it fires.
+    #[must_use]
+    pub fn deadline(&self) -> Instant {
+        self.sleep.deadline()
+    }
+
+    /// Lets it fire at another time.
+    pub fn reset(&mut self, at: Instant) {
+        self.task = None;
+        self.sleep.as_mut().reset(at);
+    }
+
+    /// Ready when it has fired.
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.task.as_ref().is_some_and(|task| task.will_wake(cx.waker())) && !self.sleep.is_elapsed() {
+            return Poll::Pending;
+        }
+        self.task = Some(cx.waker().clone());
+        self.sleep.as_mut().poll(cx)
+    }
+}
+
 /// Timers that no stream uses just now. They stay registered with the runtime, so the next stream has one at once.
-#[derive(Debug, Default)]
-pub struct Spare(RefCell<Vec<Pin<Box<Sleep>>>>);
+#[derive(Debug)]
+pub struct Spare {
+    alarms: RefCell<Vec<Alarm>>,
+    most: usize,
+}
+
+impl Spare {
+    /// Keeps up to `most`.
+    #[must_use]
+    pub fn new(most: usize) -> Self {
+        Self { alarms: RefCell::default(), most }
+    }
+
+    fn take(&self) -> Option<Alarm> {
+        self.alarms.borrow_mut().pop()
+    }
+
+    /// Keeps the timer, or gives it back when there are enough.
+    fn put(&self, alarm: Alarm) -> Option<Alarm> {
+        let mut alarms = self.alarms.borrow_mut();
+        if alarms.len() >= self.most {
+            return Some(alarm);
+        }
+        alarms.push(alarm);
+        None
+    }
+}
 
 /// What waits for a stream's next limit; made when it first has to wait.
 #[derive(Debug, Default)]
-pub struct Timer(Option<Pin<Box<Sleep>>>);
+pub struct Timer(Option<Alarm>);
 
 impl Timer {
-    /// Ready when `at` has passed. It may be woken earlier, and is then set to `at`.
-    pub fn poll(&mut self, at: Instant, spare: &Spare, cx: &mut Context<'_>) -> Poll<()> {
-        let sleep = self.0.get_or_insert_with(|| {
-            spare.0.borrow_mut().pop().unwrap_or_else(|| Box::pin(tokio::time::sleep_until(at)))
-        });
-        if at < sleep.deadline() {
-            sleep.as_mut().reset(at);
+    /// Ready when `at` has passed. It may be woken earlier, and is then set to `at`. A new timer is taken from the
+    /// first of `spare` that has one: one of the same connection knows its task already.
+    pub fn poll(&mut self, at: Instant, spare: [&Spare; 2], cx: &mut Context<'_>) -> Poll<()> {
+        let alarm = self
+            .0
+            .get_or_insert_with(|| spare.into_iter().find_map(Spare::take).unwrap_or_else(|| Alarm::new(at)));
+        if at < alarm.deadline() {
+            alarm.reset(at);
         }
-        while sleep.as_mut().poll(cx).is_ready() {
-            if sleep.deadline() >= at {
+        while alarm.poll(cx).is_ready() {
+            if alarm.deadline() >= at {
                 return Poll::Ready(());
             }
-            sleep.as_mut().reset(at);
+            alarm.reset(at);
         }
         Poll::Pending
     }
 
     /// Leaves the timer to the next stream.
-    pub fn leave(&mut self, spare: &Spare) {
-        if let Some(sleep) = self.0.take() {
-            let mut spare = spare.0.borrow_mut();
-            if spare.len() < SPARE {
-                spare.push(sleep);
-            }
+    pub fn leave(&mut self, spare: [&Spare; 2]) {
+        if let Some(alarm) = self.0.take() {
+            drop(spare.into_iter().try_fold(alarm, |alarm, spare| spare.put(alarm).ok_or(())));
         }
     }
 }
@@ -201,21 +263,22 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_timer_that_fires_early_is_set_to_what_comes_next() {
-        let (spare, t0) = (Spare::default(), Instant::now());
+        let (one, many, t0) = (Spare::new(OF_CONNECTION), Spare::new(OF_WORKER), Instant::now());
+        let spare = [&one, &many];
         let mut timer = Timer::default();
-        let first = std::future::poll_fn(|cx| timer.poll(at(t0, 1), &spare, cx));
+        let first = std::future::poll_fn(|cx| timer.poll(at(t0, 1), spare, cx));
         first.await;
         assert_eq!(Instant::now(), at(t0, 1));
-        timer.leave(&spare);
+        timer.leave(spare);
         let mut next = Timer::default();
-        std::future::poll_fn(|cx| next.poll(at(t0, 7), &spare, cx)).await;
+        std::future::poll_fn(|cx| next.poll(at(t0, 7), spare, cx)).await;
         assert_eq!(Instant::now(), at(t0, 7));
-        next.leave(&spare);
+        next.leave(spare);
         let mut sooner = Timer::default();
         let mut due = at(t0, 60);
         // looked at once with a far limit, then with a near one
         std::future::poll_fn(|cx| {
-            let polled = sooner.poll(due, &spare, cx);
+            let polled = sooner.poll(due, spare, cx);
             if due == at(t0, 60) {
                 due = at(t0, 9);
                 cx.waker().wake_by_ref();

@@ -14,6 +14,7 @@ use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::exchange::Exchange;
 use super::flags::Flags;
@@ -47,7 +48,7 @@ pub(super) async fn feed(
     mut bytes: mpsc::Receiver<Bytes>,
 ) {
     let dialed = Cell::new(None);
-    let asked = upstream.send(&host, request, &dialed);
+    let asked = upstream.send(&host, request, Instant::now(), &dialed);
     let Ok(Ok((parts, reply))) = tokio::time::timeout(COPY_PATIENCE, asked).await else { return };
     if parts.status != StatusCode::SWITCHING_PROTOCOLS {
         return;

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::http::flood::Resets;
 use crate::http::raw::RawHead;
+use crate::http::timing::{OF_CONNECTION, Spare};
 use crate::metrics::standard::{Numbered, Principals, Standard, Workload};
 use crate::ratelimit::Bucket;
 use crate::tls::Peer;
@@ -39,6 +40,8 @@ pub struct Connection {
     pub head: Arc<RawHead>,
     /// Requests that the client gave up, beside those that ended.
     pub resets: Cell<Resets>,
+    /// A timer for its next request.
+    pub timers: Spare,
     /// Requests under way.
     open: Cell<u32>,
     /// When the last one ended; at first, when the connection was made.
@@ -70,6 +73,7 @@ impl Connection {
             requests: Cell::new(0),
             head: Arc::default(),
             resets: Cell::default(),
+            timers: Spare::new(OF_CONNECTION),
             open: Cell::new(0),
             ended: Cell::new(tokio::time::Instant::now()),
             held: Cell::new(0),

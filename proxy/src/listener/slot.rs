@@ -4,9 +4,9 @@ use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
+use std::task::Poll;
 
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::accept;
@@ -14,6 +14,7 @@ use super::connection::Connection;
 use crate::access_log::Logs;
 use crate::http::Http;
 use crate::metrics::standard::Reporter;
+use crate::signal::{Signal, Subscription};
 use crate::sockets::Listening;
 use crate::tables::ActiveListener;
 use crate::tls::Acceptor;
@@ -33,6 +34,8 @@ pub struct Chain {
     pub http: Option<Rc<Http>>,
     /// The access logs of its TCP proxy.
     pub logs: Logs,
+    /// From which side it reports standard metrics, if from any.
+    pub reporter: Option<Reporter>,
 }
 
 /// One configuration of a listener.
@@ -62,19 +65,19 @@ impl Runtime {
             &self.own_logs
         }
     }
-
-    /// From which side this listener reports standard metrics.
-    #[must_use]
-    pub fn reporter(&self) -> Option<Reporter> {
-        reporter(&self.active.listener)
-    }
 }
 
-fn reporter(listener: &Listener) -> Option<Reporter> {
+/// From which side a chain reports standard metrics. A listener without a direction does so only when it is asked for:
+/// then whoever asks clients for their certificates is taken for the server's side.
+fn reporter(worker: &Worker, listener: &Listener, chain: &FilterChain) -> Option<Reporter> {
     match listener.direction {
         Direction::Inbound => Some(Reporter::Destination),
         Direction::Outbound => Some(Reporter::Source),
-        Direction::Unspecified => None,
+        Direction::Unspecified if !worker.reports_all => None,
+        Direction::Unspecified if chain.tls.as_ref().is_some_and(|tls| tls.require_client_certificate) => {
+            Some(Reporter::Destination)
+        }
+        Direction::Unspecified => Some(Reporter::Source),
     }
 }
 
@@ -86,7 +89,7 @@ pub struct Slot {
     closed: CancellationToken,
     accepting: RefCell<CancellationToken>,
     /// Told when the configuration is another, or gone.
-    changed: Notify,
+    changed: Rc<Signal>,
 }
 
 impl Slot {
@@ -98,7 +101,7 @@ impl Slot {
             current: RefCell::new(Rc::new(runtime(worker, active, None))),
             closed: CancellationToken::new(),
             accepting: RefCell::default(),
-            changed: Notify::new(),
+            changed: Rc::default(),
         });
         slot.accept(worker, active);
         slot
@@ -116,7 +119,7 @@ impl Slot {
         if !Arc::ptr_eq(&old.active.sockets, &active.sockets) {
             self.accept(&worker, active);
         }
-        self.changed.notify_waiters();
+        self.changed.raise();
     }
 
     /// The chain that serves this one's connections under the configuration of this moment.
@@ -128,13 +131,15 @@ impl Slot {
 
     /// Ends when the connections of this chain have no place any more.
     pub async fn outlived(&self, chain: &FilterChain) {
-        loop {
-            let changed = self.changed.notified();
-            if self.is_closed() || self.successor(chain).is_none() {
-                return;
-            }
-            changed.await;
-        }
+        let mut changes = self.changed.subscribe();
+        std::future::poll_fn(|cx| {
+            if changes.changed(cx) && self.has_outlived(chain) { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
+    fn has_outlived(&self, chain: &FilterChain) -> bool {
+        self.is_closed() || self.successor(chain).is_none()
     }
 
     /// Accepts on the sockets of this configuration, and no more on those of the one before.
@@ -183,7 +188,7 @@ impl Slot {
     /// Accepts nothing more: what is connected is told to end, and ends in its own time.
     pub fn close(&self) {
         self.closed.cancel();
-        self.changed.notify_waiters();
+        self.changed.raise();
     }
 }
 
@@ -212,14 +217,13 @@ fn chain(worker: &Rc<Worker>, listener: &Listener, config: &Arc<FilterChain>) ->
     if let Some(Err(error)) = &tls {
         tracing::warn!(%error, listener = %listener.name, chain = %config.name, "tls of a filter chain cannot be prepared");
     }
+    let reporter = reporter(worker, listener, config);
     let (http, logs) = match &config.terminal {
-        Terminal::Http(hcm) => {
-            (Some(Http::new(Arc::clone(hcm), worker, reporter(listener))), Logs::default())
-        }
+        Terminal::Http(hcm) => (Some(Http::new(Arc::clone(hcm), worker, reporter)), Logs::default()),
         Terminal::Tcp(tcp) => (None, Logs::new(&tcp.access_logs, worker)),
         Terminal::Close => (None, Logs::default()),
     };
-    Chain { config: Arc::clone(config), tls, http, logs }
+    Chain { config: Arc::clone(config), tls, http, logs, reporter }
 }
 
 /// Where a connection is served: its listener and chain, kept up to date.
@@ -264,10 +268,15 @@ impl Place {
         Ok(http)
     }
 
-    /// Ends when the connection has no place any more.
-    pub async fn outlived(&self) {
-        let config = Arc::clone(&self.chain.borrow().config);
-        // what takes its place is found by the same conditions, so they need no second look
-        self.slot.outlived(&config).await;
+    /// Changes of the listener.
+    #[must_use]
+    pub fn changes(&self) -> Subscription {
+        self.slot.changed.subscribe()
+    }
+
+    /// Whether the connection has no place any more.
+    #[must_use]
+    pub fn is_outlived(&self) -> bool {
+        self.slot.has_outlived(&self.chain.borrow().config)
     }
 }

@@ -8,8 +8,7 @@ use std::time::Duration;
 use ahash::AHashMap;
 use bytes::Bytes;
 use http::HeaderValue;
-use http_body::{Body as _, Frame, SizeHint};
-use hyper::body::Incoming;
+use http_body::{Frame, SizeHint};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -87,6 +86,16 @@ pub struct Pool {
     connections: Rc<Cell<u32>>,
     /// Told when an HTTP/1 connection came back.
     returned: Notify,
+    /// How many wait for that.
+    waiting: Cell<u32>,
+}
+
+struct Waits<'a>(&'a Cell<u32>);
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
 }
 
 #[derive(Debug)]
@@ -124,7 +133,9 @@ impl Pool {
     pub(super) fn put_h1(&self, connection: Box<H1>, now: Instant) {
         if !self.closed.get() {
             self.idle.borrow_mut().push((connection, now));
-            self.returned.notify_one();
+            if self.waiting.get() > 0 {
+                self.returned.notify_one();
+            }
         }
     }
 
@@ -135,6 +146,8 @@ impl Pool {
 
     /// Ends when an HTTP/1 connection came back.
     pub(super) async fn returned(&self) {
+        self.waiting.set(self.waiting.get() + 1);
+        let _waits = Waits(&self.waiting);
         self.returned.notified().await;
     }
 
@@ -229,7 +242,7 @@ pub struct Reply {
 
 #[derive(Debug)]
 enum Source {
-    H1(Option<Box<H1>>, Incoming),
+    H1(Option<Box<H1>>),
     H2(Box<Streams>),
 }
 
@@ -251,14 +264,8 @@ pub enum LeftStream {
 }
 
 impl Reply {
-    pub(super) fn h1(
-        connection: Box<H1>,
-        body: Incoming,
-        pool: Rc<Pool>,
-        max_uses: Option<u32>,
-        active: Active,
-    ) -> Self {
-        Self { source: Source::H1(Some(connection), body), pool, max_uses, active: Some(active) }
+    pub(super) fn h1(connection: Box<H1>, pool: Rc<Pool>, max_uses: Option<u32>, active: Active) -> Self {
+        Self { source: Source::H1(Some(connection)), pool, max_uses, active: Some(active) }
     }
 
     pub(super) fn h2(streams: Streams, pool: Rc<Pool>, active: Active) -> Self {
@@ -269,7 +276,7 @@ impl Reply {
     #[must_use]
     pub fn is_end(&self) -> bool {
         match &self.source {
-            Source::H1(_, body) => body.is_end_stream(),
+            Source::H1(connection) => connection.as_ref().is_none_or(|c| c.is_body_over()),
             Source::H2(streams) => streams.is_end(),
         }
     }
@@ -278,20 +285,20 @@ impl Reply {
     #[must_use]
     pub fn link(&self) -> Option<Rc<Link>> {
         match &self.source {
-            Source::H1(connection, _) => connection.as_ref()?.link(),
+            Source::H1(connection) => connection.as_ref()?.link(),
             Source::H2(streams) => streams.link.clone(),
         }
     }
 
     /// Gives the connection back to its pool once the exchange is over.
-    pub fn release(&mut self) {
+    pub fn release(&mut self, now: Instant) {
         self.active = None;
-        if let Source::H1(connection, _) = &mut self.source
-            && let Some(mut connection) = connection.take()
-            && connection.is_alive()
+        if let Source::H1(connection) = &mut self.source
+            && let Some(connection) = connection.take()
+            && connection.is_reusable()
             && self.max_uses.is_none_or(|most| connection.uses < most)
         {
-            self.pool.put_h1(connection, Instant::now());
+            self.pool.put_h1(connection, now);
         }
     }
 
@@ -299,7 +306,7 @@ impl Reply {
     #[must_use]
     pub fn into_left(self) -> Option<Left> {
         let stream = match self.source {
-            Source::H1(connection, _) => {
+            Source::H1(connection) => {
                 let (io, opened) = connection?.into_io();
                 LeftStream::H1(io, opened)
             }
@@ -311,8 +318,8 @@ impl Reply {
     /// The next piece.
     pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match &mut self.source {
-            Source::H1(Some(connection), body) => connection.poll_body(body, cx),
-            Source::H1(None, _) => Poll::Ready(None),
+            Source::H1(Some(connection)) => connection.poll_body(cx),
+            Source::H1(None) => Poll::Ready(None),
             Source::H2(streams) => streams.poll_body(cx),
         }
     }
@@ -321,7 +328,7 @@ impl Reply {
     #[must_use]
     pub fn size_hint(&self) -> SizeHint {
         match &self.source {
-            Source::H1(_, body) => body.size_hint(),
+            Source::H1(connection) => connection.as_ref().map_or_else(SizeHint::default, |c| c.body_hint()),
             Source::H2(_) => SizeHint::default(),
         }
     }

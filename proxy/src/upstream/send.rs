@@ -7,14 +7,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ::h2::ext::Protocol;
-use http::header::{CONNECTION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING, UPGRADE};
+use http::header::{CONNECTION, CONTENT_LENGTH, UPGRADE};
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, Version, response};
 use http_body::Body as _;
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio::time::Instant;
 
-use super::h1::H1;
+use super::h1::{H1, SendError};
 use super::h2::H2;
 use super::pool::{Pool, Reply};
 use super::{Active, Host, Upstream};
@@ -118,8 +118,8 @@ struct To<'a> {
 }
 
 impl Upstream {
-    /// Sends a request to an endpoint and waits for the head of the response. `ready` tells when there was a
-    /// connection for it.
+    /// Sends a request to an endpoint, from `now` on, and waits for the head of the response. `ready` tells when there
+    /// was a connection for it.
     ///
     /// # Errors
     ///
@@ -128,6 +128,7 @@ impl Upstream {
         self: &Rc<Self>,
         host: &Rc<Host>,
         outgoing: Outgoing,
+        now: Instant,
         ready: &Cell<Option<Instant>>,
     ) -> Result<Answer, Failure> {
         let Some(active) = Active::start(self, host) else {
@@ -139,9 +140,9 @@ impl Upstream {
             self.learn_version(&to).await?;
         }
         if self.wants_h2(host, outgoing.client_h2) {
-            self.send_h2(&to, outgoing, active, ready).await
+            self.send_h2(&to, outgoing, active, (now, ready)).await
         } else {
-            self.send_h1(&to, outgoing, active, ready).await
+            self.send_h1(&to, outgoing, active, (now, ready)).await
         }
     }
 
@@ -160,31 +161,22 @@ impl Upstream {
         to: &To<'_>,
         outgoing: Outgoing,
         active: Active,
-        ready: &Cell<Option<Instant>>,
+        (mut now, ready): (Instant, &Cell<Option<Instant>>),
     ) -> Result<Answer, Failure> {
-        let mut request = h1_request(outgoing);
-        loop {
-            let (mut connection, reused) = match to.pool.take_h1(self.config.http.max_connection_duration) {
-                Some(connection) => (connection, true),
-                None => match self.dial_h1(to).await? {
-                    Some(connection) => (connection, false),
-                    None => continue, // one came back to the pool while this request waited
-                },
-            };
-            ready.set(Some(Instant::now()));
-            match connection.send(request).await {
-                Ok(response) => {
-                    let (parts, body) = response.into_parts();
-                    let reply = Reply::h1(connection, body, Rc::clone(&to.pool), to.host.max_uses, active);
-                    return Ok((parts, Box::new(reply)));
-                }
-                Err(error) => match error.unsent {
-                    // the server closed the idle connection just now; nothing was sent, so another one takes it
-                    Some(unsent) if reused => request = *unsent,
-                    unsent => return Err(h1_failure(&error.error, unsent.is_none())),
-                },
+        let mut connection = loop {
+            if let Some(connection) = to.pool.take_h1(self.config.http.max_connection_duration) {
+                break connection;
             }
-        }
+            let dialed = self.dial_h1(to).await?;
+            now = Instant::now();
+            if let Some(connection) = dialed {
+                break connection;
+            }
+            // one came back to the pool while this request waited
+        };
+        ready.set(Some(now));
+        let parts = connection.send(outgoing).await.map_err(|e| h1_failure(&e))?;
+        Ok((parts, Box::new(Reply::h1(connection, Rc::clone(&to.pool), to.host.max_uses, active))))
     }
 
     /// Makes the first connection to an endpoint whose version of HTTP only the handshake tells.
@@ -198,8 +190,8 @@ impl Upstream {
             let connection = H2::start(io, open, &self.config.http.http2, &self.shared.tasks).await;
             to.pool.put_h2(connection.map_err(|e| refused(&e))?, Instant::now());
         } else {
-            let connection = H1::start(io, open, self.config.http.http1.proper_case).await;
-            to.pool.put_h1(Box::new(connection.map_err(|e| refused(&e))?), Instant::now());
+            let connection = H1::new(io, open, self.config.http.http1.proper_case);
+            to.pool.put_h1(Box::new(connection), Instant::now());
         }
         to.host.pools.alpn_h2.set(Some(is_h2));
         Ok(())
@@ -213,8 +205,7 @@ impl Upstream {
         };
         let (io, link) = self.connect(to.host, Some(&to.name)).await?;
         open.tell(link);
-        let connection = H1::start(io, open, self.config.http.http1.proper_case).await;
-        connection.map(|c| Some(Box::new(c))).map_err(|e| Failure::new(FailureKind::Connect, e))
+        Ok(Some(Box::new(H1::new(io, open, self.config.http.http1.proper_case))))
     }
 
     async fn send_h2(
@@ -222,19 +213,26 @@ impl Upstream {
         to: &To<'_>,
         outgoing: Outgoing,
         active: Active,
-        ready: &Cell<Option<Instant>>,
+        (mut now, ready): (Instant, &Cell<Option<Instant>>),
     ) -> Result<Answer, Failure> {
         let upgrade = outgoing.upgrade;
         let (mut request, life) = (h2_request(outgoing)?, self.config.http.max_connection_duration);
         let upgrade = if upgrade { Some(into_connect(&mut request)?) } else { None };
-        let mut connection = match to.pool.get_h2(to.host.max_uses, life, Instant::now()) {
+        let mut connection = match to.pool.get_h2(to.host.max_uses, life, now) {
             Some(connection) => connection,
-            None => self.dial_h2(to).await?,
+            None => {
+                let connection = self.dial_h2(to).await?;
+                now = Instant::now();
+                connection
+            }
         };
-        if upgrade.is_some() && !connection.takes_tunnels(&self.shared.tasks).await {
-            return Err(Failure::new(FailureKind::Protocol, "the server takes no extended CONNECT"));
+        if upgrade.is_some() {
+            if !connection.takes_tunnels(&self.shared.tasks).await {
+                return Err(Failure::new(FailureKind::Protocol, "the server takes no extended CONNECT"));
+            }
+            now = Instant::now();
         }
-        ready.set(Some(Instant::now()));
+        ready.set(Some(now));
         match connection.send(request).await {
             Ok((response, streams)) => {
                 let (mut parts, ()) = response.into_parts();
@@ -519,23 +517,6 @@ fn describe(error: &std::io::Error) -> String {
     words.map_or_else(|| error.to_string(), |(_, words)| (*words).to_owned())
 }
 
-fn h1_request(outgoing: Outgoing) -> Request<RequestBody> {
-    let mut request = Request::new(outgoing.body);
-    *request.method_mut() = outgoing.method;
-    *request.uri_mut() = Uri::from(outgoing.path);
-    *request.version_mut() = Version::HTTP_11;
-    *request.headers_mut() = outgoing.headers;
-    request.headers_mut().insert(HOST, outgoing.authority);
-    // the codec takes it for granted that some methods have no body, and would drop one that has no length
-    if !request.body().is_end_stream()
-        && request.body().size_hint().exact().is_none()
-        && matches!(*request.method(), Method::GET | Method::HEAD)
-    {
-        request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
-    }
-    request
-}
-
 fn h2_request(outgoing: Outgoing) -> Result<Request<RequestBody>, Failure> {
     let mut parts = http::uri::Parts::default();
     let authority = Authority::try_from(outgoing.authority.as_bytes());
@@ -577,12 +558,10 @@ fn into_upgraded(parts: &mut response::Parts, protocol: HeaderValue) {
     }
 }
 
-fn h1_failure(error: &crate::http::body::BodyError, sent: bool) -> Failure {
-    let codec = error.downcast_ref::<hyper::Error>();
-    let kind = match codec {
-        Some(e) if e.is_parse() || e.is_parse_status() || e.is_parse_too_large() => FailureKind::Protocol,
-        Some(e) if e.is_user() || e.is_body_write_aborted() => FailureKind::Client,
-        _ => FailureKind::Termination { sent },
-    };
-    Failure::new(kind, if kind == FailureKind::Protocol { error.to_string() } else { String::new() })
+fn h1_failure(error: &SendError) -> Failure {
+    match error {
+        SendError::Closed { sent } => Failure::new(FailureKind::Termination { sent: *sent }, ""),
+        SendError::Bad(bad) => Failure::new(FailureKind::Protocol, bad),
+        SendError::Client(_) => Failure::new(FailureKind::Client, ""),
+    }
 }

@@ -6,6 +6,7 @@ use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::envoy::extensions::transport_sockets::raw_buffer::v3::RawBuffer;
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3 as pb;
 use envoy_types::pb::envoy::r#type::matcher::v3 as matcher;
+use rustls::NamedGroup;
 
 use super::decode::{Invalid, Under as _, bool_or, data_source, is, unpack};
 use super::matcher::StringMatcher;
@@ -102,6 +103,8 @@ pub struct CommonTls {
     pub min_version: TlsVersion,
     /// The newest version.
     pub max_version: TlsVersion,
+    /// Groups for the key exchange, best first; empty: all, in this proxy's order.
+    pub groups: Box<[NamedGroup]>,
 }
 
 /// TLS towards whoever connects to us.
@@ -229,6 +232,8 @@ fn common_tls(pb: pb::CommonTlsContext) -> Result<CommonTls, Invalid> {
         return Err(Invalid::unsupported("custom_tls_certificate_selector"));
     }
     let (min_version, max_version) = versions(pb.tls_params.as_ref()).under("tls_params")?;
+    let curves = pb.tls_params.as_ref().map(|params| params.ecdh_curves.as_slice()).unwrap_or_default();
+    let groups = groups(curves).under("tls_params")?;
     let certificate = match (pb.tls_certificates.as_slice(), pb.tls_certificate_sds_secret_configs.as_slice())
     {
         ([], []) => None,
@@ -257,14 +262,14 @@ fn common_tls(pb: pb::CommonTlsContext) -> Result<CommonTls, Invalid> {
     }
     let alpn = pb.alpn_protocols.into_iter().map(|p| p.into_bytes().into_boxed_slice()).collect();
     let validation = validation_type(pb.validation_context_type)?;
-    Ok(CommonTls { certificate, validation, alpn, min_version, max_version })
+    Ok(CommonTls { certificate, validation, alpn, min_version, max_version, groups })
 }
 
 fn versions(pb: Option<&pb::TlsParameters>) -> Result<(TlsVersion, TlsVersion), Invalid> {
     use pb::tls_parameters::TlsProtocol as Pb;
     let Some(pb) = pb else { return Ok((TlsVersion::V1_2, TlsVersion::V1_3)) };
-    // Cipher suites, curves and signature algorithms are the TLS library's own, all of them strong: a list that
-    // narrows them further is met by not offering weak ones.
+    // Cipher suites and signature algorithms are the TLS library's own, all of them strong: a list that narrows them
+    // further is met by not offering weak ones.
     let version = |value: i32, field: &str, auto: TlsVersion| match Pb::try_from(value) {
         Ok(Pb::TlsAuto) => Ok(auto),
         Ok(Pb::TlSv12) => Ok(TlsVersion::V1_2),
@@ -280,6 +285,18 @@ fn versions(pb: Option<&pb::TlsParameters>) -> Result<(TlsVersion, TlsVersion), 
         return Err(Invalid::new("tls_minimum_protocol_version", "is above the maximum"));
     }
     Ok((min, max))
+}
+
+fn groups(curves: &[String]) -> Result<Box<[NamedGroup]>, Invalid> {
+    let one = |(i, name): (usize, &String)| match name.as_str() {
+        "X25519" => Ok(NamedGroup::X25519),
+        "P-256" => Ok(NamedGroup::secp256r1),
+        "P-384" => Ok(NamedGroup::secp384r1),
+        "X25519MLKEM768" => Ok(NamedGroup::X25519MLKEM768),
+        _ => Err(Invalid::new("", "only X25519, P-256, P-384 and X25519MLKEM768 are supported"))
+            .at("ecdh_curves", i),
+    };
+    curves.iter().enumerate().map(one).collect()
 }
 
 fn sds_name(pb: &pb::SdsSecretConfig) -> Result<Arc<str>, Invalid> {

@@ -205,7 +205,7 @@ fn mesh_socket(
         );
     let given = settings.map(|s| s.sni.as_str()).filter(|sni| !sni.is_empty());
     let sni = given.map_or_else(|| names::sni(port.number, subset, &service.hostname), str::to_owned);
-    tls::upstream_mesh(sni, alpn, view.lowest_tls(), sans)
+    tls::upstream_mesh(sni, alpn, view.mesh_tls(), sans)
 }
 
 /// mTLS towards endpoints that have a proxy, plain text towards the others.

@@ -328,7 +328,7 @@ fn chains(
                 filters: filters(view, destination, shape, guard),
                 transport_socket: shape
                     .mtls
-                    .then(|| tls::downstream_mesh(alpn, view.lowest_tls(), &guard.trust_domains)),
+                    .then(|| tls::downstream_mesh(alpn, view.mesh_tls(), &guard.trust_domains)),
                 ..Default::default()
             }
         })

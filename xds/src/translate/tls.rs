@@ -54,6 +54,14 @@ impl Alpn {
     }
 }
 
+/// How proxies speak TLS to one another.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct MeshTls<'a> {
+    pub(super) lowest: Lowest,
+    /// Groups for the key exchange, the preferred one first; none: the proxy's own order.
+    pub(super) curves: &'a [String],
+}
+
 /// The lowest version of TLS between proxies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lowest {
@@ -68,12 +76,12 @@ pub(super) enum Lowest {
 pub(super) fn upstream_mesh<'a>(
     sni: String,
     alpn: Alpn,
-    lowest: Lowest,
+    mesh: MeshTls<'_>,
     identities: impl IntoIterator<Item = &'a str>,
 ) -> core::TransportSocket {
     let sans = identities.into_iter().map(|id| uri_san(pb::exact(id))).collect();
     let context = tls::UpstreamTlsContext {
-        common_tls_context: Some(mesh_context(alpn.client(), lowest, sans)),
+        common_tls_context: Some(mesh_context(alpn.client(), mesh, sans)),
         sni,
         ..Default::default()
     };
@@ -81,11 +89,15 @@ pub(super) fn upstream_mesh<'a>(
 }
 
 /// Mutual TLS with clients of the mesh: any workload of these trust domains.
-pub(super) fn downstream_mesh(alpn: Alpn, lowest: Lowest, trust_domains: &[String]) -> core::TransportSocket {
+pub(super) fn downstream_mesh(
+    alpn: Alpn,
+    mesh: MeshTls<'_>,
+    trust_domains: &[String],
+) -> core::TransportSocket {
     let sans =
         trust_domains.iter().map(|domain| uri_san(pb::prefix(format!("spiffe://{domain}/")))).collect();
     let context = tls::DownstreamTlsContext {
-        common_tls_context: Some(mesh_context(alpn.server(), lowest, sans)),
+        common_tls_context: Some(mesh_context(alpn.server(), mesh, sans)),
         require_client_certificate: pb::boolv(true),
         ..Default::default()
     };
@@ -99,7 +111,7 @@ pub(super) fn plaintext() -> core::TransportSocket {
 
 fn mesh_context(
     alpn_protocols: Vec<String>,
-    lowest: Lowest,
+    mesh: MeshTls<'_>,
     sans: Vec<tls::SubjectAltNameMatcher>,
 ) -> tls::CommonTlsContext {
     let validation = tls::common_tls_context::CombinedCertificateValidationContext {
@@ -111,7 +123,7 @@ fn mesh_context(
         ..Default::default()
     };
     tls::CommonTlsContext {
-        tls_params: Some(parameters(lowest)),
+        tls_params: Some(parameters(mesh)),
         tls_certificate_sds_secret_configs: vec![secret(CERTIFICATE_SECRET)],
         alpn_protocols,
         validation_context_type: Some(
@@ -121,14 +133,15 @@ fn mesh_context(
     }
 }
 
-fn parameters(lowest: Lowest) -> tls::TlsParameters {
-    let lowest = match lowest {
+fn parameters(mesh: MeshTls<'_>) -> tls::TlsParameters {
+    let lowest = match mesh.lowest {
         Lowest::Tls12 => tls::tls_parameters::TlsProtocol::TlSv12,
         Lowest::Tls13 => tls::tls_parameters::TlsProtocol::TlSv13,
     };
     tls::TlsParameters {
         tls_minimum_protocol_version: lowest.into(),
         tls_maximum_protocol_version: tls::tls_parameters::TlsProtocol::TlSv13.into(),
+        ecdh_curves: mesh.curves.to_vec(),
         ..Default::default()
     }
 }
@@ -199,7 +212,7 @@ pub(super) fn upstream_origination(
     });
     let context = tls::UpstreamTlsContext {
         common_tls_context: Some(tls::CommonTlsContext {
-            tls_params: Some(parameters(Lowest::Tls12)),
+            tls_params: Some(parameters(MeshTls { lowest: Lowest::Tls12, curves: &[] })),
             tls_certificates: certificates.into_iter().collect(),
             alpn_protocols: alpn,
             validation_context_type: Some(tls::common_tls_context::ValidationContextType::ValidationContext(

@@ -21,7 +21,7 @@ use super::http::PathForm;
 use super::inbound::{self, InboundPort};
 use super::policy::Policy;
 use super::route;
-use super::tls::Lowest;
+use super::tls::{Lowest, MeshTls};
 use crate::proxy::Proxy;
 
 /// A `VirtualService` that this proxy follows.
@@ -255,14 +255,16 @@ impl<'a> View<'a> {
         self.snapshot.request_authentications(&self.proxy.namespace, &self.proxy.labels)
     }
 
-    /// The lowest version of TLS that proxies speak to one another.
-    pub(super) fn lowest_tls(&self) -> Lowest {
-        match self.mesh.mesh_mtls.as_ref().map(|tls| tls.min_protocol_version) {
+    /// How proxies speak TLS to one another.
+    pub(super) fn mesh_tls(&self) -> MeshTls<'_> {
+        let tls = self.mesh.mesh_mtls.as_ref();
+        let lowest = match tls.map(|tls| tls.min_protocol_version) {
             Some(TlsProtocol::Tls13) => Lowest::Tls13,
             Some(TlsProtocol::Auto | TlsProtocol::Tls10 | TlsProtocol::Tls11 | TlsProtocol::Tls12) | None => {
                 Lowest::Tls12
             }
-        }
+        };
+        MeshTls { lowest, curves: tls.map(|tls| tls.ecdh_curves.as_slice()).unwrap_or_default() }
     }
 
     pub(super) fn path_form(&self) -> PathForm {
