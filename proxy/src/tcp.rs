@@ -85,10 +85,10 @@ pub async fn serve(
             () = life => session.flags.insert(Flags::MAX_DURATION),
             () = worker.drain.cut() => session.flags.insert(Flags::LOCAL_RESET),
             () = connection.was_cut() => session.flags.insert(Flags::LOCAL_RESET),
-            () = report(&session.counts, series.as_ref()) => {}
+            () = report(&session.counts, series.as_deref()) => {}
         }
     }
-    session.end(series.as_ref());
+    session.end(series.as_deref());
 }
 
 async fn connect(
@@ -157,7 +157,7 @@ fn tell(counts: &Counts, series: &TcpSeries) {
 }
 
 impl Session<'_> {
-    fn series(&self, reporter: Reporter) -> TcpSeries {
+    fn series(&self, reporter: Reporter) -> Rc<TcpSeries> {
         let standard = &self.worker.shared.standard;
         let nobody = &self.worker.nobody;
         let (peer, principals) = match reporter {

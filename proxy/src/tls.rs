@@ -33,7 +33,7 @@ use crate::xds::tls::{
     CertSource, CommonTls, DownstreamTls, RootSource, SanKind, SanMatcher, Secret, TlsVersion, UpstreamTls,
     Validation,
 };
-use verify::{Roots, Trust, Verifier};
+use verify::{Role, Roots, Trust, Verifier};
 
 /// Why a TLS context cannot be prepared or used.
 #[derive(Debug, thiserror::Error)]
@@ -215,7 +215,7 @@ impl Settings {
 pub struct Acceptor {
     with_alpn: Arc<ServerConfig>,
     without_alpn: Arc<ServerConfig>,
-    verifying: bool,
+    verifier: Option<Verifier>,
     certificate: Option<CertificateSource>,
 }
 
@@ -228,7 +228,7 @@ impl Acceptor {
     pub fn new(settings: Settings, client_required: bool) -> Result<Self, TlsError> {
         let builder = ServerConfig::builder_with_provider(settings.provider())
             .with_protocol_versions(settings.versions())?;
-        let verifying = settings.verifier.as_ref().is_some_and(Verifier::is_verifying);
+        let verifier = settings.verifier.clone();
         let builder = match settings.verifier {
             Some(v) => builder.with_client_cert_verifier(Arc::new(v.client_required(client_required))),
             None => builder.with_no_client_auth(),
@@ -240,7 +240,7 @@ impl Acceptor {
         config.max_early_data_size = 0;
         let without_alpn = Arc::new(config.clone());
         config.alpn_protocols = settings.alpn;
-        Ok(Self { with_alpn: Arc::new(config), without_alpn, verifying, certificate })
+        Ok(Self { with_alpn: Arc::new(config), without_alpn, verifier, certificate })
     }
 
     /// Does the handshake.
@@ -258,8 +258,8 @@ impl Acceptor {
             .is_some_and(|mut offered| offered.any(|p| self.with_alpn.alpn_protocols.iter().any(|o| o == p)));
         let config = if overlap { &self.with_alpn } else { &self.without_alpn };
         let stream = start.into_stream(Arc::clone(config)).await?;
-        let mut peer = Peer::of(stream.get_ref().1);
-        if !self.verifying {
+        let mut peer = Peer::of(stream.get_ref().1, Role::Client, self.verifier.as_ref());
+        if !self.verifier.as_ref().is_some_and(Verifier::is_verifying) {
             peer.forget_certificate();
         }
         peer.server_name = stream.get_ref().1.server_name().map(str::to_owned);
@@ -281,6 +281,7 @@ fn own_uris(certificate: Option<&CertificateSource>) -> Arc<[String]> {
 #[derive(Clone, Debug)]
 pub struct Connector {
     config: Arc<ClientConfig>,
+    verifier: Verifier,
     certificate: Option<CertificateSource>,
     server_name: Option<ServerName<'static>>,
 }
@@ -298,7 +299,7 @@ impl Connector {
         let certificate = settings.certificate.clone();
         let mut config = builder
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(verifier))
+            .with_custom_certificate_verifier(Arc::new(verifier.clone()))
             .with_client_cert_resolver(Arc::new(Resolver(settings.certificate)));
         config.alpn_protocols = settings.alpn;
         config.resumption = rustls::client::Resumption::disabled();
@@ -310,7 +311,7 @@ impl Connector {
                     .map_err(|e| TlsError::Certificates(format!("sni `{name}`: {e}")))?,
             ),
         };
-        Ok(Self { config: Arc::new(config), certificate, server_name })
+        Ok(Self { config: Arc::new(config), verifier, certificate, server_name })
     }
 
     /// URI names of our own certificate.
@@ -327,7 +328,7 @@ impl Connector {
     pub async fn connect(&self, socket: Socket, address: std::net::IpAddr) -> std::io::Result<(Io, Peer)> {
         let name = self.server_name.clone().unwrap_or(ServerName::IpAddress(address.into()));
         let stream = TlsConnector::from(Arc::clone(&self.config)).connect(name, socket).await?;
-        let peer = Peer::of(stream.get_ref().1);
+        let peer = Peer::of(stream.get_ref().1, Role::Server, Some(&self.verifier));
         Ok((Io::Tls(Box::new(TlsStream::Client(stream))), peer))
     }
 }
@@ -356,11 +357,13 @@ pub struct Peer {
 }
 
 impl Peer {
-    fn of(connection: &rustls::CommonState) -> Self {
-        let leaf = connection.peer_certificates().and_then(<[_]>::first);
+    fn of(connection: &rustls::CommonState, role: Role, verifier: Option<&Verifier>) -> Self {
+        let chain = connection.peer_certificates().unwrap_or_default();
         // the verifier has parsed it before, so an error here cannot grant anything: no names
-        let facts = leaf.and_then(|der| Facts::parse(der).ok());
-        let (uris, dns, subject) = facts.map_or_else(Default::default, |f| (f.uris, f.dns, f.subject));
+        let leaf = verifier.and_then(|v| v.leaf(role, chain));
+        let facts = leaf.as_ref().map(|leaf| &leaf.facts);
+        let (uris, dns, subject) =
+            facts.map_or_else(Default::default, |f| (f.uris.clone(), f.dns.clone(), f.subject.clone()));
         let version = match connection.protocol_version() {
             Some(rustls::ProtocolVersion::TLSv1_3) => "TLSv1.3",
             Some(rustls::ProtocolVersion::TLSv1_2) => "TLSv1.2",
@@ -371,8 +374,8 @@ impl Peer {
             uris,
             dns,
             subject,
-            fingerprint: leaf.map(|der| x509::hex(&x509::sha256(der))).unwrap_or_default(),
-            has_certificate: leaf.is_some(),
+            fingerprint: leaf.map(|leaf| leaf.fingerprint.clone()).unwrap_or_default(),
+            has_certificate: !chain.is_empty(),
             server_name: None,
             alpn: connection.alpn_protocol().map(<[u8]>::to_vec),
             version,

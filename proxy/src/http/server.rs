@@ -396,7 +396,10 @@ async fn serve_h2(http: Rc<Http>, mut ending: Ending, connection: Rc<Connection>
     let service = {
         let (worker, connection) = (Rc::clone(&worker), Rc::clone(&connection));
         let place = Rc::clone(&ending.place);
-        service_fn(move |r| request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), r))
+        // boxed, because the codec moves it several times on its way into a task
+        service_fn(move |r| {
+            Box::pin(request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), r))
+        })
     };
     let settings = &http.config.http2;
     let mut builder = http2::Builder::new(Local(worker.shared.tasks.clone()));

@@ -209,6 +209,17 @@ pub struct RequestSeries {
     pub response_bytes: Rc<Histogram>,
 }
 
+/// What identifies the series of a TCP connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct TcpKey {
+    reporter: Reporter,
+    peer: u32,
+    service: u32,
+    principals: u32,
+    flags: Flags,
+    mutual_tls: bool,
+}
+
 /// The series of one label set of TCP connections.
 #[derive(Debug)]
 pub struct TcpSeries {
@@ -231,6 +242,7 @@ pub struct Standard {
     workloads: RefCell<AHashMap<Workload, Rc<Numbered<Workload>>>>,
     principals: RefCell<AHashMap<Principals, Rc<Numbered<Principals>>>>,
     remembered: RefCell<AHashMap<RequestKey, Rc<RequestSeries>>>,
+    remembered_tcp: RefCell<AHashMap<TcpKey, Rc<TcpSeries>>>,
 }
 
 /// Both ends, the service and the outcome, resolved to text.
@@ -256,6 +268,7 @@ impl Standard {
             workloads: RefCell::default(),
             principals: RefCell::default(),
             remembered: RefCell::default(),
+            remembered_tcp: RefCell::default(),
         }
     }
 
@@ -298,16 +311,7 @@ impl Standard {
         key.peer = parties.peer.number;
         key.service = parties.service.number;
         key.principals = parties.principals.number;
-        if let Some(series) = self.remembered.borrow().get(&key) {
-            return Rc::clone(series);
-        }
-        let series = Rc::new(self.resolve(key, parties));
-        let mut remembered = self.remembered.borrow_mut();
-        if remembered.len() >= MAX_REMEMBERED {
-            remembered.clear();
-        }
-        remembered.insert(key, Rc::clone(&series));
-        series
+        remember(&self.remembered, key, || self.resolve(key, parties))
     }
 
     fn resolve(&self, key: RequestKey, parties: Parties<'_>) -> RequestSeries {
@@ -327,7 +331,21 @@ impl Standard {
     }
 
     /// The series of a TCP connection.
-    pub fn tcp(&self, reporter: Reporter, parties: Parties<'_>, mutual_tls: bool, flags: Flags) -> TcpSeries {
+    pub fn tcp(
+        &self,
+        reporter: Reporter,
+        parties: Parties<'_>,
+        mutual_tls: bool,
+        flags: Flags,
+    ) -> Rc<TcpSeries> {
+        let Parties { peer, service, principals } = parties;
+        let (peer, service, principals) = (peer.number, service.number, principals.number);
+        let key = TcpKey { reporter, peer, service, principals, flags, mutual_tls };
+        remember(&self.remembered_tcp, key, || self.resolve_tcp(key, parties))
+    }
+
+    fn resolve_tcp(&self, key: TcpKey, parties: Parties<'_>) -> TcpSeries {
+        let TcpKey { reporter, flags, mutual_tls, .. } = key;
         let flags = flags.text();
         let mut labels = self.labels(reporter, parties, mutual_tls, &flags);
         labels.push(("request_protocol", "tcp"));
@@ -383,6 +401,19 @@ impl Standard {
             ("connection_security_policy", security),
         ]
     }
+}
+
+fn remember<K: Hash + Eq, S>(known: &RefCell<AHashMap<K, Rc<S>>>, key: K, make: impl FnOnce() -> S) -> Rc<S> {
+    if let Some(series) = known.borrow().get(&key) {
+        return Rc::clone(series);
+    }
+    let series = Rc::new(make());
+    let mut known = known.borrow_mut();
+    if known.len() >= MAX_REMEMBERED {
+        known.clear();
+    }
+    known.insert(key, Rc::clone(&series));
+    series
 }
 
 #[cfg(test)]

@@ -1,9 +1,12 @@
 //! Judges a peer's certificate: a chain to a believed root, and names that are expected.
 
-use std::sync::Arc;
+use std::ops::RangeInclusive;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use ahash::AHashMap;
 use ca::tls::provider;
-use ca::x509::Facts;
+use ca::x509::{self, Facts};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::WebPkiSupportedAlgorithms;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
@@ -17,11 +20,75 @@ use super::{Identity, TlsError, root_store};
 use crate::xds::matcher::StringMatcher;
 use crate::xds::tls::{SanKind, SanMatcher};
 
+/// The most chains that are remembered; beyond it the memory starts anew.
+const MOST_CHAINS: usize = 1024;
+
 /// Roots that are believed.
 #[derive(Debug)]
 pub struct Trust {
     roots: RootCertStore,
     clients: Arc<dyn ClientCertVerifier>,
+    chains: Mutex<AHashMap<Box<[u8]>, Chain>>,
+}
+
+/// What a peer's own certificate says.
+#[derive(Debug)]
+pub struct Leaf {
+    /// As far as the mesh looks at it.
+    pub facts: Facts,
+    /// Its SHA-256, in lower-case hexadecimal.
+    pub fingerprint: String,
+}
+
+/// A chain that leads to a believed root. Peers come back with the same one until they renew it, and need not have its
+/// signatures checked again; that they hold its key is proven anew in each handshake.
+#[derive(Debug, Clone)]
+struct Chain {
+    leaf: Arc<Leaf>,
+    /// While all of its certificates are valid.
+    valid: RangeInclusive<SystemTime>,
+}
+
+/// What a certificate must be good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// To be a client.
+    Client,
+    /// To be a server.
+    Server,
+}
+
+impl Leaf {
+    fn read(der: &CertificateDer<'_>) -> Result<Arc<Self>, Error> {
+        let facts = facts(der)?;
+        Ok(Arc::new(Self { facts, fingerprint: x509::hex(&x509::sha256(der)) }))
+    }
+}
+
+impl Chain {
+    fn read(leaf: &CertificateDer<'_>, others: &[CertificateDer<'_>]) -> Result<Self, Error> {
+        let leaf = Leaf::read(leaf)?;
+        let (mut from, mut until) = (leaf.facts.not_before, leaf.facts.not_after);
+        for other in others {
+            let other = facts(other)?;
+            (from, until) = (from.max(other.not_before), until.min(other.not_after));
+        }
+        Ok(Self { leaf, valid: from..=until })
+    }
+}
+
+fn facts(der: &CertificateDer<'_>) -> Result<Facts, Error> {
+    Facts::parse(der).map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))
+}
+
+/// The chain in one piece, for one role.
+fn key(role: Role, leaf: &CertificateDer<'_>, others: &[CertificateDer<'_>]) -> Box<[u8]> {
+    let mut key = vec![u8::from(role == Role::Client)];
+    for certificate in std::iter::once(leaf).chain(others) {
+        key.extend_from_slice(&certificate.len().to_be_bytes());
+        key.extend_from_slice(certificate);
+    }
+    key.into()
 }
 
 impl Trust {
@@ -35,7 +102,48 @@ impl Trust {
         let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots.clone()), provider())
             .build()
             .map_err(|e| TlsError::Certificates(e.to_string()))?;
-        Ok(Self { roots, clients })
+        Ok(Self { roots, clients, chains: Mutex::default() })
+    }
+
+    fn chains(&self) -> MutexGuard<'_, AHashMap<Box<[u8]>, Chain>> {
+        // nothing is left half done under this lock
+        self.chains.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The leaf of a chain that leads to one of these roots.
+    fn check(
+        &self,
+        role: Role,
+        leaf: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<Arc<Leaf>, Error> {
+        let (key, time) = (key(role, leaf, others), UNIX_EPOCH + Duration::from_secs(now.as_secs()));
+        if let Some(chain) = self.chains().get(&key).filter(|chain| chain.valid.contains(&time)) {
+            return Ok(Arc::clone(&chain.leaf));
+        }
+        match role {
+            Role::Client => drop(self.clients.verify_client_cert(leaf, others, now)?),
+            Role::Server => {
+                let parsed = ParsedCertificate::try_from(leaf)?;
+                let algorithms = provider().signature_verification_algorithms.all;
+                rustls::client::verify_server_cert_signed_by_trust_anchor(
+                    &parsed,
+                    &self.roots,
+                    others,
+                    now,
+                    algorithms,
+                )?;
+            }
+        }
+        let chain = Chain::read(leaf, others)?;
+        let found = Arc::clone(&chain.leaf);
+        let mut chains = self.chains();
+        if chains.len() >= MOST_CHAINS {
+            chains.clear();
+        }
+        chains.insert(key, chain);
+        Ok(found)
     }
 }
 
@@ -98,14 +206,36 @@ impl Verifier {
         }
     }
 
-    fn check_names(&self, leaf: &CertificateDer<'_>) -> Result<(), Error> {
-        let facts =
-            Facts::parse(leaf).map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
+    /// What the certificate of a peer says that was let in.
+    #[must_use]
+    pub fn leaf(&self, role: Role, chain: &[CertificateDer<'_>]) -> Option<Arc<Leaf>> {
+        let (leaf, others) = chain.split_first()?;
+        let known = self.trust().ok().flatten();
+        let known =
+            known.and_then(|trust| Some(Arc::clone(&trust.chains().get(&key(role, leaf, others))?.leaf)));
+        known.or_else(|| Leaf::read(leaf).ok())
+    }
+
+    fn check(
+        &self,
+        role: Role,
+        leaf: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<(), Error> {
+        let leaf = match self.trust()? {
+            Some(trust) => trust.check(role, leaf, others, now)?,
+            None => Leaf::read(leaf)?,
+        };
+        self.check_names(&leaf.facts)
+    }
+
+    fn check_names(&self, facts: &Facts) -> Result<(), Error> {
         // one workload, one name (SPIFFE X.509-SVID, section 2)
         if matches!(self.roots, Roots::Identity(_)) && facts.uris.len() > 1 {
             return Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure));
         }
-        if self.names.is_empty() || self.names.iter().any(|m| san_matches(m, &facts)) {
+        if self.names.is_empty() || self.names.iter().any(|m| san_matches(m, facts)) {
             return Ok(());
         }
         Err(Error::InvalidCertificate(CertificateError::NotValidForName))
@@ -149,18 +279,7 @@ impl ServerCertVerifier for Verifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        if let Some(trust) = self.trust()? {
-            let parsed = ParsedCertificate::try_from(end_entity)?;
-            let algorithms = self.algorithms.all;
-            rustls::client::verify_server_cert_signed_by_trust_anchor(
-                &parsed,
-                &trust.roots,
-                intermediates,
-                now,
-                algorithms,
-            )?;
-        }
-        self.check_names(end_entity)?;
+        self.check(Role::Server, end_entity, intermediates, now)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -202,10 +321,7 @@ impl ClientCertVerifier for Verifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        if let Some(trust) = self.trust()? {
-            trust.clients.verify_client_cert(end_entity, intermediates, now)?;
-        }
-        self.check_names(end_entity)?;
+        self.check(Role::Client, end_entity, intermediates, now)?;
         Ok(ClientCertVerified::assertion())
     }
 
