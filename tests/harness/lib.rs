@@ -1,6 +1,6 @@
 //! The harness: real programs, real peers, and waiting with a deadline and a reason.
 //!
-//! [`program`] starts the programs that `cargo build --release --bins` made; [`istiod`] and [`workload`] are the two
+//! [`program`] starts the programs that `cargo build --profile quick --bins` made; [`istiod`] and [`workload`] are the two
 //! kinds of them, [`cluster`] is several of the first, and [`mesh`] puts them together on loopback addresses;
 //! [`echo`] is the application behind a proxy;
 //! [`envoy`] puts a stock Envoy into a proxy's seat;

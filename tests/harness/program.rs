@@ -31,7 +31,8 @@ pub fn ours(name: &str) -> anyhow::Result<PathBuf> {
     let path = folder.join(name);
     ensure!(
         path.exists(),
-        "{} is not there; `cargo build --release --bins` makes it (and run this test with --release)",
+        "{} is not there; `cargo build --profile PROFILE --bins` makes it, with the profile of this test (`quick`; benchmarks \
+         take those of `release`)",
         path.display()
     );
     Ok(path)

@@ -3,7 +3,7 @@
 //! [`scenario`] makes the routes and [`request`] what is asked of them, [`pair`] runs both proxies and asks them,
 //! [`differences`] says what may differ, and [`shrink`] makes what does small enough to be read.
 //!
-//! `INTEROP_SEEDS=1000 cargo test --release -p tests --test interop generated` runs as many scenarios as it says, from
+//! `INTEROP_SEEDS=1000 cargo test --profile quick -p tests --test interop generated` runs as many scenarios as it says, from
 //! `INTEROP_SEED_START` on. `INTEROP_SHOWN` says of how many kinds of differences one is shrunken and shown.
 
 mod dice;

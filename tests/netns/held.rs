@@ -1,6 +1,6 @@
 //! Five machines, one of which the control plane loses while the loss counts as one of many: it is held as it was.
 //!
-//! `MESH_PARTITION_SECONDS=120 cargo test --release -p tests --test netns held` keeps the network torn for as long as it
+//! `MESH_PARTITION_SECONDS=120 cargo test --profile quick -p tests --test netns held` keeps the network torn for as long as it
 //! says.
 
 use std::time::Duration;

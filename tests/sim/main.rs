@@ -8,7 +8,7 @@
 //! and [`power`], [`disk`], [`store`], [`log`], [`machine`] and [`network`] are what its driver stands on. [`ledger`]
 //! holds the invariants, and [`mistake`] the known mistakes that prove that the rig finds some.
 //!
-//! `SIM_SEEDS=20000 cargo test --release -p tests --test sim seeds` runs as many seeds as it says, from
+//! `SIM_SEEDS=20000 cargo test --profile quick -p tests --test sim seeds` runs as many seeds as it says, from
 //! `SIM_SEED_START` on. A seed that fails prints the command that replays it.
 
 #[cfg(test)]
