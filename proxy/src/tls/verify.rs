@@ -123,7 +123,9 @@ impl Trust {
             return Ok(Arc::clone(&chain.leaf));
         }
         match role {
-            Role::Client => drop(self.clients.verify_client_cert(leaf, others, now)?),
+            Role::Client => {
+                self.clients.verify_client_cert(leaf, others, now)?;
+            }
             Role::Server => {
                 let parsed = ParsedCertificate::try_from(leaf)?;
                 let algorithms = provider().signature_verification_algorithms.all;
