@@ -4,23 +4,28 @@
 //! kinds of them, [`cluster`] is several of the first, and [`mesh`] puts them together on loopback addresses;
 //! [`echo`] is the application behind a proxy;
 //! [`envoy`] puts a stock Envoy into a proxy's seat;
-//! [`http`] and [`tls`] ask, rightly and wrongly; [`load`] sends requests at a rate and keeps every failure;
+//! [`ads`] is a control plane of a few resources for a proxy alone, and [`fleet`] its endpoints that come and go;
+//! [`http`] and [`tls`] ask, rightly and wrongly; [`load`] sends requests at a rate and keeps every failure, [`paced`] many of
+//! them over connections of each kind;
 //! [`consul`] starts real servers of it, and a fake; [`peers`] finds what `tests/run` installed; [`netns`] makes several machines of one;
 //! [`failover`] takes leaders away while clients use [`registers`] through [`admin`] APIs, which [`history`] judges, and
 //! simulated [`proxies`] hold streams.
 
 pub mod admin;
+pub mod ads;
 pub mod cluster;
 pub mod consul;
 pub mod echo;
 pub mod envoy;
 pub mod failover;
+pub mod fleet;
 pub mod history;
 pub mod http;
 pub mod istiod;
 pub mod load;
 pub mod mesh;
 pub mod netns;
+pub mod paced;
 pub mod peers;
 pub mod program;
 pub mod proxies;

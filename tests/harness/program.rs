@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use nix::sys::signal::{Signal, kill};
@@ -82,6 +83,33 @@ impl Program {
         self.child.id()
     }
 
+    /// Resident memory, in KiB.
+    ///
+    /// # Errors
+    ///
+    /// When it has ended.
+    pub fn resident(&self) -> anyhow::Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        line.and_then(|kib| kib.trim().strip_suffix(" kB")?.parse().ok()).context("no VmRSS")
+    }
+
+    /// Time that it was running on a processor.
+    ///
+    /// # Errors
+    ///
+    /// When it has ended.
+    pub fn processor_time(&self) -> anyhow::Result<Duration> {
+        // Of each thread, in nanoseconds.
+        let mut all = Duration::ZERO;
+        for thread in std::fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let told = std::fs::read_to_string(thread?.path().join("schedstat"))?;
+            let nanos = told.split(' ').next().and_then(|nanos| nanos.parse().ok());
+            all += Duration::from_nanos(nanos.context("no time in schedstat")?);
+        }
+        Ok(all)
+    }
+
     /// What the program wrote.
     #[must_use]
     pub fn output(&self) -> String {
@@ -155,7 +183,7 @@ impl Program {
                 self.name,
                 tail(&self.output())
             );
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await; // eventually
+            tokio::time::sleep(Duration::from_millis(5)).await; // eventually
         }
     }
 }
