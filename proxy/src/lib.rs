@@ -4,7 +4,7 @@
 //! the stream; [`tables`] holds them, swapped whole, with the [`sockets`] of their listeners; each [`worker`] serves
 //! connections on one core: [`listener`] takes them, [`tls`] opens them, [`http`] and [`tcp`] carry what is in them,
 //! asking [`authz`] and [`router`] on the way and sending it [`upstream`]. [`admin`] shows all of it; [`drain`] ends
-//! it; a service manager is told by [`supervisor`] how far it is.
+//! it; a service manager is told by [`supervisor`] how far it is, and [`handover`] lets another process follow.
 
 pub mod access_log;
 pub mod admin;
@@ -12,6 +12,7 @@ pub mod authz;
 pub mod bootstrap;
 pub mod config;
 pub mod drain;
+pub mod handover;
 pub mod http;
 pub mod lb;
 pub mod listener;

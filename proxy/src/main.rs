@@ -10,7 +10,7 @@ use clap::{Parser, ValueEnum};
 use futures::FutureExt as _;
 use proxy::supervisor::Inherited;
 use proxy::telemetry::{LogLevel, init};
-use proxy::{Proxy, bootstrap};
+use proxy::{Proxy, bootstrap, handover};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -49,6 +49,10 @@ struct Arguments {
     /// clients must show a certificate, as the client's elsewhere.
     #[arg(long)]
     standard_metrics: bool,
+    /// Take over the listening sockets of the process that waits at this Unix socket, which then drains and ends, and
+    /// wait there for the next: an upgrade in place.
+    #[arg(long, value_name = "PATH")]
+    handover: Option<PathBuf>,
     /// Serve traffic, or only check the bootstrap file.
     #[arg(long, default_value = "serve")]
     mode: Mode,
@@ -97,7 +101,7 @@ fn main() -> ExitCode {
         inherited: Inherited::from_manager(),
         ..config
     };
-    match serve(config, log) {
+    match serve(config, log, arguments.handover) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = format!("{error:#}"), "the proxy ends");
@@ -108,13 +112,30 @@ fn main() -> ExitCode {
 
 /// Runs the control side on this thread; data workers have their own.
 #[tokio::main(flavor = "current_thread")]
-async fn serve(config: proxy::config::Config, log: LogLevel) -> anyhow::Result<()> {
+async fn serve(
+    mut config: proxy::config::Config,
+    log: LogLevel,
+    handover: Option<PathBuf>,
+) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate()).context("signals")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("signals")?;
     let mut hang_up = signal(SignalKind::hangup()).context("signals")?;
+    let mut predecessor = None;
+    if let Some(path) = &handover
+        && let Some((inherited, found)) = handover::take_over(path).await.context("cannot take over")?
+    {
+        (config.inherited, predecessor) = (inherited, Some(found));
+    }
     let proxy = Proxy::start(config, Some(log)).await?;
     let supervised = proxy.supervised();
+    let followed = async {
+        let Some(path) = &handover else { return std::future::pending().await };
+        if let Err(error) = handover::relay(path, predecessor, &supervised).await {
+            tracing::error!(%error, path = %path.display(), "no other process can take over");
+            std::future::pending::<()>().await;
+        }
+    };
     let watched = supervised.clone().keep(stop.clone()).then(|()| std::future::pending::<()>());
     let served = proxy.run(stop.clone());
     let running = async { tokio::select!(() = served => {}, () = watched => {}) };
@@ -123,6 +144,7 @@ async fn serve(config: proxy::config::Config, log: LogLevel) -> anyhow::Result<(
         () = &mut running => return Ok(()),
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        () = followed => tracing::info!("the next process serves"),
         _ = hang_up.recv() => {
             let sockets = supervised.hand_over().context("cannot hand over")?;
             tracing::info!(sockets, "handing over to the next process");

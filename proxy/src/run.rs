@@ -1,6 +1,7 @@
 //! The data plane, wired in the order in which things flow.
 
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use ca::tls::IdentityWatch;
@@ -81,6 +82,8 @@ pub struct Proxy {
     tasks: TaskTracker,
     workers: Vec<worker::Handle>,
     inherited: Inherited,
+    /// The sockets of its own ports, and what ends their service.
+    own: (Arc<[OwnedFd]>, CancellationToken),
 }
 
 /// Runs a proxy until `stop`, and drains it then.
@@ -122,7 +125,8 @@ impl Proxy {
         }
 
         // 3. The ports, so that a taken one stops the start.
-        let (ports, bound) = bind_ports(&config).await?;
+        let (ports, sockets, bound) = bind_ports(&config, &drain).await?;
+        let own = (sockets.into(), control.child_token());
 
         // 4. The workers.
         let handles = start_workers(&config, workers, &tables, &identity, &drain)?;
@@ -147,11 +151,16 @@ impl Proxy {
             config: Arc::clone(&config),
         };
         for (socket, port) in ports {
-            tasks.spawn(serve(socket, port, admin.clone(), control.clone()));
+            let (inherited, admin, stop) = (config.inherited.clone(), admin.clone(), own.1.clone());
+            tasks.spawn(async move {
+                // What was asked at these ports is asked of one process at a time.
+                stop.run_until_cancelled(inherited.alone()).await;
+                serve(socket, port, admin, stop).await;
+            });
         }
         let (grace, inherited) = (config.drain, config.inherited.clone());
         let workers = handles;
-        Ok(Self { bound, tables, state, xds, drain, grace, quit, control, tasks, workers, inherited })
+        Ok(Self { bound, tables, state, xds, drain, grace, quit, control, tasks, workers, inherited, own })
     }
 
     /// Where the proxy's own ports are.
@@ -187,6 +196,7 @@ impl Proxy {
             inherited: self.inherited.clone(),
             tables: Arc::clone(&self.tables),
             drain: self.drain.clone(),
+            ports: self.own.clone(),
         }
     }
 
@@ -257,8 +267,12 @@ async fn renew(identity: Arc<Identity>, mut source: IdentityWatch, stop: Cancell
     }
 }
 
-async fn bind_ports(config: &Config) -> Result<(Vec<(Socket, Port)>, Bound), StartError> {
-    let mut ports = Vec::new();
+/// The proxy's own ports, their sockets once more, and where they are.
+async fn bind_ports(
+    config: &Config,
+    drain: &Drain,
+) -> Result<(Vec<(Socket, Port)>, Vec<OwnedFd>, Bound), StartError> {
+    let (mut ports, mut sockets) = (Vec::new(), Vec::new());
     let mut bound = Bound::default();
     let wanted = [
         ("admin", Port::Admin, config.admin.clone(), &mut bound.admin),
@@ -270,12 +284,13 @@ async fn bind_ports(config: &Config) -> Result<(Vec<(Socket, Port)>, Bound), Sta
         if port == Port::Admin && address.socket().is_some_and(|a| !a.ip().is_loopback()) {
             tracing::warn!(%address, "the admin port is open to other machines; it has no protection of its own");
         }
-        let socket = Socket::bind(&address).await;
-        let socket = socket.map_err(|source| StartError::Port { port: name, address, source })?;
+        let failed = |source| StartError::Port { port: name, address: address.clone(), source };
+        let socket = Socket::bind(&address, &config.inherited, drain).await.map_err(failed)?;
+        sockets.push(socket.once_more().map_err(failed)?);
         *local = socket.local();
         ports.push((socket, port));
     }
-    Ok((ports, bound))
+    Ok((ports, sockets, bound))
 }
 
 fn start_workers(

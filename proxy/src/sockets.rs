@@ -4,6 +4,7 @@
 //! nothing. A socket lives as long as a listener in the tables, or a worker, holds it.
 
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
@@ -83,7 +84,10 @@ impl Sockets {
                     }
                     local.push(at);
                 }
-                Address::Pipe(path) => unix.push(unix_listener(path).map_err(failed)?),
+                Address::Pipe(path) => {
+                    let left = inherited.take_unix(path).map_or_else(|| unix_listener(path), Ok);
+                    unix.push(left.map_err(failed)?);
+                }
                 Address::Name(..) => return Err(failed(std::io::Error::other("is not an IP address"))),
             }
         }
@@ -104,6 +108,11 @@ impl Sockets {
     /// All of them that are not Unix sockets.
     pub fn tcp(&self) -> impl Iterator<Item = &std::net::TcpListener> {
         self.tcp.iter().flatten()
+    }
+
+    /// All of them.
+    pub fn all(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.tcp().map(AsFd::as_fd).chain(self.unix.iter().map(AsFd::as_fd))
     }
 
     /// Bound IP addresses and ports.

@@ -6,8 +6,10 @@
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -30,7 +32,17 @@ const UNCLAIMED: Duration = Duration::from_secs(30);
 
 /// Listening sockets that the process before this one left, by the address they listen on. Clones share them.
 #[derive(Debug, Clone, Default)]
-pub struct Inherited(Arc<Mutex<BTreeMap<SocketAddr, Vec<TcpListener>>>>);
+pub struct Inherited {
+    sockets: Arc<Mutex<Left>>,
+    /// Ends when the process that left them is gone, or accepts nothing more; `None`: it is gone.
+    gone: Option<CancellationToken>,
+}
+
+#[derive(Debug, Default)]
+struct Left {
+    tcp: BTreeMap<SocketAddr, Vec<TcpListener>>,
+    unix: BTreeMap<PathBuf, UnixListener>,
+}
 
 impl Inherited {
     /// What the service manager passed to this process (`LISTEN_FDS`), or nothing. To be asked once, at the start.
@@ -55,25 +67,61 @@ impl Inherited {
     /// These sockets.
     #[must_use]
     pub fn new(sockets: impl IntoIterator<Item = TcpListener>) -> Self {
-        let mut all: BTreeMap<SocketAddr, Vec<TcpListener>> = BTreeMap::new();
-        for socket in sockets {
-            if let Ok(address) = socket.local_addr() {
-                all.entry(address).or_default().push(socket);
+        let mut left = Left::default();
+        sockets.into_iter().for_each(|socket| left.add(socket));
+        Self { sockets: Arc::new(Mutex::new(left)), gone: None }
+    }
+
+    /// What a process left that goes on until `gone`.
+    pub(crate) fn from_predecessor(sockets: Vec<OwnedFd>, gone: CancellationToken) -> Self {
+        let mut left = Left::default();
+        for socket in sockets.into_iter().map(socket2::Socket::from) {
+            let Ok(address) = socket.local_addr() else { continue };
+            match address.as_pathname() {
+                Some(path) => drop(left.unix.insert(path.to_owned(), OwnedFd::from(socket).into())),
+                None => left.add(socket.into()),
             }
         }
-        Self(Arc::new(Mutex::new(all)))
+        Self { sockets: Arc::new(Mutex::new(left)), gone: Some(gone) }
+    }
+
+    /// Ends when the process that left them is gone, or accepts nothing more.
+    pub(crate) async fn alone(&self) {
+        if let Some(gone) = &self.gone {
+            gone.cancelled().await;
+        }
+    }
+
+    fn left(&self) -> MutexGuard<'_, Left> {
+        self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The sockets on this very address, and nobody gets them again.
     pub(crate) fn take(&self, address: SocketAddr) -> Vec<TcpListener> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&address).unwrap_or_default()
+        self.left().tcp.remove(&address).unwrap_or_default()
+    }
+
+    /// The Unix socket of this very path, and nobody gets it again.
+    pub(crate) fn take_unix(&self, path: &Path) -> Option<UnixListener> {
+        self.left().unix.remove(path)
     }
 
     /// Closes what nobody took: nobody shall wait in the queue of a listener that is gone.
     pub fn close(&self) {
-        let rest = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
-        for address in rest.keys() {
+        let rest = std::mem::take(&mut *self.left());
+        for address in rest.tcp.keys() {
             tracing::info!(%address, "closing a socket whose listener is gone");
+        }
+        for path in rest.unix.keys() {
+            tracing::info!(path = %path.display(), "closing a socket whose listener is gone");
+        }
+    }
+}
+
+impl Left {
+    fn add(&mut self, socket: TcpListener) {
+        if let Ok(address) = socket.local_addr() {
+            self.tcp.entry(address).or_default().push(socket);
         }
     }
 }
@@ -86,6 +134,8 @@ pub struct Supervised {
     pub(crate) inherited: Inherited,
     pub(crate) tables: Arc<TableStore>,
     pub(crate) drain: Drain,
+    /// The sockets of the proxy's own ports, and what ends their service.
+    pub(crate) ports: (Arc<[OwnedFd]>, CancellationToken),
 }
 
 impl Supervised {
@@ -120,7 +170,21 @@ impl Supervised {
         Ok(sockets.len())
     }
 
-    async fn has_all(&self) {
+    /// All listening sockets, once more.
+    pub(crate) fn sockets(&self) -> std::io::Result<Vec<OwnedFd>> {
+        let tables = self.tables.load();
+        let of_listeners = tables.sockets().flat_map(|of_listener| of_listener.all());
+        let own = self.ports.0.iter().map(AsFd::as_fd);
+        of_listeners.chain(own).map(|socket| socket.try_clone_to_owned()).collect()
+    }
+
+    /// Another process accepts on all sockets: this one stops, and leaves them open.
+    pub(crate) fn is_followed(&self) {
+        self.drain.leave_sockets_open();
+        self.ports.1.cancel();
+    }
+
+    pub(crate) async fn has_all(&self) {
         // An error means that the proxy has ended, and this with it.
         let _state = self.state.clone().wait_for(|state| *state != State::Initializing).await.map(drop);
     }

@@ -14,3 +14,4 @@ mod revocation;
 mod security;
 mod survival;
 mod traffic;
+mod upgrade;

@@ -246,6 +246,7 @@ impl Paced {
                 drivers: paced.drivers.clone(),
                 may_be_refused: plan.may_be_refused,
                 current: tokio::sync::Mutex::default(),
+                number: AtomicU64::new(0),
             });
             for _ in 0..connected.lanes() {
                 // They do not begin all at once.
@@ -290,6 +291,8 @@ struct Line {
     may_be_refused: bool,
     /// The connection in use, and for how many requests it has been.
     current: tokio::sync::Mutex<Option<(Sender, u64)>>,
+    /// Its number.
+    number: AtomicU64,
 }
 
 /// Takes requests to one connection.
@@ -312,7 +315,7 @@ impl std::fmt::Display for Connect {
 /// What became of a request that was offered to a connection.
 enum Offered {
     Answered(Response<Incoming>),
-    /// The connection had ended before; nothing of it was sent.
+    /// The connection had ended before: the server did nothing for it.
     Unsent(Request<Full<Bytes>>),
 }
 
@@ -372,28 +375,34 @@ impl Line {
     }
 
     async fn over_http2(&self, request: Request<Full<Bytes>>, requests: u64) -> anyhow::Result<Offered> {
-        let mut sender = {
+        let (mut sender, number) = {
             let mut current = self.current.lock().await;
-            match current.as_mut() {
-                Some((Sender::Http2(sender), used)) if *used < requests && !sender.is_closed() => {
-                    *used += 1;
-                    sender.clone()
-                }
-                _ => {
-                    let Sender::Http2(sender) = self.open().await? else { anyhow::bail!("another protocol") };
-                    *current = Some((Sender::Http2(sender.clone()), 1));
-                    sender
-                }
+            if current.as_ref().is_none_or(|(_, used)| *used >= requests) {
+                *current = Some((self.open().await?, 0));
+                self.number.fetch_add(1, Ordering::Relaxed);
             }
+            let Some((Sender::Http2(sender), used)) = current.as_mut() else {
+                anyhow::bail!("another protocol")
+            };
+            *used += 1;
+            (sender.clone(), self.number.load(Ordering::Relaxed))
         };
         let offered = match sender.ready().await {
-            Ok(()) => offered(sender.try_send_request(request).await)?,
+            Ok(()) => {
+                let same = request.clone();
+                match sender.try_send_request(request).await {
+                    Err(error) if is_unprocessed(error.error()) => Offered::Unsent(same),
+                    sent => offered(sent)?,
+                }
+            }
             Err(_) => Offered::Unsent(request),
         };
         if matches!(offered, Offered::Unsent(_)) {
             let mut current = self.current.lock().await;
-            // Nobody else shall be sent there.
-            current.take_if(|(held, _)| matches!(held, Sender::Http2(held) if held.is_closed()));
+            // Unless another lane has opened the next one already.
+            if self.number.load(Ordering::Relaxed) == number {
+                *current = None;
+            }
         }
         Ok(offered)
     }
@@ -407,6 +416,12 @@ fn offered(sent: Result<Response<Incoming>, TrySendError<Request<Full<Bytes>>>>)
             None => Err(error.into_error().into()),
         },
     }
+}
+
+/// The server has said that it ends the connection and did nothing for this request (RFC 9113, section 6.8).
+fn is_unprocessed(error: &hyper::Error) -> bool {
+    let cause = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<h2::Error>());
+    cause.is_some_and(|e| e.is_go_away() && e.is_remote() && e.reason() == Some(h2::Reason::NO_ERROR))
 }
 
 /// Sends one request after the other.

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -16,6 +17,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::{Admin, Asked, answer, ready_answer, stats_answer};
+use crate::drain::Drain;
+use crate::supervisor::Inherited;
 use crate::xds::decode::Address;
 
 /// Connections at once on one of these ports. Full means that somebody scrapes without end: others wait.
@@ -45,12 +48,15 @@ pub enum Socket {
     Unix(UnixListener, Remove),
 }
 
-/// Removes a Unix socket's file.
+/// Removes a Unix socket's file, unless the socket is another process' now.
 #[derive(Debug)]
-pub struct Remove(PathBuf);
+pub struct Remove(PathBuf, Drain);
 
 impl Drop for Remove {
     fn drop(&mut self) {
+        if self.1.leaves_sockets_open() {
+            return;
+        }
         if let Err(error) = std::fs::remove_file(&self.0) {
             tracing::debug!(path = %self.0.display(), %error, "cannot remove the socket");
         }
@@ -58,16 +64,27 @@ impl Drop for Remove {
 }
 
 impl Socket {
-    /// Binds.
+    /// Binds, or takes over the socket that listens there already.
     ///
     /// # Errors
     ///
     /// The address cannot be bound, or is a name.
-    pub async fn bind(address: &Address) -> std::io::Result<Self> {
+    pub async fn bind(address: &Address, inherited: &Inherited, drain: &Drain) -> std::io::Result<Self> {
         match address {
-            Address::Socket(address) => Ok(Self::Tcp(TcpListener::bind(address).await?)),
+            Address::Socket(address) => Ok(Self::Tcp(match inherited.take(*address).pop() {
+                Some(left) => {
+                    left.set_nonblocking(true)?;
+                    TcpListener::from_std(left)?
+                }
+                None => TcpListener::bind(address).await?,
+            })),
             Address::Name(..) => Err(std::io::Error::other("needs an IP address or a Unix socket")),
             Address::Pipe(path) => {
+                let remove = || Remove(path.clone(), drain.clone());
+                if let Some(left) = inherited.take_unix(path) {
+                    left.set_nonblocking(true)?;
+                    return Ok(Self::Unix(UnixListener::from_std(left)?, remove()));
+                }
                 // What a process that was killed left behind; a socket that somebody serves answers.
                 if path.exists() && tokio::net::UnixStream::connect(path).await.is_err() {
                     std::fs::remove_file(path)?;
@@ -75,8 +92,20 @@ impl Socket {
                 let listener = UnixListener::bind(path)?;
                 let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
                 std::fs::set_permissions(path, mode)?;
-                Ok(Self::Unix(listener, Remove(path.clone())))
+                Ok(Self::Unix(listener, remove()))
             }
+        }
+    }
+
+    /// The same socket once more.
+    ///
+    /// # Errors
+    ///
+    /// The process has no file descriptors left.
+    pub fn once_more(&self) -> std::io::Result<OwnedFd> {
+        match self {
+            Self::Tcp(listener) => listener.as_fd().try_clone_to_owned(),
+            Self::Unix(listener, _) => listener.as_fd().try_clone_to_owned(),
         }
     }
 

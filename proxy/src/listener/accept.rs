@@ -86,6 +86,9 @@ pub async fn unix(slot: Rc<Slot>, worker: Rc<Worker>, socket: UnixListener, stop
             () = worker.drain.draining() => None,
             accepted = socket.accept() => Some(accepted),
         };
+        if accepted.is_none() && worker.drain.leaves_sockets_open() && !slot.is_closed() {
+            return; // whoever has the socket now serves who waits in its queue
+        }
         let Some(accepted) = accepted.or_else(|| socket.accept().now_or_never()) else {
             return stop_listening(&slot, SockRef::from(&socket));
         };
