@@ -1,8 +1,10 @@
 //! An Envoy v3 bootstrap file, YAML or JSON, to a [`Config`].
 //!
-//! What a bootstrap says about Envoy's own inner life (watchdogs, overload manager, runtime layers, statistics sinks)
-//! has no meaning here and is left out with a note in the log; what says where traffic goes must be understood.
+//! What a bootstrap says about Envoy's own inner life (watchdogs, statistics sinks, the runtime but for limits on
+//! connections) has no meaning here and is left out with a note in the log; what says where traffic goes, and what is too much,
+//! must be understood.
 
+mod overload;
 mod server;
 
 use std::path::{Path, PathBuf};
@@ -69,8 +71,10 @@ pub fn parse(text: &str, now: jiff::Timestamp) -> Result<Config, BootstrapError>
     let pb = read(text).map_err(|e| BootstrapError::Format(Box::new(e)))?;
     let kept = Arc::new(pb.clone());
     note_unused(&pb);
+    let limits = overload::config(pb.overload_manager, pb.layered_runtime.as_ref());
     let static_resources = static_resources(pb.static_resources.unwrap_or_default(), now)?;
     let mut config = Config::new(pb.node.unwrap_or_default());
+    config.overload = limits.map_err(BootstrapError::Invalid)?;
     config.admin = admin(pb.admin).map_err(BootstrapError::Invalid)?;
     let dynamic = pb.dynamic_resources.unwrap_or_default();
     config.xds =
@@ -97,7 +101,6 @@ fn read(text: &str) -> Result<pb::Bootstrap, wire::json::JsonError> {
 
 fn note_unused(pb: &pb::Bootstrap) {
     for (set, field) in [
-        (pb.overload_manager.is_some(), "overload_manager"),
         (pb.layered_runtime.is_some(), "layered_runtime"),
         (!pb.stats_sinks.is_empty(), "stats_sinks"),
         (pb.hds_config.is_some(), "hds_config"),

@@ -9,6 +9,7 @@ use ca::tls::IdentityWatch;
 use envoy_types::pb::envoy::config::bootstrap::v3::Bootstrap;
 use envoy_types::pb::envoy::config::core::v3::Node;
 
+use crate::overload;
 use crate::supervisor::Inherited;
 use crate::tables::Update;
 use crate::xds::decode::{Address, json};
@@ -41,6 +42,8 @@ pub struct Config {
     pub workers: usize,
     /// How long open requests may take to end.
     pub drain: Duration,
+    /// What is too much, and what is done then.
+    pub overload: overload::Config,
     /// Listening sockets that the process before this one left.
     pub inherited: Inherited,
     /// Whether listeners without a `traffic_direction` report Istio's standard metrics, too.
@@ -66,6 +69,7 @@ impl Config {
             ready: None,
             workers: 0,
             drain: DEFAULT_DRAIN,
+            overload: overload::Config::default(),
             inherited: Inherited::default(),
             reports_all: false,
             bootstrap: None,

@@ -77,6 +77,10 @@ pub struct HttpStats {
     pub too_many_resets: Rc<Counter>,
     /// Connections closed because their clients took nothing of a response for too long.
     pub stalled: Rc<Counter>,
+    /// Requests that were too much.
+    pub shed: Rc<Counter>,
+    /// Connections that end because there is too much.
+    pub keepalive_disabled: Rc<Counter>,
 }
 
 impl HttpStats {
@@ -98,6 +102,9 @@ impl HttpStats {
             rq_timeout: registry.counter("envoy_http_downstream_rq_timeout", &labels),
             too_many_resets: registry.counter("envoy_http_downstream_rq_too_many_premature_resets", &labels),
             stalled: registry.counter("envoy_http_downstream_flush_timeout", &labels),
+            shed: registry.counter("envoy_http_downstream_rq_overload_close", &labels),
+            keepalive_disabled: registry
+                .counter("envoy_http_downstream_cx_overload_disable_keepalive", &labels),
         }
     }
 }
@@ -238,6 +245,9 @@ pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Reques
         Ok(call) => call,
         Err(answer) => return *answer,
     };
+    if let Some(local) = shed(&http, &connection) {
+        return local.into_response(call.exchange);
+    }
     let decided = decide(&http, &mut call);
     let decision = if let Decided::Route(decision) = &decided { Some(decision) } else { None };
     for filter in &http.config.filters {
@@ -292,6 +302,23 @@ pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Reques
             answer(&decision, call, *local)
         }
     }
+}
+
+/// The answer to a request that is too much; it may also be the last one of its connection.
+fn shed(http: &Http, connection: &Connection) -> Option<Local> {
+    let (worker, levels) = (&http.worker, http.worker.overload.levels());
+    if levels.are_none() {
+        return None;
+    }
+    if levels.end_connection(|| worker.random()) && !connection.is_draining() {
+        http.stats.keepalive_disabled.inc();
+        connection.drain();
+    }
+    levels.shed(|| worker.random()).then(|| {
+        http.stats.shed.inc();
+        let text = "envoy overloaded";
+        Local::text(StatusCode::SERVICE_UNAVAILABLE, text).details("overload")
+    })
 }
 
 /// The proxy's own answer on a route, with what the route says about responses.

@@ -4,7 +4,8 @@
 //! the stream; [`tables`] holds them, swapped whole, with the [`sockets`] of their listeners; each [`worker`] serves
 //! connections on one core: [`listener`] takes them, [`tls`] opens them, [`http`] and [`tcp`] carry what is in them,
 //! asking [`authz`] and [`router`] on the way and sending it [`upstream`]. [`admin`] shows all of it; [`drain`] ends
-//! it; a service manager is told by [`supervisor`] how far it is, and [`handover`] lets another process follow.
+//! it; a service manager is told by [`supervisor`] how far it is, [`handover`] lets another process follow, and
+//! [`overload`] sheds what is too much.
 
 pub mod access_log;
 pub mod admin;
@@ -17,6 +18,7 @@ pub mod http;
 pub mod lb;
 pub mod listener;
 pub mod metrics;
+pub mod overload;
 pub mod ratelimit;
 pub mod retry;
 pub mod router;

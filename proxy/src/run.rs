@@ -15,6 +15,7 @@ use crate::admin::serve::{Port, Socket, serve};
 use crate::config::Config;
 use crate::drain::Drain;
 use crate::metrics::Snapshot;
+use crate::overload::Overload;
 use crate::supervisor::{Inherited, Supervised};
 use crate::tables::{TableStore, TableWriter};
 use crate::telemetry::{LogLevel, Scrape, State, Traffic};
@@ -129,7 +130,11 @@ impl Proxy {
         let own = (sockets.into(), control.child_token());
 
         // 4. The workers.
-        let handles = start_workers(&config, workers, &tables, &identity, &drain)?;
+        let overload = Arc::new(Overload::new(config.overload.clone(), descriptors()));
+        let mut options = worker::Options::new(Arc::clone(&tables), identity, drain.clone());
+        options.overload = Arc::clone(&overload);
+        let handles = start_workers(&config, workers, options)?;
+        tasks.spawn(overload.watch(control.clone()));
 
         // 5. The stream to the control plane, which writes the tables from now on.
         let xds = start_xds(&config, writer, &tasks, &control).await;
@@ -233,6 +238,19 @@ async fn settle(control: CancellationToken) {
     }
 }
 
+/// How many descriptors this process may have, once it has asked for all that it can get.
+fn descriptors() -> u64 {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let Ok((now, most)) = getrlimit(Resource::RLIMIT_NOFILE) else { return u64::MAX };
+    match setrlimit(Resource::RLIMIT_NOFILE, most, most) {
+        Ok(()) => most,
+        Err(error) => {
+            tracing::debug!(%error, now, most, "the limit on open files stays");
+            now
+        }
+    }
+}
+
 fn worker_count(configured: usize) -> usize {
     match configured {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -296,11 +314,8 @@ async fn bind_ports(
 fn start_workers(
     config: &Config,
     count: usize,
-    tables: &Arc<TableStore>,
-    identity: &Arc<Identity>,
-    drain: &Drain,
+    mut options: worker::Options,
 ) -> Result<Vec<worker::Handle>, StartError> {
-    let mut options = worker::Options::new(Arc::clone(tables), Arc::clone(identity), drain.clone());
     options.node_id = config.node.id.clone();
     options.reports_all = config.reports_all;
     options.metadata = json(config.node.metadata.clone().unwrap_or_default());

@@ -27,6 +27,7 @@ use crate::listener::connection::Connection;
 use crate::listener::slot::Slot;
 use crate::metrics::standard::{Numbered, Principals, Service, Standard, Workload, peer_header};
 use crate::metrics::{Registry, Snapshot};
+use crate::overload::Overload;
 use crate::ratelimit::Buckets;
 use crate::router::Routes;
 use crate::router::split::Split;
@@ -64,6 +65,8 @@ pub struct Options {
     pub buckets: Arc<Buckets>,
     /// Whether listeners without a direction report standard metrics, too.
     pub reports_all: bool,
+    /// What is shed.
+    pub overload: Arc<Overload>,
 }
 
 impl Options {
@@ -79,6 +82,7 @@ impl Options {
             writers: Writers::default(),
             buckets: Arc::default(),
             reports_all: false,
+            overload: Arc::default(),
         }
     }
 }
@@ -272,6 +276,8 @@ pub struct Worker {
     pub ending: Rc<Signal>,
     /// `date` of this second.
     pub date: RefCell<HeaderValue>,
+    /// What is shed.
+    pub overload: Arc<Overload>,
     /// The tasks of clients' connections.
     pub connections: TaskTracker,
     /// A peer of whom nothing is known.
@@ -324,6 +330,7 @@ impl Worker {
             drain: options.drain,
             ending: Rc::default(),
             date: RefCell::new(date()),
+            overload: options.overload,
             connections: TaskTracker::new(),
             nobody,
             no_service,

@@ -1,7 +1,7 @@
 //! Whether a proxy stays as it is while everything around it changes: an hour at half of what it can do, ten endpoints a
 //! second that come and go, another configuration every five seconds.
 //!
-//! `cargo build --release --bins && cargo bench -p tests --bench soak -- SECONDS` runs one `istio-proxy` with one worker
+//! `cargo build --release -p proxy && cargo bench -p tests --bench soak -- SECONDS` runs one `istio-proxy` with one worker
 //! behind a control plane and in front of endpoints that are in this process, and prints a line a minute. Exits with 1
 //! when a claim does not hold: a request failed, a resource was refused, an endpoint that was removed is still spoken to,
 //! memory did not stay flat after the first ten minutes (the first sixth of a shorter run), the log has a warning.
@@ -212,7 +212,7 @@ async fn watch(world: &World, counts: &Counts, time: Duration) -> anyhow::Result
     while begun.elapsed() < time {
         seconds.tick().await;
         samples.push(world.proxy.resident().context("the proxy has ended")?);
-        if samples.len() as u64 % every != 0 {
+        if !(samples.len() as u64).is_multiple_of(every) {
             continue;
         }
         let now = (counts.seen(), world.proxy.processor_time()?, Instant::now());

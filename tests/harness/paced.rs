@@ -504,7 +504,7 @@ impl Lane {
             Connected::Http1 { .. } => request.uri(path).header("host", "paced"),
             Connected::Http2 { .. } => request.uri(format!("http://paced{path}")),
         };
-        Ok(if self.next % 8 == 0 {
+        Ok(if self.next.is_multiple_of(8) {
             request.method("POST").body(Full::new(Bytes::from_static(&[b'x'; 1024])))?
         } else {
             request.body(Full::default())?

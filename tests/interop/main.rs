@@ -8,5 +8,6 @@ mod inbound;
 mod names;
 mod oracle;
 mod outbound;
+mod overload;
 mod seat;
 mod websocket;

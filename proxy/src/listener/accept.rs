@@ -23,6 +23,7 @@ use crate::access_log::Facts;
 use crate::authz::{self, Subject, Verdict};
 use crate::http::flags::Flags;
 use crate::http::server;
+use crate::overload::{Admitted, Excess};
 use crate::tcp;
 use crate::tcp::io::{Io, Socket};
 use crate::worker::Worker;
@@ -37,12 +38,15 @@ const DRAIN: Duration = Duration::from_secs(5);
 
 /// Accepts TCP connections until the listener is gone or the proxy drains.
 pub async fn tcp(slot: Rc<Slot>, worker: Rc<Worker>, socket: TcpListener, stop: CancellationToken) {
+    let mut accepting = worker.overload.accepting();
     loop {
+        let accepts = *accepting.borrow_and_update();
         let accepted = tokio::select! {
             biased;
             () = stop.cancelled() => None,
             () = worker.drain.draining() => None,
-            accepted = socket.accept() => Some(accepted),
+            Ok(()) = accepting.changed() => continue,
+            accepted = socket.accept(), if accepts => Some(accepted),
         };
         if accepted.is_none() && worker.drain.leaves_sockets_open() && !slot.is_closed() {
             return; // whoever has the socket now serves who waits in its queue
@@ -53,8 +57,10 @@ pub async fn tcp(slot: Rc<Slot>, worker: Rc<Worker>, socket: TcpListener, stop: 
         };
         match accepted {
             Ok((stream, remote)) => {
+                let Some(admitted) = admit(&slot, &worker) else { continue };
                 let (slot, tracked) = (Rc::clone(&slot), Rc::clone(&worker));
                 worker.connections.spawn_local(async move {
+                    let _admitted = admitted;
                     if let Err(error) = Box::pin(serve(slot, tracked, stream, remote)).await {
                         tracing::debug!(%error, %remote, "connection refused");
                     }
@@ -68,6 +74,22 @@ pub async fn tcp(slot: Rc<Slot>, worker: Rc<Worker>, socket: TcpListener, stop: 
     }
 }
 
+/// Lets a new connection in, or counts why it is closed.
+fn admit(slot: &Slot, worker: &Worker) -> Option<Admitted> {
+    let listener = Arc::clone(&slot.runtime().active.listener.name);
+    let excess = match worker.overload.admit(&listener, || worker.random()) {
+        Ok(admitted) => return Some(admitted),
+        Err(excess) => excess,
+    };
+    let counter = match excess {
+        Excess::Connections => "envoy_listener_downstream_global_cx_overflow",
+        Excess::OfListener => "envoy_listener_downstream_cx_overflow",
+        Excess::Overload => "envoy_listener_downstream_cx_overload_reject",
+    };
+    worker.shared.registry.counter(counter, &[("listener", &listener)]).inc();
+    None
+}
+
 /// Tables may hold the socket for longer than this worker accepts on it; nobody shall wait in its queue.
 fn stop_listening(slot: &Slot, socket: SockRef<'_>) {
     if let Err(error) = socket.shutdown(std::net::Shutdown::Both) {
@@ -79,12 +101,15 @@ fn stop_listening(slot: &Slot, socket: SockRef<'_>) {
 /// Accepts connections on a Unix socket until the listener is gone or the proxy drains.
 pub async fn unix(slot: Rc<Slot>, worker: Rc<Worker>, socket: UnixListener, stop: CancellationToken) {
     let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let mut accepting = worker.overload.accepting();
     loop {
+        let accepts = *accepting.borrow_and_update();
         let accepted = tokio::select! {
             biased;
             () = stop.cancelled() => None,
             () = worker.drain.draining() => None,
-            accepted = socket.accept() => Some(accepted),
+            Ok(()) = accepting.changed() => continue,
+            accepted = socket.accept(), if accepts => Some(accepted),
         };
         if accepted.is_none() && worker.drain.leaves_sockets_open() && !slot.is_closed() {
             return; // whoever has the socket now serves who waits in its queue
@@ -94,8 +119,10 @@ pub async fn unix(slot: Rc<Slot>, worker: Rc<Worker>, socket: UnixListener, stop
         };
         match accepted {
             Ok((stream, _)) => {
+                let Some(admitted) = admit(&slot, &worker) else { continue };
                 let (slot, tracked) = (Rc::clone(&slot), Rc::clone(&worker));
                 worker.connections.spawn_local(async move {
+                    let _admitted = admitted;
                     let connection = Connection::new(tracked.connection_id(), nowhere, nowhere, nowhere);
                     let socket = Socket::unix(stream);
                     let served = Box::pin(dispatch(slot, tracked, connection, socket, Seen::default()));
