@@ -245,7 +245,7 @@ pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Reques
         Ok(call) => call,
         Err(answer) => return *answer,
     };
-    if let Some(local) = shed(&http, &connection) {
+    if let Some(local) = filters::shed(&http, &connection) {
         return local.into_response(call.exchange);
     }
     let decided = decide(&http, &mut call);
@@ -302,23 +302,6 @@ pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Reques
             answer(&decision, call, *local)
         }
     }
-}
-
-/// The answer to a request that is too much; it may also be the last one of its connection.
-fn shed(http: &Http, connection: &Connection) -> Option<Local> {
-    let (worker, levels) = (&http.worker, http.worker.overload.levels());
-    if levels.are_none() {
-        return None;
-    }
-    if levels.end_connection(|| worker.random()) && !connection.is_draining() {
-        http.stats.keepalive_disabled.inc();
-        connection.drain();
-    }
-    levels.shed(|| worker.random()).then(|| {
-        http.stats.shed.inc();
-        let text = "envoy overloaded";
-        Local::text(StatusCode::SERVICE_UNAVAILABLE, text).details("overload")
-    })
 }
 
 /// The proxy's own answer on a route, with what the route says about responses.

@@ -1,5 +1,5 @@
-//! What stands before the router: access rules, tokens, faults, rate limits, cross-origin rules. Each filter lets
-//! a request pass or answers it.
+//! What stands before the router: limits of the whole proxy, access rules, tokens, faults, rate limits, cross-origin
+//! rules. Each filter lets a request pass or answers it.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use super::reply::Local;
 use super::{Http, headers};
 use crate::authz::jwt::{self, Place, Problem, Verified};
 use crate::authz::{self, Subject, Verdict};
+use crate::listener::connection::Connection;
 use crate::router;
 use crate::xds::filter::{
     Abort, Cors, Fault, FilterConfig, FilterOverride, HttpFilter, LocalRateLimit, PerFilter,
@@ -33,6 +34,23 @@ pub enum Pass {
     Answer(Box<Local>),
     /// Wait, then ask [`abort`].
     Delay(Duration, Arc<Fault>),
+}
+
+/// The answer to a request that is too much; it may also be the last one of its connection.
+pub fn shed(http: &Http, connection: &Connection) -> Option<Local> {
+    let (worker, levels) = (&http.worker, http.worker.overload.levels());
+    if levels.are_none() {
+        return None;
+    }
+    if levels.end_connection(|| worker.random()) && !connection.is_draining() {
+        http.stats.keepalive_disabled.inc();
+        connection.drain();
+    }
+    levels.shed(|| worker.random()).then(|| {
+        http.stats.shed.inc();
+        let text = "envoy overloaded";
+        Local::text(StatusCode::SERVICE_UNAVAILABLE, text).details("overload")
+    })
 }
 
 /// Asks one filter; `levels` are the settings of the route that was found, if one was.
