@@ -186,8 +186,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The cryptography of connections that carry traffic. As with Envoy they prefer the classical groups, which cost
-    /// a third of the hybrid one's time in a handshake, until the configuration names others.
+    /// The cryptography of connections that carry traffic. As with Envoy they prefer the classical groups, whose hello
+    /// is one segment, until the configuration names others.
     fn provider(&self) -> Arc<CryptoProvider> {
         let mut provider = CryptoProvider::clone(&provider());
         if self.groups.is_empty() {
