@@ -349,3 +349,78 @@ impl ClientCertVerifier for Verifier {
         self.algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{
+        BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+        SanType, date_time_ymd,
+    };
+
+    use super::*;
+
+    struct Authority(CertifiedIssuer<'static, KeyPair>);
+
+    impl Authority {
+        fn new() -> Self {
+            let mut params = CertificateParams::new(Vec::new()).unwrap();
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            params.distinguished_name.push(DnType::CommonName, "root");
+            Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+        }
+
+        fn verifier(&self) -> Verifier {
+            let trust = Trust::new(&[self.0.der().clone()]).unwrap();
+            Verifier::new(Roots::Fixed(Arc::new(trust)), Arc::new([]))
+        }
+
+        /// Valid in 2030, for clients alone.
+        fn leaf(&self) -> CertificateDer<'static> {
+            let mut params = CertificateParams::new(Vec::new()).unwrap();
+            params.subject_alt_names = vec![SanType::URI("spiffe://cluster.local/a".try_into().unwrap())];
+            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+            (params.not_before, params.not_after) = (date_time_ymd(2030, 1, 1), date_time_ymd(2031, 1, 1));
+            let key = KeyPair::generate().unwrap();
+            params.signed_by(&key, &self.0).unwrap().der().clone()
+        }
+    }
+
+    const YEAR: u64 = 365 * 24 * 3600;
+
+    fn at(year: u64) -> UnixTime {
+        UnixTime::since_unix_epoch(Duration::from_secs((year - 1970) * YEAR + YEAR / 2))
+    }
+
+    #[test]
+    fn a_chain_is_remembered_for_its_role_while_it_is_valid() {
+        let authority = Authority::new();
+        let (verifier, leaf) = (authority.verifier(), authority.leaf());
+        let check = |role, now| verifier.check(role, &leaf, &[], now);
+        let remembered = || match &verifier.roots {
+            Roots::Fixed(trust) => trust.chains().len(),
+            Roots::Identity(_) | Roots::Unverified => 0,
+        };
+        check(Role::Client, at(2029)).unwrap_err();
+        assert_eq!(remembered(), 0);
+        check(Role::Client, at(2030)).unwrap();
+        check(Role::Client, at(2030)).unwrap();
+        assert_eq!(remembered(), 1);
+        check(Role::Client, at(2032)).unwrap_err();
+        check(Role::Server, at(2030)).unwrap_err();
+        let facts = &verifier.leaf(Role::Client, std::slice::from_ref(&leaf)).unwrap().facts;
+        assert_eq!(facts.uris, ["spiffe://cluster.local/a"]);
+    }
+
+    #[test]
+    fn what_one_authority_signed_says_nothing_to_another() {
+        let (authority, other) = (Authority::new(), Authority::new());
+        let leaf = authority.leaf();
+        authority.verifier().check(Role::Client, &leaf, &[], at(2030)).unwrap();
+        other.verifier().check(Role::Client, &leaf, &[], at(2030)).unwrap_err();
+        // nor is a chain with another certificate in it the same one
+        let verifier = authority.verifier();
+        verifier.check(Role::Client, &leaf, &[], at(2030)).unwrap();
+        let forged = other.leaf();
+        verifier.check(Role::Client, &forged, std::slice::from_ref(&leaf), at(2030)).unwrap_err();
+    }
+}

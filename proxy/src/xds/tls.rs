@@ -288,15 +288,21 @@ fn versions(pb: Option<&pb::TlsParameters>) -> Result<(TlsVersion, TlsVersion), 
 }
 
 fn groups(curves: &[String]) -> Result<Box<[NamedGroup]>, Invalid> {
-    let one = |(i, name): (usize, &String)| match name.as_str() {
-        "X25519" => Ok(NamedGroup::X25519),
-        "P-256" => Ok(NamedGroup::secp256r1),
-        "P-384" => Ok(NamedGroup::secp384r1),
-        "X25519MLKEM768" => Ok(NamedGroup::X25519MLKEM768),
-        _ => Err(Invalid::new("", "only X25519, P-256, P-384 and X25519MLKEM768 are supported"))
-            .at("ecdh_curves", i),
-    };
-    curves.iter().enumerate().map(one).collect()
+    let mut groups = Vec::new();
+    for (i, name) in curves.iter().enumerate() {
+        match name.as_str() {
+            "X25519" => groups.push(NamedGroup::X25519),
+            "P-256" => groups.push(NamedGroup::secp256r1),
+            "P-384" => groups.push(NamedGroup::secp384r1),
+            "X25519MLKEM768" => groups.push(NamedGroup::X25519MLKEM768),
+            "P-521" => {} // Envoy's, not ours: what else is listed is used
+            _ => return Err(Invalid::new("", "is no group for a key exchange")).at("ecdh_curves", i),
+        }
+    }
+    if groups.is_empty() && !curves.is_empty() {
+        return Err(Invalid::new("ecdh_curves", "one of X25519, P-256, P-384, X25519MLKEM768 is needed"));
+    }
+    Ok(groups.into())
 }
 
 fn sds_name(pb: &pb::SdsSecretConfig) -> Result<Arc<str>, Invalid> {

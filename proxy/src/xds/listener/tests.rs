@@ -248,6 +248,20 @@ fn tls_that_cannot_be_met_is_refused() {
         tls(&format!("common_tls_context: {{{sds}, tls_params: {{tls_maximum_protocol_version: TLSv1_1}}}}")),
         "TLS before 1.2",
     );
+    assert!(
+        tls(&format!(
+            "common_tls_context: {{{sds}, tls_params: {{ecdh_curves: [X25519MLKEM768, P-521, P-256]}}}}"
+        ))
+        .is_ok()
+    );
+    refused(
+        tls(&format!("common_tls_context: {{{sds}, tls_params: {{ecdh_curves: [X25519, P-1]}}}}")),
+        "tls_params.ecdh_curves[1]: is no group",
+    );
+    refused(
+        tls(&format!("common_tls_context: {{{sds}, tls_params: {{ecdh_curves: [P-521]}}}}")),
+        "tls_params.ecdh_curves: one of X25519",
+    );
     refused(
         tls(&format!("common_tls_context: {{{sds}, validation_context: {{verify_certificate_hash: [x]}}}}")),
         "verify_certificate_hash: not supported",
