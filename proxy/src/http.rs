@@ -552,6 +552,7 @@ fn respond(
         parts.headers.append(header::SET_COOKIE, cookie);
     }
     call.exchange.status = Some(parts.status);
+    call.exchange.details = "via_upstream".into();
     response_ops(decision, &call, &mut parts.headers);
     if let Some((cors, origin)) = call.cors.take() {
         filters::cors_response(&cors, origin, &mut parts.headers);
@@ -562,7 +563,6 @@ fn respond(
         parts.headers.insert(header::CONNECTION, upgrade);
     }
     let mut exchange = call.exchange;
-    exchange.details = "via_upstream".into();
     exchange.respond(parts.status, &parts.headers, at);
     if exchange.version == Version::HTTP_2 {
         parts.headers.remove(header::CONNECTION);

@@ -88,17 +88,20 @@ impl Balancer {
         let first = hosts.first().map_or(1, |h| h.as_ref().weight.get());
         let weighted = hosts.iter().any(|h| h.as_ref().weight.get() != first);
         let weights: Vec<u32> = hosts.iter().map(|h| h.as_ref().weight.get()).collect();
-        let table = match policy {
-            Policy::RingHash { min_size, max_size } => Some(Table::ring(keys, &weights, min_size, max_size)),
-            Policy::Maglev { table_size } => Some(Table::maglev(keys, &weights, table_size)),
-            Policy::RoundRobin | Policy::Random | Policy::LeastRequest { .. } => None,
-        };
+        let table = table(policy, keys, &weights);
         let schedule = RefCell::new(Schedule::default());
         let balancer = Self { policy, weighted, cursor: Cell::new(start), schedule, table };
         if weighted && matches!(policy, Policy::RoundRobin | Policy::LeastRequest { .. }) {
             balancer.schedule.borrow_mut().fill(hosts);
         }
         balancer
+    }
+
+    /// Prepares a hashing policy for endpoints with these keys, by weights that are not their own.
+    #[must_use]
+    pub fn hashing(policy: Policy, keys: &[String], weights: &[u32]) -> Self {
+        let table = table(policy, keys, weights);
+        Self { policy, weighted: false, cursor: Cell::new(0), schedule: RefCell::default(), table }
     }
 
     /// The index of the endpoint to use; `None` only when there is none.
@@ -132,6 +135,14 @@ impl Balancer {
                 self.table.as_ref().and_then(|t| t.lookup(hash)).filter(|i| *i < hosts.len())
             }
         }
+    }
+}
+
+fn table(policy: Policy, keys: &[String], weights: &[u32]) -> Option<Table> {
+    match policy {
+        Policy::RingHash { min_size, max_size } => Some(Table::ring(keys, weights, min_size, max_size)),
+        Policy::Maglev { table_size } => Some(Table::maglev(keys, weights, table_size)),
+        Policy::RoundRobin | Policy::Random | Policy::LeastRequest { .. } => None,
     }
 }
 

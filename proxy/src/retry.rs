@@ -85,12 +85,15 @@ fn is_retriable(policy: &RetryPolicy, outcome: Outcome<'_>) -> bool {
 
 fn is_retriable_response(policy: &RetryPolicy, status: StatusCode, headers: &HeaderMap) -> bool {
     let on = policy.on;
+    // who asks for less is not asked again, whatever its status, unless the policy says so
+    if headers.contains_key("x-envoy-ratelimited") {
+        return on.contains(RetryOn::ENVOY_RATELIMITED);
+    }
     let gateway = matches!(status.as_u16(), 502..=504);
     (on.contains(RetryOn::FIVE_XX) && status.is_server_error())
         || (on.contains(RetryOn::GATEWAY_ERROR) && gateway)
         || (on.contains(RetryOn::RETRIABLE_4XX) && status == StatusCode::CONFLICT)
         || (on.contains(RetryOn::RETRIABLE_STATUS_CODES) && policy.status_codes.contains(&status))
-        || (on.contains(RetryOn::ENVOY_RATELIMITED) && headers.contains_key("x-envoy-ratelimited"))
         || (on.contains(RetryOn::RETRIABLE_HEADERS) && has_retriable_header(policy, headers))
         || is_retriable_grpc(on, headers)
 }
@@ -163,6 +166,15 @@ mod tests {
         check("retriable-4xx", status(409), true);
         check("5xx", Outcome::Overflow, false);
         check("", status(503), false);
+    }
+
+    #[test]
+    fn who_asks_for_less_is_asked_again_only_where_the_policy_says_so() {
+        let mut headers = HeaderMap::new();
+        headers.insert("x-envoy-ratelimited", "true".parse().unwrap());
+        let limited = Outcome::Response(StatusCode::SERVICE_UNAVAILABLE, &headers);
+        check("5xx,retriable-status-codes,503", limited, false);
+        check("envoy-ratelimited", limited, true);
     }
 
     #[test]

@@ -107,6 +107,11 @@ async fn connect(
             return None;
         };
         session.host = Some(Rc::clone(&host));
+        if !upstream.takes_connections() {
+            session.flags.insert(Flags::UPSTREAM_OVERFLOW);
+            session.host = None;
+            return None;
+        }
         let opened = match upstream.admit(&host.pools.one).await {
             Ok(opened) => opened,
             Err(_) => {
@@ -118,7 +123,6 @@ async fn connect(
             Ok((io, link)) => {
                 session.link = Some(link);
                 upstream.on_result(&host, Signal::Status(200));
-                session.flags.remove(Flags::UPSTREAM_CONNECTION_FAILURE);
                 return Some((io, opened));
             }
             Err(failure) => {
@@ -134,8 +138,7 @@ async fn connect(
 
 fn flags_of(end: &End) -> Flags {
     match end {
-        End::Closed => Flags::NONE,
-        End::Idle => Flags::STREAM_IDLE,
+        End::Closed | End::Idle => Flags::NONE,
         End::Client(_) => Flags::DOWNSTREAM_TERMINATION,
         End::Server(_) => Flags::UPSTREAM_TERMINATION,
     }

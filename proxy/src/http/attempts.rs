@@ -12,9 +12,10 @@ use tokio::time::Instant;
 
 use super::Http;
 use super::call::Call;
+use super::exchange::grpc_status;
 use super::flags::Flags;
 use super::headers;
-use super::reply::Local;
+use super::reply::{Local, http_of};
 use super::timing::{Attempt, Late};
 use super::tunnel;
 use crate::metrics::standard::Reporter;
@@ -87,8 +88,8 @@ pub async fn run(
     loop {
         let attempt = call.exchange.attempts + 1;
         let ask = ask(policy, hash, &tried, call);
-        let Some(endpoint) = upstream.pick(ask) else { return Err(Box::new(no_healthy_upstream())) };
         call.exchange.attempts = attempt;
+        let Some(endpoint) = upstream.pick(ask) else { return Err(Box::new(no_healthy_upstream())) };
         call.exchange.host = Some(Rc::clone(&endpoint));
         let more = policy.is_some_and(|p| attempt <= p.num_retries);
         let keep = more || call.replay.is_some();
@@ -96,7 +97,7 @@ pub async fn run(
         let Some(mut outgoing) = call.outgoing(keep, limit) else { return Err(Box::new(unrepeatable())) };
         dress(http, host, forward, &endpoint, attempt, &mut outgoing);
         let result = one(upstream, &endpoint, outgoing, (now, per_try), call).await;
-        note(upstream, &endpoint, &result);
+        note(upstream, &endpoint, &result, call.exchange.is_grpc);
         let next = judge(http, policy, attempt, &result);
         if let Next::Again { after } = next
             && let Some(retrying) = may_retry(upstream, call)
@@ -209,14 +210,16 @@ fn may_retry(upstream: &Rc<Upstream>, call: &mut Call) -> Option<crate::upstream
     retrying
 }
 
-fn note(upstream: &Upstream, endpoint: &Rc<Host>, result: &Result<Answer, Miss>) {
+fn note(upstream: &Upstream, endpoint: &Rc<Host>, result: &Result<Answer, Miss>, is_grpc: bool) {
     let signal = match result {
         Ok((parts, _)) => {
             let status = parts.status.as_u16();
             if let Some(class) = upstream.stats.rq_xx.get(usize::from(status / 100).wrapping_sub(1)) {
                 class.inc();
             }
-            Signal::Status(status)
+            // to a gRPC client an endpoint is as healthy as its gRPC status says
+            let told = grpc_status(&parts.headers).filter(|_| is_grpc);
+            Signal::Status(told.map_or(status, http_of))
         }
         Err(Miss::Late(Late::Try | Late::Route)) => {
             upstream.stats.rq_timeout.inc();
@@ -266,6 +269,9 @@ fn conclude(
             if failure.kind == FailureKind::Client {
                 call.exchange.client_left();
             }
+            if failure.kind == FailureKind::Overflow {
+                call.exchange.host = None; // it was not sent to any
+            }
             call.exchange.failure.clone_from(&failure.reason);
             Err(failed(&failure, call.exchange.attempts))
         }
@@ -278,7 +284,9 @@ fn failed(failure: &Failure, attempts: u32) -> Local {
     let retried = if attempts > 1 { "retried and the latest reset reason" } else { "reset reason" };
     // why the connection failed is for the operator's log, not for the caller
     let text = format!("upstream connect error or disconnect/reset before headers. {retried}: {reset}");
-    let details = if failure.reason.is_empty() {
+    // the codec's words about a stream are for the log of failures
+    let of_transport = matches!(failure.kind, FailureKind::Connect | FailureKind::ConnectTimeout);
+    let details = if failure.reason.is_empty() || !of_transport {
         format!("upstream_reset_before_response_started{{{}}}", reset.replace(' ', "_"))
     } else {
         let reason = failure.reason.replace(' ', "_");
@@ -367,7 +375,10 @@ fn dress(
         && !endpoint.endpoint.hostname.is_empty()
         && let Ok(name) = HeaderValue::from_str(&endpoint.endpoint.hostname)
     {
-        outgoing.authority = name;
+        let old = std::mem::replace(&mut outgoing.authority, name);
+        if !http.router.suppress_envoy_headers {
+            outgoing.headers.insert(headers::ORIGINAL_HOST, old);
+        }
     }
     if endpoint.endpoint.mesh_tls
         && http.reporter == Some(Reporter::Source)
@@ -393,15 +404,15 @@ fn hash_of(http: &Http, forward: &Forward, call: &Call) -> (Option<u64>, Option<
     let (mut hash, mut cookie) = (None, None);
     for policy in &forward.hash {
         let part = match &policy.on {
-            HashOn::Header(name, rewrite) => call.parts.headers.get(name).map(|v| match rewrite {
-                Some(r) => hash_bytes(r.apply(&String::from_utf8_lossy(v.as_bytes())).as_bytes()),
-                None => hash_bytes(v.as_bytes()),
+            HashOn::Header(key, rewrite) => call.head().value(key).map(|v| match rewrite {
+                Some(r) => hash_bytes(r.apply(&String::from_utf8_lossy(v)).as_bytes()),
+                None => hash_bytes(v),
             }),
-            HashOn::Cookie { name, path, ttl } => match cookie_value(call, name) {
+            HashOn::Cookie { name, path, ttl, attributes } => match cookie_value(call, name) {
                 Some(value) => Some(hash_bytes(value.as_bytes())),
                 None => ttl.map(|ttl| {
                     let value = format!("{:016x}", http.worker.random());
-                    cookie = set_cookie(name, &value, path.as_deref(), ttl);
+                    cookie = set_cookie(name, &value, path.as_deref(), ttl, attributes);
                     hash_bytes(value.as_bytes())
                 }),
             },
@@ -411,7 +422,9 @@ fn hash_of(http: &Http, forward: &Forward, call: &Call) -> (Option<u64>, Option<
                 .query()
                 .into_iter()
                 .flat_map(|q| q.split('&'))
-                .find_map(|pair| pair.split_once('=').filter(|(n, _)| *n == &**name))
+                .find_map(|pair| {
+                    Some(pair.split_once('=').unwrap_or((pair, ""))).filter(|(n, _)| *n == &**name)
+                })
                 .map(|(_, value)| hash_bytes(value.as_bytes())),
         };
         if let Some(part) = part {
@@ -439,7 +452,13 @@ fn cookie_value<'a>(call: &'a Call, name: &str) -> Option<&'a str> {
         .map(|(_, value)| value.trim_matches('"'))
 }
 
-fn set_cookie(name: &str, value: &str, path: Option<&str>, ttl: Duration) -> Option<HeaderValue> {
+fn set_cookie(
+    name: &str,
+    value: &str,
+    path: Option<&str>,
+    ttl: Duration,
+    attributes: &str,
+) -> Option<HeaderValue> {
     let mut text = format!("{name}=\"{value}\"");
     if !ttl.is_zero() {
         text.push_str(&format!("; Max-Age={}", ttl.as_secs()));
@@ -447,6 +466,7 @@ fn set_cookie(name: &str, value: &str, path: Option<&str>, ttl: Duration) -> Opt
     if let Some(path) = path {
         text.push_str(&format!("; Path={path}"));
     }
+    text.push_str(attributes);
     text.push_str("; HttpOnly");
     HeaderValue::try_from(text).ok()
 }

@@ -181,7 +181,9 @@ impl Replay {
                     return Some(shared.frames.concat().into());
                 }
                 if Rc::strong_count(&self.shared) == 1 {
-                    return None; // nobody reads it any more
+                    // nobody reads it any more; a codec leaves trailers unread that it may not send
+                    let all = shared.hint.exact() == u64::try_from(shared.size).ok();
+                    return all.then(|| shared.frames.concat().into());
                 }
                 Rc::clone(&self.progress)
             };
@@ -292,15 +294,20 @@ impl ResponseBody {
     }
 
     fn finish_at_end(&mut self, now: Instant) {
-        if let Source::Upstream(reply) = &mut self.source
-            && reply.is_end()
-        {
-            reply.release(now);
-            if let Some(exchange) = &mut self.exchange {
-                exchange.over = Some(now);
-            }
-            self.finish();
+        if matches!(&self.source, Source::Upstream(reply) if reply.is_end()) {
+            self.end(now);
         }
+    }
+
+    /// Nothing comes any more.
+    fn end(&mut self, now: Instant) {
+        if let Source::Upstream(reply) = &mut self.source {
+            reply.release(now);
+        }
+        if let Some(exchange) = &mut self.exchange {
+            exchange.over = Some(now);
+        }
+        self.finish();
     }
 
     fn finish(&mut self) {
@@ -364,9 +371,14 @@ impl Body for ResponseBody {
                     }
                 };
                 match &frame {
-                    Some(Ok(_)) => {
+                    Some(Ok(frame)) => {
                         let now = Instant::now();
-                        this.finish_at_end(now);
+                        // nothing comes behind trailers, and not every codec asks
+                        if frame.is_trailers() {
+                            this.end(now);
+                        } else {
+                            this.finish_at_end(now);
+                        }
                         if let Some(exchange) = &mut this.exchange {
                             exchange.timing.on_move(now);
                             exchange.connection.hold(now);
@@ -377,10 +389,7 @@ impl Body for ResponseBody {
                         this.source = Source::Empty;
                         this.finish();
                     }
-                    None => {
-                        reply.release(Instant::now());
-                        this.finish();
-                    }
+                    None => this.end(Instant::now()),
                 }
                 Poll::Ready(frame)
             }

@@ -125,6 +125,9 @@ impl Call {
             cors: None,
         });
         if let Err(refusal) = call.clean_headers(http, found) {
+            if !http.logs.is_empty() {
+                call.exchange.told = Some(Box::new(call.told()));
+            }
             return Err(refuse(call.exchange, refusal));
         }
         call.add_headers(http, found);

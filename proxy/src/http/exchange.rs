@@ -14,6 +14,7 @@ use super::Http;
 use super::body::{BodyError, Progress};
 use super::flags::Flags;
 use super::headers::GRPC_STATUS;
+use super::reply::grpc_of;
 use super::timing::{Attempt, Late, Timer, Timing, Upload};
 use crate::listener::connection::Connection;
 use crate::metrics::standard::{Numbered, Parties, Principals, Reporter, RequestKey, Workload};
@@ -190,9 +191,16 @@ impl Exchange {
                 }
             }
             Some(Err(error)) => {
-                self.flags.insert(Flags::UPSTREAM_TERMINATION);
+                let reset = error.downcast_ref::<h2::Error>().is_some_and(h2::Error::is_reset);
+                let (flag, details) = if reset {
+                    (Flags::UPSTREAM_RESET, "upstream_reset_after_response_started{remote_reset}")
+                } else {
+                    let details = "upstream_reset_after_response_started{connection_termination}";
+                    (Flags::UPSTREAM_TERMINATION, details)
+                };
+                self.flags.insert(flag);
                 self.failure = error.to_string();
-                self.details = Cow::Borrowed("upstream_reset_after_response_started{connection_termination}");
+                self.details = Cow::Borrowed(details);
             }
             None => {}
         }
@@ -309,6 +317,10 @@ impl Drop for Exchange {
             self.connection.resets.set(resets);
         }
         self.timer.leave([&self.connection.timers, &self.http.worker.shared.timers]);
+        if self.is_grpc && self.grpc_status.is_none() && !self.left {
+            // an answer that is none of gRPC means one of its statuses
+            self.grpc_status = self.status.map(grpc_of);
+        }
         self.count(now);
         if !self.http.logs.is_empty() {
             self.http.logs.write(self);
@@ -326,6 +338,8 @@ pub fn head_bytes(headers: &HeaderMap) -> u64 {
     headers.iter().map(|(n, v)| (n.as_str().len() + v.len() + 4) as u64).sum()
 }
 
-fn grpc_status(headers: &HeaderMap) -> Option<u16> {
+/// The gRPC status that these say.
+#[must_use]
+pub fn grpc_status(headers: &HeaderMap) -> Option<u16> {
     headers.get(GRPC_STATUS)?.to_str().ok()?.parse().ok()
 }

@@ -244,7 +244,7 @@ pub fn abort(http: &Http, fault: &Fault) -> Pass {
     let text = "fault filter abort";
     let local = match how {
         Abort::Http(status) => Local::text(status, text),
-        Abort::Grpc(code) => Local::text(StatusCode::OK, text).grpc(code),
+        Abort::Grpc(code) => Local::text(StatusCode::OK, text).grpc_when_grpc(code),
     };
     Pass::Answer(Box::new(local.flag(Flags::FAULT_INJECTED).details("fault_filter_abort")))
 }

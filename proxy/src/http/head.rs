@@ -32,6 +32,17 @@ impl<'a> Head<'a> {
         self.path_and_query.split_once('?').map(|(_, query)| query)
     }
 
+    /// The first value of a header.
+    #[must_use]
+    pub fn value(&self, key: &HeaderKey) -> Option<&'a [u8]> {
+        match key {
+            HeaderKey::Name(name) => self.headers.get(name).map(http::HeaderValue::as_bytes),
+            HeaderKey::Method | HeaderKey::Path | HeaderKey::Authority | HeaderKey::Scheme => {
+                self.pseudo(key)
+            }
+        }
+    }
+
     fn pseudo(&self, key: &HeaderKey) -> Option<&'a [u8]> {
         match key {
             HeaderKey::Method => Some(self.method.as_str().as_bytes()),

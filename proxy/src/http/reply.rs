@@ -27,7 +27,6 @@ pub struct Local {
     flags: Flags,
     details: Cow<'static, str>,
     grpc: Option<u32>,
-    only_grpc: bool,
 }
 
 impl Local {
@@ -41,7 +40,6 @@ impl Local {
             flags: Flags::NONE,
             details: Cow::Borrowed(""),
             grpc: None,
-            only_grpc: false,
         }
     }
 
@@ -66,13 +64,6 @@ impl Local {
         self
     }
 
-    /// Answers every caller with this gRPC status.
-    #[must_use]
-    pub fn grpc(mut self, status: u32) -> Self {
-        (self.grpc, self.only_grpc) = (Some(status), true);
-        self
-    }
-
     /// Answers gRPC callers with this status.
     #[must_use]
     pub fn grpc_when_grpc(mut self, status: u32) -> Self {
@@ -93,9 +84,8 @@ impl Local {
     pub fn into_response(self, mut exchange: Box<Exchange>) -> Response<ResponseBody> {
         self.explain(&mut exchange);
         let mut headers = self.headers;
-        let as_grpc = self.only_grpc || exchange.is_grpc;
-        let (status, body) = if as_grpc {
-            let code = self.grpc.unwrap_or_else(|| grpc_of(self.status));
+        let (status, body) = if exchange.is_grpc {
+            let code = self.grpc.unwrap_or_else(|| grpc_of(self.status).into());
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
             headers.insert(GRPC_STATUS, HeaderValue::from(code));
             let message = percent_encoding::utf8_percent_encode(&self.text, IN_MESSAGE).to_string();
@@ -136,8 +126,28 @@ impl Local {
     }
 }
 
+/// The HTTP status that a gRPC status means.
+#[must_use]
+pub fn http_of(grpc: u16) -> u16 {
+    match grpc {
+        0 => 200,
+        1 => 499,
+        3 | 9 | 11 => 400,
+        4 => 504,
+        5 => 404,
+        6 | 10 => 409,
+        7 => 403,
+        8 => 429,
+        12 => 501,
+        14 => 503,
+        16 => 401,
+        _ => 500,
+    }
+}
+
 /// The gRPC status for an HTTP status (gRPC's HTTP mapping).
-fn grpc_of(status: StatusCode) -> u32 {
+#[must_use]
+pub fn grpc_of(status: StatusCode) -> u16 {
     match status.as_u16() {
         400 => 13,
         401 => 16,

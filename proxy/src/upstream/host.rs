@@ -121,6 +121,11 @@ impl Host {
         !self.is_ejected() && said && found && !self.is_healthy()
     }
 
+    /// Whether it is about to go.
+    pub(super) fn is_draining(&self) -> bool {
+        self.endpoint.health == Health::Draining
+    }
+
     /// What checks found out; an endpoint that is not checked counts as healthy.
     #[must_use]
     pub fn standing(&self) -> Standing {

@@ -199,6 +199,7 @@ impl Upstream {
 
     /// A new connection; `None` when a pooled one became free before there was room for it.
     async fn dial_h1(self: &Rc<Self>, to: &To<'_>) -> Result<Option<Box<H1>>, Failure> {
+        self.may_wait()?;
         let Some(open) = self.try_admit(&to.pool) else {
             self.wait_for_room(&to.pool).await?;
             return Ok(None);
@@ -250,6 +251,7 @@ impl Upstream {
 
     /// One connection is made for all requests that wait for it; it is made to the end even if they give up.
     async fn dial_h2(self: &Rc<Self>, to: &To<'_>) -> Result<H2, Failure> {
+        self.may_wait()?;
         let To { host, pool, name } = to;
         let life = self.config.http.max_connection_duration;
         for _ in 0..SHARED_DIALS {
@@ -293,6 +295,24 @@ impl Upstream {
         H2::start(io, open, &self.config.http.http2, &self.shared.tasks)
             .await
             .map_err(|e| Failure::new(FailureKind::Connect, e))
+    }
+
+    /// Whether the circuit breaker allows another connection at all.
+    pub(crate) fn takes_connections(&self) -> bool {
+        let takes = self.state.connections.get() < self.config.limits.max_connections;
+        if !takes {
+            self.stats.cx_overflow.inc();
+        }
+        takes
+    }
+
+    /// A request for which a connection must be made is one that waits.
+    fn may_wait(&self) -> Result<(), Failure> {
+        if self.state.pending.get() < self.config.limits.max_pending {
+            return Ok(());
+        }
+        self.stats.rq_pending_overflow.inc();
+        Err(Failure::new(FailureKind::Overflow, ""))
     }
 
     /// Room for one more connection: waits while the circuit breaker lets requests wait.

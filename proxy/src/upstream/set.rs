@@ -32,8 +32,10 @@ struct Group {
 /// The endpoints of one priority.
 #[derive(Debug)]
 struct PriorityHosts {
+    /// Those that are used in a panic.
     all: Group,
     usable: Group,
+    degraded: Group,
     /// When localities are weighted: their endpoints, and in the same order their weights.
     localities: Vec<Group>,
     weights: Vec<u64>,
@@ -50,15 +52,15 @@ pub(super) struct HostSet {
     load: PriorityLoad,
 }
 
-/// The endpoints that get requests: healthy ones; degraded ones only where the whole cluster has no healthy one.
-fn usable(hosts: &[Rc<Host>], any_healthy: bool) -> Vec<Rc<Host>> {
-    hosts.iter().filter(|h| h.is_healthy() || (!any_healthy && h.is_degraded())).cloned().collect()
+/// The endpoints of which this holds.
+fn those(hosts: &[Rc<Host>], hold: impl Fn(&Host) -> bool) -> Vec<Rc<Host>> {
+    hosts.iter().filter(|h| hold(h)).cloned().collect()
 }
 
-/// What is weighed of these endpoints, `usable` of which get requests.
-fn level(all: &[Rc<Host>], usable: &[Rc<Host>], cluster: &Cluster) -> Level {
+/// What is weighed of these endpoints.
+fn level(all: &[Rc<Host>], usable: &[Rc<Host>], degraded: &[Rc<Host>], cluster: &Cluster) -> Level {
     let counts = |h: &&Rc<Host>| !cluster.lb_common.ignore_unchecked || h.standing() != Standing::Unknown;
-    Level { total: all.iter().filter(counts).count(), healthy: usable.len() }
+    Level { total: all.iter().filter(counts).count(), healthy: usable.len(), degraded: degraded.len() }
 }
 
 impl HostSet {
@@ -71,22 +73,29 @@ impl HostSet {
     ) -> Self {
         let hosts: Vec<Rc<Host>> = placed.iter().flat_map(|(_, _, h)| h.iter().cloned()).collect();
         let count = placed.iter().map(|(p, _, _)| p + 1).max().unwrap_or(0);
-        let any_healthy = hosts.iter().any(|h| h.is_healthy());
+        let hashes = matches!(cluster.lb, LbPolicy::RingHash { .. } | LbPolicy::Maglev { .. });
+        let by_locality = cluster.lb_common.locality_weighted;
         let mut priorities = Vec::new();
         let mut levels = Vec::new();
         for priority in 0..count {
             let of: Vec<_> = placed.iter().filter(|(p, _, _)| *p == priority).collect();
             let all: Vec<Rc<Host>> = of.iter().flat_map(|(_, _, h)| h.iter().cloned()).collect();
-            let usable = usable(&all, any_healthy);
-            levels.push(level(&all, &usable, cluster));
-            let (weights, localities): (Vec<u64>, Vec<Group>) = if cluster.lb_common.locality_weighted {
-                localities(&of, any_healthy, cluster, rng).into_iter().unzip()
+            let (usable, degraded) = (those(&all, Host::is_healthy), those(&all, Host::is_degraded));
+            levels.push(level(&all, &usable, &degraded, cluster));
+            let (weights, localities): (Vec<u64>, Vec<Group>) = if by_locality && !hashes {
+                localities(&of, cluster, rng).into_iter().unzip()
             } else {
                 Default::default()
             };
             priorities.push(PriorityHosts {
-                all: group(all, cluster, rng),
-                usable: group(usable, cluster, rng),
+                // not even a panic sends requests to those that are about to go
+                all: group(those(&all, |h| !h.is_draining()), cluster, rng),
+                usable: if by_locality && hashes {
+                    hashed(&of, cluster)
+                } else {
+                    group(usable, cluster, rng)
+                },
+                degraded: group(degraded, cluster, rng),
                 total: weights.iter().sum(),
                 localities,
                 weights,
@@ -120,13 +129,16 @@ impl HostSet {
     }
 
     fn group(&self, rng: &mut fastrand::Rng) -> Option<&Group> {
-        let index = match self.load.percent.as_slice() {
-            [100] => 0,
+        let (index, degraded) = match self.load.percent.as_slice() {
+            [100] => (0, false),
             _ => self.load.choose(rng.u32(..100))?,
         };
         let priority = self.priorities.get(index)?;
         if self.load.panic.get(index).copied().unwrap_or(false) {
             return Some(&priority.all);
+        }
+        if degraded {
+            return Some(&priority.degraded);
         }
         if priority.total > 0 {
             let at = locality::weighted_index(&priority.weights, rng.u64(..priority.total))?;
@@ -136,36 +148,50 @@ impl HostSet {
     }
 }
 
-fn localities(
-    of: &[&Placed],
-    any_healthy: bool,
-    cluster: &Cluster,
-    rng: &mut fastrand::Rng,
-) -> Vec<(u64, Group)> {
+fn localities(of: &[&Placed], cluster: &Cluster, rng: &mut fastrand::Rng) -> Vec<(u64, Group)> {
     of.iter()
         .map(|(_, weight, hosts)| {
-            let usable = usable(hosts, any_healthy);
-            let level = level(hosts, &usable, cluster);
+            let usable = those(hosts, Host::is_healthy);
+            let level = level(hosts, &usable, &[], cluster);
             (locality::locality_weight(weight.unwrap_or(0), level), group(usable, cluster, rng))
         })
         .filter(|(weight, _)| *weight > 0)
         .collect()
 }
 
+/// The healthy endpoints of all localities in one table, so that a key always belongs to the same one; each locality
+/// has as much of the table as it weighs.
+fn hashed(of: &[&Placed], cluster: &Cluster) -> Group {
+    let (mut hosts, mut shares) = (Vec::new(), Vec::new());
+    for (_, weight, all) in of {
+        if let Some(weight) = weight.filter(|w| *w > 0) {
+            let usable = those(all, Host::is_healthy);
+            shares.push((weight, usable.iter().map(|h| h.load.weight.get()).collect()));
+            hosts.extend(usable);
+        }
+    }
+    let weights = locality::shared_weights(&shares);
+    let balancer = Balancer::hashing(policy_of(&cluster.lb), &keys(&hosts, cluster), &weights);
+    Group { hosts: hosts.into_iter().map(Candidate).collect(), balancer }
+}
+
+/// What a table knows endpoints by.
+fn keys(hosts: &[Rc<Host>], cluster: &Cluster) -> Vec<String> {
+    let by_name = cluster.lb_common.hash_hostname;
+    let key = |h: &Rc<Host>| {
+        if by_name && !h.endpoint.hostname.is_empty() {
+            h.endpoint.hostname.to_string()
+        } else {
+            h.text.to_string()
+        }
+    };
+    hosts.iter().map(key).collect()
+}
+
 fn group(hosts: Vec<Rc<Host>>, cluster: &Cluster, rng: &mut fastrand::Rng) -> Group {
     let policy = policy_of(&cluster.lb);
-    let by_name = cluster.lb_common.hash_hostname;
-    let keys: Vec<String> = match policy {
-        Policy::RingHash { .. } | Policy::Maglev { .. } => hosts
-            .iter()
-            .map(|h| {
-                if by_name && !h.endpoint.hostname.is_empty() {
-                    h.endpoint.hostname.to_string()
-                } else {
-                    h.text.to_string()
-                }
-            })
-            .collect(),
+    let keys = match policy {
+        Policy::RingHash { .. } | Policy::Maglev { .. } => keys(&hosts, cluster),
         Policy::RoundRobin | Policy::Random | Policy::LeastRequest { .. } => Vec::new(),
     };
     let hosts: Vec<Candidate> = hosts.into_iter().map(Candidate).collect();

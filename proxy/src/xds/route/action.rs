@@ -14,7 +14,7 @@ use crate::xds::decode::{
     timeout, u32_or,
 };
 use crate::xds::filter::{FilterOverride, PerFilter, per_filter, route_cors, status};
-use crate::xds::matcher::RegexRewrite;
+use crate::xds::matcher::{HeaderKey, RegexRewrite};
 use crate::xds::mutation::HeaderOps;
 
 /// How long a request may take unless its route says otherwise (Envoy's default).
@@ -169,7 +169,7 @@ pub struct HashPolicy {
 #[derive(Debug, Clone)]
 pub enum HashOn {
     /// A header, rewritten first.
-    Header(HeaderName, Option<RegexRewrite>),
+    Header(HeaderKey, Option<RegexRewrite>),
     /// A cookie, which is made when it is missing and a lifetime is set.
     Cookie {
         /// Its name.
@@ -178,6 +178,8 @@ pub enum HashOn {
         path: Option<Box<str>>,
         /// Its lifetime; zero: a session cookie.
         ttl: Option<Duration>,
+        /// Further attributes, as they are written: `; SameSite=Strict; Secure`.
+        attributes: Box<str>,
     },
     /// The client's address.
     SourceIp,
@@ -478,11 +480,12 @@ fn hash_policy(pb: pb::route_action::HashPolicy) -> Result<HashPolicy, Invalid> 
         Some(Pb::FilterState(_)) => return Err(Invalid::unsupported("filter_state")),
         Some(Pb::Header(h)) => {
             let rewrite = h.regex_rewrite.map(RegexRewrite::new).transpose().under("header.regex_rewrite")?;
-            HashOn::Header(header_name(&h.header_name, "header.header_name")?, rewrite)
+            HashOn::Header(HeaderKey::new(&h.header_name, "header.header_name")?, rewrite)
         }
         Some(Pb::Cookie(c)) => HashOn::Cookie {
             ttl: opt_duration(c.ttl, "cookie.ttl")?,
             path: (!c.path.is_empty()).then(|| c.path.into()),
+            attributes: c.attributes.iter().map(cookie_attribute).collect::<String>().into(),
             name: c.name.into(),
         },
         Some(Pb::ConnectionProperties(c)) if c.source_ip => HashOn::SourceIp,
@@ -490,6 +493,10 @@ fn hash_policy(pb: pb::route_action::HashPolicy) -> Result<HashPolicy, Invalid> 
         Some(Pb::QueryParameter(q)) => HashOn::Query(q.name.into()),
     };
     Ok(HashPolicy { on, terminal: pb.terminal })
+}
+
+fn cookie_attribute(pb: &pb::route_action::hash_policy::CookieAttribute) -> String {
+    if pb.value.is_empty() { format!("; {}", pb.name) } else { format!("; {}={}", pb.name, pb.value) }
 }
 
 fn redirect(pb: pb::RedirectAction) -> Result<Redirect, Invalid> {
