@@ -3,7 +3,9 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
-use tests::program::Program;
+use serde_json::Value;
+use tests::peers;
+use tests::program::{self, Program};
 use tests::workload::free_port;
 
 /// A running proxy without a control plane.
@@ -29,6 +31,22 @@ impl Alone {
         all.push(file.display().to_string());
         Ok(Self { listener, admin, program: Program::start(program, folder, name, &all)? })
     }
+}
+
+/// Starts our proxy, or a stock Envoy, with one worker from resources that need no control plane.
+pub(crate) fn launch(ours: bool, folder: &Path, resources: &Value) -> anyhow::Result<Program> {
+    let file = folder.join("bootstrap.json");
+    std::fs::write(&file, serde_json::json!({"static_resources": resources}).to_string())?;
+    let file = file.display().to_string();
+    let (path, args) = if ours {
+        (program::ours("istio-proxy")?, format!("--bootstrap {file} --concurrency 1 -l warn"))
+    } else {
+        let args =
+            format!("-c {file} --concurrency 1 -l error --disable-hot-restart --file-flush-interval-msec 50");
+        (peers::find("envoy/envoy")?, args)
+    };
+    let args: Vec<String> = args.split(' ').map(str::to_owned).collect();
+    Program::start(&path, folder, if ours { "ours" } else { "envoy" }, &args)
 }
 
 /// An address as Envoy's YAML has it.

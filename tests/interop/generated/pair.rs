@@ -13,14 +13,15 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::echo::Echo;
 use tests::http::Answer;
-use tests::program::{self, Program};
+use tests::program::Program;
 use tests::workload::{free_block, own_address};
-use tests::{PATIENCE, eventually, peers};
+use tests::{PATIENCE, eventually};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::request::Request;
 use super::scenario::{SERVED, Scenario};
+use crate::alone::launch;
 use crate::oracle::answer_lines;
 
 /// Scenarios that are asked at the same time.
@@ -79,20 +80,8 @@ impl Seat {
             .enumerate()
             .map(|(at, scenario)| listener((address, port(at)?).into(), scenario, folder.path()))
             .collect::<anyhow::Result<Vec<_>>>()?;
-        let bootstrap = json!({"static_resources": {"listeners": listeners, "clusters": clusters}});
-        let file = folder.path().join("bootstrap.json");
-        std::fs::write(&file, bootstrap.to_string())?;
-        let file = file.display().to_string();
-        let (path, args) = if ours {
-            (program::ours("istio-proxy")?, format!("--bootstrap {file} --concurrency 1 -l warn"))
-        } else {
-            let args = format!(
-                "-c {file} --concurrency 1 -l error --disable-hot-restart --file-flush-interval-msec 50"
-            );
-            (peers::find("envoy/envoy")?, args)
-        };
-        let args: Vec<String> = args.split(' ').map(str::to_owned).collect();
-        let program = Program::start(&path, folder.path(), if ours { "ours" } else { "envoy" }, &args)?;
+        let resources = json!({"listeners": listeners, "clusters": clusters});
+        let program = launch(ours, folder.path(), &resources)?;
         let mut seat = Self { address, program, folder, _servers: servers };
         seat.listens(scenarios.len()).await?;
         Ok(seat)
