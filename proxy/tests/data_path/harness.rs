@@ -17,6 +17,7 @@ pub(crate) struct Running {
     task: tokio::task::JoinHandle<()>,
     tables: std::sync::Arc<proxy::tables::TableStore>,
     stats: SocketAddr,
+    admin: Option<SocketAddr>,
 }
 
 impl Running {
@@ -33,11 +34,12 @@ impl Running {
         let proxy = Proxy::start(config, None).await.expect("proxy starts");
         let tables = std::sync::Arc::clone(proxy.tables());
         let stats = proxy.bound().stats.expect("statistics port");
+        let admin = proxy.bound().admin;
         let stop = CancellationToken::new();
         let token = stop.clone();
         #[expect(clippy::disallowed_methods, reason = "the test owns it")]
         let task = tokio::spawn(async move { proxy.run(token).await });
-        Self { stop, task, tables, stats }
+        Self { stop, task, tables, stats, admin }
     }
 
     /// Where the listener `in` listens.
@@ -48,6 +50,11 @@ impl Running {
     /// Where a listener listens.
     pub(crate) fn listener(&self, name: &str) -> SocketAddr {
         self.tables.load().listeners[name].sockets.local()[0]
+    }
+
+    /// The admin port, if the bootstrap has one.
+    pub(crate) fn admin(&self) -> SocketAddr {
+        self.admin.expect("an admin port")
     }
 
     /// What Prometheus would scrape.

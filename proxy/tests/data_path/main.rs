@@ -9,10 +9,13 @@
 mod backend;
 mod faults;
 mod floods;
+mod h2spec;
 mod harness;
+mod hostile;
 mod limits;
 mod mtls;
 mod plain;
+mod policies;
 mod smuggling;
 mod timeouts;
 mod tokens;

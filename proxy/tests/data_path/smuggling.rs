@@ -156,6 +156,23 @@ async fn heads_are_made_of_lines() {
 }
 
 #[tokio::test]
+async fn white_space_around_a_value_is_no_part_of_it() {
+    let backend = Backend::start("a").await;
+    let route = "              - {match: {prefix: \"/\"}, route: {cluster: up}}";
+    let proxy = Running::start(&bootstrap(route, "", &cluster("up", &[backend.address], ""))).await;
+    for host in ["a", " a", "\ta", "a ", "a\t", " \t a \t "] {
+        let request = format!("GET / HTTP/1.1\r\nhost:{host}\r\nx-a:{host}\r\nconnection: close\r\n\r\n");
+        let answer = crate::harness::raw(proxy.address(), &request).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{host:?}: {answer}");
+        assert!(
+            answer.contains("x-got-host: a\r\n") && answer.contains("x-got-x-a: a\r\n"),
+            "{host:?}: {answer}"
+        );
+    }
+    proxy.end().await;
+}
+
+#[tokio::test]
 async fn what_is_sent_ahead_of_another_protocol_is_no_request() {
     let ahead = |head: &str| format!("{head}\r\n\r\n{NEXT}");
     let rows = [
