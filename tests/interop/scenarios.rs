@@ -32,8 +32,11 @@ const FILES: [&str; 12] = [
     "timeouts.yaml",
 ];
 
-/// Lines that may differ wherever they come: what is compared of a line, and why.
-const DIFFERENCES: [(fn(&str) -> Option<String>, &str); 5] = [
+/// What is compared of a line, and why not all of it.
+type Difference = (fn(&str) -> Option<String>, &'static str);
+
+/// Lines that may differ wherever they come.
+const DIFFERENCES: [Difference; 5] = [
     (
         |line| {
             let own = ["x-envoy-internal: ", "x-forwarded-for: ", "x-envoy-expected-rq-timeout-ms: "];

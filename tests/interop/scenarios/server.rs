@@ -6,6 +6,11 @@
 //! `banner...` speaks first, `tls...` only tells its name, nobody listens behind `closed...`, and nobody takes
 //! connections behind `full...`.
 
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "each version of HTTP does some deeds in a way of its own"
+)]
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};

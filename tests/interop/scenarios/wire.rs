@@ -37,7 +37,7 @@ impl Wire {
 
     /// Reads more; `false` at the end.
     async fn more(&mut self) -> bool {
-        let mut buffer = [0; 16 << 10];
+        let mut buffer = vec![0; 16 << 10];
         match self.stream.read(&mut buffer).await {
             Ok(0) => false,
             Ok(length) => {
