@@ -38,8 +38,13 @@ pub struct H1 {
     proper_case: bool,
     outbox: Outbox,
     upload: Option<Upload>,
+    /// Something of the request under way was written.
+    sent: bool,
     inbox: BytesMut,
+    /// How much the next read may take.
     room: usize,
+    /// That has been more than at first.
+    grown: bool,
     /// The method of the request under way.
     method: Method,
     /// What is to come of its response.
@@ -160,8 +165,10 @@ impl H1 {
             proper_case,
             outbox: Outbox::default(),
             upload: None,
+            sent: false,
             inbox: BytesMut::new(),
             room: FIRST_READ,
+            grown: false,
             method: Method::GET,
             decoder: Decoder::Length(0),
             keep_alive: true,
@@ -172,9 +179,16 @@ impl H1 {
         }
     }
 
+    /// Gives back room for large reads after an exchange; tells whether the connection is fit for another one.
+    pub fn settle(&mut self) -> bool {
+        if self.inbox.is_empty() && std::mem::take(&mut self.grown) {
+            (self.inbox, self.room) = (BytesMut::new(), FIRST_READ);
+        }
+        self.is_reusable()
+    }
+
     /// Whether the last exchange is over and left the connection fit for another one.
-    #[must_use]
-    pub fn is_reusable(&self) -> bool {
+    fn is_reusable(&self) -> bool {
         self.keep_alive
             && !self.ended
             && self.decoder.is_over()
@@ -210,17 +224,15 @@ impl H1 {
             let announced = announced(&request);
             self.upload = Some(Upload { body: request.body, framing, announced });
         }
-        self.method = request.method;
+        (self.method, self.sent) = (request.method, false);
         std::future::poll_fn(|cx| self.poll_head(cx)).await
     }
 
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<response::Parts, SendError>> {
-        let sent = match self.poll_write(cx) {
-            Poll::Ready(Err(Broken::Client(error))) => return Poll::Ready(Err(SendError::Client(error))),
-            // the server may have answered before it closed
-            Poll::Ready(Err(Broken::Io) | Ok(())) => true,
-            Poll::Pending => self.outbox.written > 0,
-        };
+        // where only the connection is broken the server may have answered before
+        if let Poll::Ready(Err(Broken::Client(error))) = self.poll_write(cx) {
+            return Poll::Ready(Err(SendError::Client(error)));
+        }
         loop {
             if let Some(head) = read_response(&mut self.inbox, &self.method)? {
                 (self.decoder, self.keep_alive) = (head.body, head.keep_alive);
@@ -229,7 +241,7 @@ impl H1 {
                 return Poll::Ready(Ok(parts));
             }
             if self.ended {
-                return Poll::Ready(Err(SendError::Closed { sent }));
+                return Poll::Ready(Err(SendError::Closed { sent: self.sent }));
             }
             // how it ended is no more than that it has
             if ready!(self.poll_read(cx)).is_err() {
@@ -277,7 +289,10 @@ impl H1 {
                     (self.upload, self.outbox, self.keep_alive) = (None, Outbox::default(), false);
                     return Poll::Ready(Err(Broken::Io));
                 }
-                Ok(n) => self.outbox.advance(n),
+                Ok(n) => {
+                    self.sent = true;
+                    self.outbox.advance(n);
+                }
             }
         }
     }
@@ -288,6 +303,7 @@ impl H1 {
         let n = ready!(poll_read_buf(Pin::new(&mut self.io), cx, &mut self.inbox))?;
         self.ended = n == 0;
         self.room = if n >= self.room { (self.room * 2).min(LARGEST_READ) } else { n.max(FIRST_READ) };
+        self.grown |= self.room > FIRST_READ;
         Poll::Ready(Ok(()))
     }
 

@@ -294,8 +294,8 @@ impl Reply {
     pub fn release(&mut self, now: Instant) {
         self.active = None;
         if let Source::H1(connection) = &mut self.source
-            && let Some(connection) = connection.take()
-            && connection.is_reusable()
+            && let Some(mut connection) = connection.take()
+            && connection.settle()
             && self.max_uses.is_none_or(|most| connection.uses < most)
         {
             self.pool.put_h1(connection, now);
