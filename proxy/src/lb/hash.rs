@@ -33,24 +33,26 @@ impl Table {
         Self(Kind::Ring(ring))
     }
 
-    /// A Maglev table of `size` slots (a prime), filled in turns by weight.
+    /// A Maglev table of `size` slots (a prime), filled in turns by weight. Within a turn the order is that of the keys, so
+    /// that it does not matter in which order endpoints are told.
     #[must_use]
     pub fn maglev(keys: &[String], weights: &[u32], size: usize) -> Self {
         let size = size.max(3);
-        let heaviest = weights.iter().copied().max().unwrap_or(1).max(1);
-        let mut hosts: Vec<Filler> = keys
-            .iter()
-            .zip(weights)
-            .map(|(key, weight)| Filler::new(key, f64::from(*weight) / f64::from(heaviest), size))
+        let total: f64 = weights.iter().copied().map(f64::from).sum();
+        let heaviest = f64::from(weights.iter().copied().max().unwrap_or(1).max(1)) / total;
+        let mut hosts: Vec<(&String, u32, Filler)> = (0u32..)
+            .zip(keys.iter().zip(weights))
+            .map(|(index, (key, weight))| (key, index, Filler::new(key, f64::from(*weight) / total, size)))
             .collect();
+        hosts.sort_unstable_by_key(|(key, index, _)| (*key, *index));
         let mut slots = vec![u32::MAX; size];
         let mut filled = 0;
         let mut turn = 0.0;
         while filled < size && !hosts.is_empty() {
             turn += 1.0;
-            for (index, host) in (0u32..).zip(hosts.iter_mut()) {
-                if filled < size && host.due(turn) {
-                    host.claim(&mut slots, index);
+            for (_, index, host) in &mut hosts {
+                if filled < size && host.due(turn, heaviest) {
+                    host.claim(&mut slots, *index);
                     filled += 1;
                 }
             }
@@ -95,11 +97,12 @@ impl Filler {
         Self { offset, skip, next: 0, weight, target: 0.0 }
     }
 
-    fn due(&mut self, turn: f64) -> bool {
+    /// The heaviest has every turn, one of half its weight every other.
+    fn due(&mut self, turn: f64, heaviest: f64) -> bool {
         if turn * self.weight < self.target {
             return false;
         }
-        self.target += 1.0;
+        self.target += heaviest;
         true
     }
 
@@ -140,6 +143,16 @@ mod tests {
     fn few_hashes_move_when_an_endpoint_leaves() {
         assert!(moved(|k, w| Table::ring(k, w, 1024, 8192)) < 1000);
         assert!(moved(|k, w| Table::maglev(k, w, 65537)) < 500);
+    }
+
+    #[test]
+    fn the_order_of_endpoints_does_not_matter() {
+        let (keys, weights) = (keys(7), [3, 1, 4, 1, 5, 9, 2]);
+        let back: (Vec<String>, Vec<u32>) = keys.iter().cloned().zip(weights).rev().unzip();
+        let (one, other) = (Table::maglev(&keys, &weights, 251), Table::maglev(&back.0, &back.1, 251));
+        for hash in 0..251 {
+            assert_eq!(one.lookup(hash).map(|i| &keys[i]), other.lookup(hash).map(|i| &back.0[i]), "{hash}");
+        }
     }
 
     #[test]
