@@ -101,7 +101,7 @@ fn read(text: &str) -> Result<pb::Bootstrap, wire::json::JsonError> {
 
 fn note_unused(pb: &pb::Bootstrap) {
     for (set, field) in [
-        (pb.layered_runtime.is_some(), "layered_runtime"),
+        (pb.layered_runtime.is_some(), "layered_runtime, but for limits on connections"),
         (!pb.stats_sinks.is_empty(), "stats_sinks"),
         (pb.hds_config.is_some(), "hds_config"),
         (pb.watchdogs.is_some(), "watchdogs"),

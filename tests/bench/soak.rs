@@ -131,6 +131,7 @@ impl World {
         let counts = Arc::new(Counts::default());
         let load = Paced::start(&self.plan(0.0), Arc::clone(&counts));
         let before = (Instant::now(), self.proxy.processor_time()?, counts.seen());
+        // paced: what it can do is a rate over this time
         tokio::time::sleep_until(before.0 + MEASURED).await;
         let (took, busy) = (before.0.elapsed(), self.proxy.processor_time()? - before.1);
         let answered = counts.seen().since(&before.2).good as f64;

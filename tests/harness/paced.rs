@@ -437,6 +437,7 @@ impl Lane {
     async fn run(mut self, first: Instant, every: Option<Duration>) {
         let mut begins = first;
         loop {
+            // paced: requests begin when their time comes, not when the last one is over
             let due = tokio::time::sleep_until(begins);
             if self.stop.is_cancelled() || self.stop.run_until_cancelled(due).await.is_none() {
                 return;

@@ -1,12 +1,13 @@
 //! A proxy by itself: a file says what a control plane would.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 
 use serde_json::Value;
-use tests::peers;
 use tests::program::{self, Program};
 use tests::workload::free_port;
+use tests::{PATIENCE, eventually, peers};
+use tokio::net::TcpStream;
 
 /// A running proxy without a control plane.
 pub(crate) struct Alone {
@@ -47,6 +48,31 @@ pub(crate) fn launch(ours: bool, folder: &Path, resources: &Value) -> anyhow::Re
     };
     let args: Vec<String> = args.split(' ').map(str::to_owned).collect();
     Program::start(&path, folder, if ours { "ours" } else { "envoy" }, &args)
+}
+
+/// The port of the first listener of a proxy that has many.
+pub(crate) const PORT: u16 = 10_000;
+
+/// The port of a listener of a proxy that has many.
+pub(crate) fn port(at: usize) -> anyhow::Result<u16> {
+    Ok(PORT + u16::try_from(at)?)
+}
+
+/// Waits until a proxy listens on the ports of its first listeners.
+pub(crate) async fn listens(program: &mut Program, address: Ipv4Addr, count: usize) -> anyhow::Result<()> {
+    for at in 0..count {
+        let address = (address, port(at)?);
+        let program = tokio::sync::Mutex::new(&mut *program);
+        eventually(PATIENCE, "the proxy listens", || async {
+            // a proxy that has ended is not waited for
+            if let Err(ended) = program.lock().await.check() {
+                return Ok(Err(ended));
+            }
+            Ok(Ok(TcpStream::connect(address).await?))
+        })
+        .await??;
+    }
+    Ok(())
 }
 
 /// An address as Envoy's YAML has it.

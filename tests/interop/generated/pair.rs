@@ -21,13 +21,11 @@ use tokio::net::TcpStream;
 
 use super::request::Request;
 use super::scenario::{SERVED, Scenario};
-use crate::alone::launch;
+use crate::alone::{PORT, launch, listens, port};
 use crate::oracle::answer_lines;
 
 /// Scenarios that are asked at the same time.
 const AT_ONCE: usize = 8;
-/// The first scenario's port.
-const PORT: u16 = 10_000;
 /// What is logged of a request, behind its name.
 const LOGGED: &str =
     "%RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %ROUTE_NAME% %UPSTREAM_CLUSTER%";
@@ -81,26 +79,9 @@ impl Seat {
             .map(|(at, scenario)| listener((address, port(at)?).into(), scenario, folder.path()))
             .collect::<anyhow::Result<Vec<_>>>()?;
         let resources = json!({"listeners": listeners, "clusters": clusters});
-        let program = launch(ours, folder.path(), &resources)?;
-        let mut seat = Self { address, program, folder, _servers: servers };
-        seat.listens(scenarios.len()).await?;
-        Ok(seat)
-    }
-
-    async fn listens(&mut self, count: usize) -> anyhow::Result<()> {
-        for at in 0..count {
-            let address = (self.address, port(at)?);
-            let program = tokio::sync::Mutex::new(&mut self.program);
-            eventually(PATIENCE, "the proxy listens", || async {
-                // A proxy that has ended is not waited for.
-                if let Err(ended) = program.lock().await.check() {
-                    return Ok(Err(ended));
-                }
-                Ok(Ok(TcpStream::connect(address).await?))
-            })
-            .await??;
-        }
-        Ok(())
+        let mut program = launch(ours, folder.path(), &resources)?;
+        listens(&mut program, address, scenarios.len()).await?;
+        Ok(Self { address, program, folder, _servers: servers })
     }
 
     async fn ask(mut self, cases: &[Case]) -> anyhow::Result<Vec<Vec<Lines>>> {
@@ -145,10 +126,6 @@ impl Seat {
 
 fn name(case: usize, request: usize) -> String {
     format!("{case}.{request}")
-}
-
-fn port(at: usize) -> anyhow::Result<u16> {
-    Ok(PORT + u16::try_from(at)?)
 }
 
 fn socket(address: SocketAddr) -> Value {

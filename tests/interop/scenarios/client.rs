@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use super::scenario::Ask;
-use super::server::{download, map, send};
+use super::server::http2::{download, map, send};
 use super::wire::{Body, Fields, Wire, field};
 
 /// An answer comes within this time, or there is none.

@@ -10,18 +10,15 @@ use tempfile::TempDir;
 use tests::program::Program;
 use tests::workload::{free_block, own_address};
 use tests::{PATIENCE, eventually};
-use tokio::net::TcpStream;
 
 use super::client::{self, Told};
 use super::resources::resources;
 use super::scenario::{Ask, Scenario};
 use super::server::{Book, Server, Sighting};
-use crate::alone::launch;
+use crate::alone::{PORT, launch, listens, port};
 
 /// Scenarios that are asked at the same time.
 const AT_ONCE: usize = 6;
-/// The first scenario's port.
-const PORT: u16 = 10_000;
 /// What is asked last, so that the log is written.
 const LAST: &str = "
 - name: last
@@ -107,27 +104,11 @@ impl Seat {
             listeners.push(listener);
             clusters.extend(of_it);
         }
-        let program = launch(ours, folder.path(), &json!({"listeners": listeners, "clusters": clusters}))?;
+        let mut program =
+            launch(ours, folder.path(), &json!({"listeners": listeners, "clusters": clusters}))?;
         let letter = if ours { 'o' } else { 'e' };
-        let mut seat = Self { letter, address, program, folder };
-        seat.listens(scenarios.len()).await?;
-        Ok(seat)
-    }
-
-    async fn listens(&mut self, count: usize) -> anyhow::Result<()> {
-        for at in 0..=count {
-            let address = (self.address, port(at)?);
-            let program = tokio::sync::Mutex::new(&mut self.program);
-            eventually(PATIENCE, "the proxy listens", || async {
-                // a proxy that has ended is not waited for
-                if let Err(ended) = program.lock().await.check() {
-                    return Ok(Err(ended));
-                }
-                Ok(Ok(TcpStream::connect(address).await?))
-            })
-            .await??;
-        }
-        Ok(())
+        listens(&mut program, address, scenarios.len() + 1).await?;
+        Ok(Self { letter, address, program, folder })
     }
 
     async fn ask(mut self, scenarios: &[Scenario], servers: &[Servers]) -> anyhow::Result<Vec<Vec<Did>>> {
@@ -288,10 +269,6 @@ fn in_order_of_appearance<'a>(lines: &mut [String], names: impl Iterator<Item = 
 
 fn prefix(at: usize) -> String {
     format!("s{at}.")
-}
-
-fn port(at: usize) -> anyhow::Result<u16> {
-    Ok(PORT + u16::try_from(at)?)
 }
 
 #[test]
