@@ -1,5 +1,6 @@
 //! The TCP proxy: a connection to a cluster's endpoint, and bytes both ways.
 
+pub mod gather;
 pub mod io;
 pub mod relay;
 

@@ -24,6 +24,7 @@ use crate::listener::connection::Connection;
 use crate::listener::detect::H2_PREFACE;
 use crate::listener::slot::Place;
 use crate::signal::Subscription;
+use crate::tcp::gather::Gathered;
 use crate::tcp::io::Io;
 use crate::worker::Worker;
 use crate::xds::listener::hcm::Codec;
@@ -418,11 +419,12 @@ async fn serve_h2(http: Rc<Http>, mut ending: Ending, connection: Rc<Connection>
     if let Some((interval, timeout)) = settings.keepalive {
         builder.timer(TokioTimer::new()).keep_alive_interval(interval).keep_alive_timeout(timeout);
     }
-    let io = Metered::new(io, Instant::now());
+    let gathered = Gathered::new(io);
+    let io = Metered::new(gathered.clone(), Instant::now());
     let server = builder.serve_connection(TokioIo::new(io), service);
     let mut server = pin!(server);
     let mut drained = false;
-    let result = std::future::poll_fn(|cx| {
+    let mut turn = |cx: &mut Context<'_>| {
         if let Poll::Ready(result) = server.as_mut().poll(cx) {
             return Poll::Ready(Some(result));
         }
@@ -446,6 +448,11 @@ async fn serve_h2(http: Rc<Http>, mut ending: Ending, connection: Rc<Connection>
             return server.as_mut().poll(cx).map(Some);
         }
         Poll::Pending
+    };
+    let result = std::future::poll_fn(|cx| {
+        let result = turn(cx);
+        gathered.send(cx);
+        result
     })
     .await;
     if let Some(Err(error)) = result {

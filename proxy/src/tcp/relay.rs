@@ -11,6 +11,8 @@ use tokio::time::{Instant, Sleep};
 
 /// Bytes moved at once in one direction.
 const CHUNK: usize = 64 * 1024;
+/// Bytes moved in one direction before others have their turn.
+const TURN: usize = 16 * CHUNK;
 
 /// How many bytes went each way; readable while the relay runs.
 #[derive(Debug, Default)]
@@ -118,9 +120,14 @@ impl Half {
         R: AsyncRead + Unpin,
         W: AsyncWrite + Unpin,
     {
+        let mut moved = 0;
         loop {
             if self.closed {
                 return Poll::Ready(Ok(()));
+            }
+            if moved >= TURN {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
             }
             if self.written < self.filled {
                 let rest = self.buffer.get(self.written..self.filled).unwrap_or_default();
@@ -129,6 +136,7 @@ impl Half {
                     return Poll::Ready(Err(Side::Write(io::ErrorKind::WriteZero.into())));
                 }
                 self.written += n;
+                moved += n;
                 self.unflushed = true;
                 count.set(count.get() + u64::try_from(n).unwrap_or(0));
                 continue;

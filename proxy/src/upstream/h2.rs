@@ -3,7 +3,7 @@
 mod tunnel;
 
 use std::cell::{Cell, RefCell};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
@@ -18,6 +18,7 @@ use tokio_util::task::TaskTracker;
 
 use super::send::{Link, Opened};
 use crate::http::body::{BodyError, RequestBody};
+use crate::tcp::gather::Gathered;
 use crate::tcp::io::Io;
 use crate::xds::listener::hcm::Http2;
 
@@ -113,6 +114,7 @@ impl H2 {
         settings: &Http2,
         tasks: &TaskTracker,
     ) -> Result<Self, ::h2::Error> {
+        let gathered = Gathered::new(io);
         let (send, mut connection) = client::Builder::new()
             .enable_push(false)
             .initial_window_size(settings.initial_stream_window.min(STREAM_WINDOW))
@@ -120,7 +122,7 @@ impl H2 {
             .initial_max_send_streams(100)
             .max_header_list_size(MAX_HEADERS)
             .max_send_buffer_size(1 << 20)
-            .handshake(io)
+            .handshake(gathered.clone())
             .await?;
         let link = opened.link();
         let settings = Settings {
@@ -130,7 +132,13 @@ impl H2 {
         };
         tasks.spawn_local(async move {
             let _opened = opened;
-            if let Err(error) = connection.await {
+            let mut connection = pin!(connection);
+            let ended = std::future::poll_fn(|cx| {
+                let ended = connection.as_mut().poll(cx);
+                gathered.send(cx);
+                ended
+            });
+            if let Err(error) = ended.await {
                 tracing::debug!(%error, "upstream http/2 connection ended");
             }
         });
