@@ -3,6 +3,7 @@
 pub mod gather;
 pub mod io;
 pub mod relay;
+pub mod splice;
 
 use std::rc::Rc;
 use std::time::Duration;

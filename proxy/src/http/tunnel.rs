@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use super::exchange::Exchange;
 use super::flags::Flags;
 use super::timing::Late;
+use crate::tcp::io::Stream;
 use crate::tcp::relay::{Counts, End, relay};
 use crate::upstream::pool::{Left, LeftStream};
 use crate::upstream::send::Outgoing;
@@ -144,6 +145,8 @@ impl Client {
         }
     }
 }
+
+impl Stream for Client {}
 
 impl AsyncRead for Client {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {

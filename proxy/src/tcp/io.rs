@@ -9,6 +9,14 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsStream;
 
+/// A stream that bytes are relayed from and to.
+pub trait Stream: AsyncRead + AsyncWrite + Unpin {
+    /// The TCP connection, when what is read from it next and written to it is what this stream is.
+    fn as_plain(&self) -> Option<&TcpStream> {
+        None
+    }
+}
+
 /// The socket below a stream, with bytes that were read ahead to look at them.
 #[derive(Debug)]
 pub struct Socket {
@@ -145,6 +153,17 @@ impl Io {
     #[must_use]
     pub fn resumed(self, ahead: Bytes) -> Self {
         if ahead.is_empty() { self } else { Self::Resumed(Box::new(Resumed { ahead, io: self })) }
+    }
+}
+
+impl Stream for Io {
+    fn as_plain(&self) -> Option<&TcpStream> {
+        match self {
+            Self::Plain(socket) if socket.ahead.is_empty() => socket.as_tcp(),
+            Self::Plain(_) | Self::Tls(_) => None,
+            Self::Resumed(r) if r.ahead.is_empty() => r.io.as_plain(),
+            Self::Resumed(_) => None,
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use bytes::{Buf as _, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::Open;
+use crate::tcp::io::Stream;
 
 /// The most bytes that one write copies.
 const PIECE: usize = 64 * 1024;
@@ -30,6 +31,8 @@ impl Tunnel {
         Self { receive, send, ahead: Bytes::new(), received_all: false, sent_all: false, _open: open }
     }
 }
+
+impl Stream for Tunnel {}
 
 impl AsyncRead for Tunnel {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
