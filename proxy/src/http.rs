@@ -11,6 +11,7 @@ pub mod exchange;
 pub mod filters;
 pub mod flags;
 pub mod flood;
+pub mod grpc_web;
 pub mod head;
 pub mod headers;
 pub mod path;
@@ -24,6 +25,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{Request, Response, StatusCode, Version};
@@ -293,7 +295,10 @@ pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Reques
     call.keep_headers = decision.response_reads_request();
     mirror(&http, &decision, &mut call);
     match attempts::run(&http, &decision.host, decision.forward(), &upstream, &mut call).await {
-        Ok(answer) => respond(&http, &decision, call, answer),
+        Ok(mut answered) => match grpc_web::told(&mut answered, &mut call).await {
+            Ok(told) => respond(&http, &decision, call, answered, told),
+            Err(local) => answer(&decision, call, *local),
+        },
         Err(mut local) => {
             if decision.host.include_attempt_count_in_response {
                 let attempts = call.exchange.attempts.max(1);
@@ -530,12 +535,13 @@ fn mirror(http: &Rc<Http>, decision: &Decision, call: &mut Call) {
     }
 }
 
-/// Turns an upstream's answer into the client's.
+/// Turns an upstream's answer into the client's. `told`: its body, when that goes into its head.
 fn respond(
     http: &Rc<Http>,
     decision: &Decision,
     mut call: Box<Call>,
     answer: attempts::Answered,
+    told: Option<Vec<u8>>,
 ) -> HttpResponse {
     let attempts::Answered { mut parts, reply, began, at, cookie } = answer;
     let upgraded = call.upgrade && parts.status == StatusCode::SWITCHING_PROTOCOLS;
@@ -556,6 +562,9 @@ fn respond(
     response_ops(decision, &call, &mut parts.headers);
     if let Some((cors, origin)) = call.cors.take() {
         filters::cors_response(&cors, origin, &mut parts.headers);
+    }
+    if let Some(web) = &call.exchange.web {
+        web.finish_headers(parts.status, &mut parts.headers, told.as_deref());
     }
     let upgrade = parts.headers.get(header::CONNECTION).filter(|_| upgraded).cloned();
     http.finish_headers(&call.exchange, &mut parts.headers);
@@ -581,5 +590,9 @@ fn respond(
         }
         return Response::from_parts(parts, ResponseBody::default());
     }
-    Response::from_parts(parts, ResponseBody::upstream(reply, exchange))
+    let body = match told {
+        None => ResponseBody::upstream(reply, exchange),
+        Some(_) => ResponseBody::local(Bytes::new(), Some(exchange)),
+    };
+    Response::from_parts(parts, body)
 }

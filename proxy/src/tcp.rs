@@ -121,7 +121,7 @@ async fn connect(
                 return None;
             }
         };
-        match upstream.connect(&host, None).await {
+        match upstream.connect(&host, None, host.origin(session.connection).as_deref()).await {
             Ok((io, link)) => {
                 session.link = Some(link);
                 upstream.on_result(&host, Signal::Status(200));

@@ -465,11 +465,11 @@ pub fn check_listener(listener: &Listener, secrets: &StaticSecrets) -> Result<()
 pub fn check_cluster(cluster: &Cluster, secrets: &StaticSecrets) -> Result<(), Invalid> {
     let identity = Arc::default();
     let named = Named { identity: &identity, secrets };
-    if let Some(tls) = &cluster.tls {
+    if let Some(tls) = &cluster.transport.tls {
         named.connector(tls, None, tls.auto_sni_san).map_err(invalid).under("transport_socket")?;
     }
     for (i, wanted) in cluster.transport_matches.iter().enumerate() {
-        if let Some(tls) = &wanted.tls {
+        if let Some(tls) = &wanted.transport.tls {
             let prepared = named.connector(tls, None, tls.auto_sni_san);
             prepared.map_err(invalid).under("transport_socket").at("transport_socket_matches", i)?;
         }

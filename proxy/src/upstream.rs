@@ -4,12 +4,14 @@
 //! those that stay keep their connections and their health. [`send`] carries requests.
 
 pub mod check;
+mod connect;
 pub mod dns;
 pub mod h1;
 pub mod h2;
 pub mod health;
 pub mod host;
 pub mod pool;
+pub mod proxy_protocol;
 pub mod send;
 mod set;
 pub mod state;

@@ -13,6 +13,7 @@ pub mod matcher;
 pub mod members;
 pub mod mutation;
 pub mod parse;
+pub mod proxy_protocol;
 pub mod rbac;
 pub mod route;
 pub mod tls;

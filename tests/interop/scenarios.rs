@@ -17,16 +17,18 @@ use self::pair::Did;
 use self::scenario::{Ask, Scenario};
 
 /// The files.
-const FILES: [&str; 12] = [
+const FILES: [&str; 14] = [
     "balancing.yaml",
     "breakers.yaml",
     "connections.yaml",
     "faults.yaml",
+    "grpc_web.yaml",
     "hashing.yaml",
     "headers.yaml",
     "mirrors.yaml",
     "outliers.yaml",
     "protocols.yaml",
+    "proxied.yaml",
     "retries.yaml",
     "routing.yaml",
     "timeouts.yaml",
@@ -172,11 +174,13 @@ files! {
     both_break_the_same_circuits "breakers.yaml";
     both_handle_connections_the_same "connections.yaml";
     both_inject_the_same_faults "faults.yaml";
+    both_translate_the_same_grpc_web "grpc_web.yaml";
     both_hash_to_the_same_endpoints "hashing.yaml";
     both_change_the_same_headers "headers.yaml";
     both_mirror_the_same "mirrors.yaml";
     both_eject_the_same_outliers "outliers.yaml";
     both_speak_the_same_protocols "protocols.yaml";
+    both_tell_the_same_of_clients "proxied.yaml";
     both_retry_the_same "retries.yaml";
     both_route_the_same "routing.yaml";
     both_time_out_the_same "timeouts.yaml";

@@ -58,7 +58,7 @@ pub(super) fn settings(pb: core::ApiConfigSource, resources: &Update) -> Result<
 }
 
 fn server_tls(cluster: &Cluster, resources: &Update) -> Result<Option<ServerTls>, Invalid> {
-    let Some(tls) = &cluster.tls else { return Ok(None) };
+    let Some(tls) = &cluster.transport.tls else { return Ok(None) };
     let config = ClientTls {
         own: own(tls, resources)?,
         verify: verify(tls.common.validation.as_ref(), resources)?,

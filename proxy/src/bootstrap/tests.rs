@@ -95,7 +95,7 @@ fn the_benchs_http_file_is_taken_unchanged() {
     let routes = listener.routes(&hcm.routes).unwrap();
     let Action::Forward(forward) = &routes.virtual_hosts[0].routes[0].action else { panic!() };
     assert_eq!(forward.timeout, None);
-    assert!(tables.clusters["up"].cluster.tls.is_some());
+    assert!(tables.clusters["up"].cluster.transport.tls.is_some());
 }
 
 #[test]

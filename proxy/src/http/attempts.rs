@@ -96,7 +96,11 @@ pub async fn run(
         let limit = usize::try_from(upstream.config.buffer_limit).unwrap_or(usize::MAX);
         let Some(mut outgoing) = call.outgoing(keep, limit) else { return Err(Box::new(unrepeatable())) };
         dress(http, host, forward, &endpoint, attempt, &mut outgoing);
+        outgoing.origin = endpoint.origin(&call.exchange.connection);
         let result = one(upstream, &endpoint, outgoing, (now, per_try), call).await;
+        if let Some(refusal) = call.exchange.web.as_ref().and_then(|web| web.refusal()) {
+            return Err(refusal);
+        }
         note(upstream, &endpoint, &result, call.exchange.is_grpc);
         let next = judge(http, policy, attempt, &result);
         if let Next::Again { after } = next
@@ -511,11 +515,15 @@ pub fn shadow(http: &Rc<Http>, policy: &MirrorPolicy, upstream: &Rc<Upstream>, c
         // the copy must not count as somebody who still reads the client's body
         copy.body = super::body::RequestBody::Empty;
     }
+    let web = call.exchange.web.as_ref().map(|web| web.copied());
     let copying = async move {
         if let Some(replay) = buffered {
             // the copy goes when the whole request is here, as Envoy has it
             let Some(bytes) = replay.wait().await else { return };
             copy.body = super::body::RequestBody::Full(bytes);
+            if let Some(web) = web {
+                copy.body = web.upload(copy.body);
+            }
         }
         let Ok((_, mut reply)) = upstream.send(&endpoint, copy, Instant::now(), &Cell::new(None)).await
         else {

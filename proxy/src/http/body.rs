@@ -14,6 +14,8 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::http::exchange::Exchange;
+use crate::http::grpc_web::Upload;
+use crate::http::grpc_web::codec::Encoder;
 use crate::upstream::pool::Reply;
 
 /// What ends a body early.
@@ -48,6 +50,8 @@ pub enum RequestBody {
     Stream(Incoming, Rc<Progress>),
     /// Streamed from the client and remembered, so that another attempt can send it again.
     Replay(Replay),
+    /// One of gRPC-Web, as gRPC has it.
+    Web(Box<Upload>),
 }
 
 impl Body for RequestBody {
@@ -64,6 +68,7 @@ impl Body for RequestBody {
             Self::Full(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
             Self::Stream(incoming, progress) => poll_client(incoming, progress, cx),
             Self::Replay(replay) => replay.poll(cx),
+            Self::Web(upload) => upload.poll(cx),
         }
     }
 
@@ -73,6 +78,7 @@ impl Body for RequestBody {
             Self::Full(bytes) => bytes.is_empty(),
             Self::Stream(incoming, _) => incoming.is_end_stream(),
             Self::Replay(replay) => replay.is_end(),
+            Self::Web(upload) => upload.is_end(),
         }
     }
 
@@ -82,6 +88,7 @@ impl Body for RequestBody {
             Self::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Self::Stream(incoming, _) => incoming.size_hint(),
             Self::Replay(replay) => replay.shared.borrow().hint,
+            Self::Web(_) => SizeHint::default(),
         }
     }
 }
@@ -249,6 +256,8 @@ pub struct ResponseBody {
     exchange: Option<Box<Exchange>>,
     /// A piece was handed on, and the next one was not asked for yet.
     held: bool,
+    /// For a client that speaks gRPC-Web.
+    web: Option<Box<Encoder>>,
 }
 
 #[derive(Debug, Default)]
@@ -264,7 +273,7 @@ impl ResponseBody {
     #[must_use]
     pub fn local(bytes: Bytes, exchange: Option<Box<Exchange>>) -> Self {
         let source = if bytes.is_empty() { Source::Empty } else { Source::Full(bytes) };
-        let mut body = Self { source, exchange, held: false };
+        let mut body = Self { source, exchange, held: false, web: None };
         if matches!(body.source, Source::Empty) {
             body.finish();
         }
@@ -286,7 +295,8 @@ impl ResponseBody {
     #[must_use]
     pub fn upstream(reply: Box<Reply>, exchange: Box<Exchange>) -> Self {
         let now = exchange.responded;
-        let mut body = Self { source: Source::Upstream(reply), exchange: Some(exchange), held: false };
+        let web = exchange.web.as_ref().map(|web| Box::new(Encoder::new(web.wants_text)));
+        let mut body = Self { source: Source::Upstream(reply), exchange: Some(exchange), held: false, web };
         if let Some(now) = now {
             body.finish_at_end(now);
         }
@@ -370,6 +380,10 @@ impl Body for ResponseBody {
                         frame
                     }
                 };
+                let wanted = match (&mut this.web, &frame, &mut this.exchange) {
+                    (Some(web), Some(Ok(frame)), Some(exchange)) => Some(translated(web, frame, exchange)),
+                    _ => None,
+                };
                 match &frame {
                     Some(Ok(frame)) => {
                         let now = Instant::now();
@@ -391,7 +405,7 @@ impl Body for ResponseBody {
                     }
                     None => this.end(Instant::now()),
                 }
-                Poll::Ready(frame)
+                Poll::Ready(wanted.map(Ok).or(frame))
             }
         }
     }
@@ -408,7 +422,21 @@ impl Body for ResponseBody {
         match &self.source {
             Source::Empty => SizeHint::with_exact(0),
             Source::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Source::Upstream(_) if self.web.is_some() => SizeHint::default(),
             Source::Upstream(reply) => reply.size_hint(),
         }
     }
+}
+
+/// A piece as a client of gRPC-Web gets it.
+fn translated(web: &mut Encoder, frame: &Frame<Bytes>, exchange: &mut Exchange) -> Frame<Bytes> {
+    let bytes = match (frame.data_ref(), frame.trailers_ref()) {
+        (Some(data), _) => {
+            exchange.sent_bytes -= data.len() as u64;
+            web.piece(data.clone())
+        }
+        (None, trailers) => web.trailers(trailers.unwrap_or(&HeaderMap::new())),
+    };
+    exchange.sent(bytes.len());
+    Frame::data(bytes)
 }

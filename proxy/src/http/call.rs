@@ -316,7 +316,10 @@ impl Call {
 
     /// One attempt's request. `keep` says that another attempt may follow, so its parts are copied.
     pub fn outgoing(&mut self, keep: bool, limit: usize) -> Option<Outgoing> {
-        let body = self.next_body(keep, limit)?;
+        let mut body = self.next_body(keep, limit)?;
+        if let Some(web) = &self.exchange.web {
+            body = web.upload(body);
+        }
         let headers = if keep || self.keep_headers {
             self.parts.headers.clone()
         } else {
@@ -331,6 +334,7 @@ impl Call {
             body,
             client_h2: self.parts.version == Version::HTTP_2,
             upgrade: self.upgrade,
+            origin: None,
         })
     }
 

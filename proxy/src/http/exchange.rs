@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::Http;
 use super::body::{BodyError, Progress};
 use super::flags::Flags;
+use super::grpc_web::GrpcWeb;
 use super::headers::GRPC_STATUS;
 use super::reply::grpc_of;
 use super::timing::{Attempt, Late, Timer, Timing, Upload};
@@ -54,6 +55,8 @@ pub struct Exchange {
     pub request_id: Option<HeaderValue>,
     /// Whether it is gRPC.
     pub is_grpc: bool,
+    /// How it came, when that was as gRPC-Web.
+    pub web: Option<Box<GrpcWeb>>,
     /// Bytes of its head, about.
     pub head_bytes: u64,
     /// Its body so far.
@@ -125,6 +128,7 @@ impl Exchange {
             told: None,
             request_id: None,
             is_grpc: false,
+            web: None,
             head_bytes: 0,
             progress: None,
             peer: None,

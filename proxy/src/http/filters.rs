@@ -11,6 +11,7 @@ use serde_json::{Map, Value as Json};
 
 use super::call::Call;
 use super::flags::Flags;
+use super::grpc_web::GrpcWeb;
 use super::reply::Local;
 use super::{Http, headers};
 use crate::authz::jwt::{self, Place, Problem, Verified};
@@ -75,14 +76,12 @@ pub fn ask(http: &Http, filter: &HttpFilter, per_route: Option<&PerFilter>, call
     }
 }
 
-/// gRPC-Web is not translated; a server that expects gRPC must not get it as it is.
-fn grpc_web(call: &Call) -> Pass {
-    let kind = call.parts.headers.get(header::CONTENT_TYPE);
-    if !kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc-web")) {
-        return Pass::On;
+fn grpc_web(call: &mut Call) -> Pass {
+    if let Some(web) = GrpcWeb::take(&mut call.parts.headers) {
+        call.exchange.web = Some(Box::new(web));
+        call.exchange.is_grpc = true;
     }
-    let local = Local::text(StatusCode::NOT_IMPLEMENTED, "gRPC-Web is not supported by this proxy");
-    Pass::Answer(Box::new(local.details("grpc_web_not_supported")))
+    Pass::On
 }
 
 fn access(http: &Http, rbac: &Rbac, call: &Call) -> Pass {

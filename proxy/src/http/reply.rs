@@ -12,8 +12,9 @@ use super::exchange::Exchange;
 use super::flags::Flags;
 use super::headers::{GRPC_MESSAGE, GRPC_STATUS};
 
-/// What is escaped in a gRPC message, besides what is not ASCII: controls, and the sign of an escape.
-const IN_MESSAGE: &percent_encoding::AsciiSet = &percent_encoding::CONTROLS.add(b'%');
+/// What is escaped in a gRPC message, besides what is not ASCII: controls, the sign of an escape, and, as Envoy
+/// has it, the tilde.
+const IN_MESSAGE: &percent_encoding::AsciiSet = &percent_encoding::CONTROLS.add(b'%').add(b'~');
 
 /// An answer of the proxy's own.
 #[derive(Debug)]
@@ -84,15 +85,16 @@ impl Local {
     pub fn into_response(self, mut exchange: Box<Exchange>) -> Response<ResponseBody> {
         self.explain(&mut exchange);
         let mut headers = self.headers;
-        let (status, body) = if exchange.is_grpc {
+        let (status, body) = if let Some(web) = &exchange.web {
+            let told = (!self.text.is_empty()).then_some(self.text.as_bytes());
+            web.finish_headers(self.status, &mut headers, told);
+            (self.status, Bytes::new())
+        } else if exchange.is_grpc {
             let code = self.grpc.unwrap_or_else(|| grpc_of(self.status).into());
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
             headers.insert(GRPC_STATUS, HeaderValue::from(code));
-            let message = percent_encoding::utf8_percent_encode(&self.text, IN_MESSAGE).to_string();
-            if let Ok(message) = HeaderValue::try_from(message)
-                && !message.is_empty()
-            {
-                headers.insert(GRPC_MESSAGE, message);
+            if !self.text.is_empty() {
+                headers.insert(GRPC_MESSAGE, message(self.text.as_bytes()));
             }
             (StatusCode::OK, Bytes::new())
         } else {
@@ -124,6 +126,13 @@ impl Local {
         *response.headers_mut() = headers;
         response
     }
+}
+
+/// A text as a gRPC message.
+#[must_use]
+pub fn message(text: &[u8]) -> HeaderValue {
+    let text = percent_encoding::percent_encode(text, IN_MESSAGE).to_string();
+    HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static(""))
 }
 
 /// The HTTP status that a gRPC status means.

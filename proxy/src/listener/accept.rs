@@ -17,7 +17,7 @@ use super::connection::Connection;
 use super::detect::{self, ClientHello};
 use super::filter_chain::{Shown, find};
 use super::original_dst;
-use super::proxy_protocol::{Proxied, parse};
+use super::proxy_protocol::{Proxied, parse, tlvs};
 use super::slot::{Chain, Place, Runtime, Slot};
 use crate::access_log::Facts;
 use crate::authz::{self, Subject, Verdict};
@@ -29,6 +29,7 @@ use crate::tcp::io::{Io, Socket};
 use crate::worker::Worker;
 use crate::xds::listener::chain::Terminal;
 use crate::xds::listener::{Listener, ListenerFilterKind};
+use crate::xds::proxy_protocol::PassTlvs;
 use crate::xds::rbac::Rbac;
 
 /// The pause after a failure to accept, such as running out of file descriptors.
@@ -206,10 +207,10 @@ async fn look(
         if filter.disabled.as_ref().is_some_and(|p| p.matches(port)) {
             continue;
         }
-        match filter.kind {
+        match &filter.kind {
             ListenerFilterKind::OriginalDst => {}
-            ListenerFilterKind::ProxyProtocol { optional, v1, v2 } => {
-                proxied(stream, ahead, connection, optional, (v1, v2)).await?;
+            ListenerFilterKind::ProxyProtocol { optional, v1, v2, pass } => {
+                proxied(stream, ahead, connection, *optional, (*v1, *v2), pass).await?;
             }
             ListenerFilterKind::TlsInspector => {
                 if let Some(hello) = tls_hello(stream, ahead).await? {
@@ -242,6 +243,7 @@ async fn proxied(
     connection: &mut Connection,
     optional: bool,
     (v1, v2): (bool, bool),
+    pass: &PassTlvs,
 ) -> io::Result<()> {
     loop {
         match parse(ahead) {
@@ -250,8 +252,10 @@ async fn proxied(
                 if !allowed {
                     return Err(io::Error::other("this version of the proxy protocol is not accepted"));
                 }
-                drop(ahead.split_to(length));
+                let header = ahead.split_to(length);
                 if let Some((source, destination)) = addresses {
+                    let passed = tlvs(&header).into_iter().filter(|tlv| pass.takes(tlv.kind));
+                    connection.tlvs = passed.collect();
                     (connection.remote, connection.local) = (source, destination);
                 }
                 return Ok(());

@@ -1,6 +1,6 @@
 //! What is known of a client's connection, for as long as it lives.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use crate::metrics::standard::{Numbered, Principals, Standard, Workload};
 use crate::ratelimit::Bucket;
 use crate::tls::Peer;
 use crate::xds::filter::LocalRateLimit;
+use crate::xds::proxy_protocol::Tlv;
 
 /// A client's connection.
 #[derive(Debug)]
@@ -28,6 +29,8 @@ pub struct Connection {
     pub remote: SocketAddr,
     /// The other end.
     pub direct_remote: SocketAddr,
+    /// What the PROXY protocol says besides addresses and is handed on.
+    pub tlvs: Box<[Tlv]>,
     /// The TLS session's peer; `None` on plain text.
     pub peer: Option<Peer>,
     /// Server name of the TLS hello, also when somebody else terminates it.
@@ -56,6 +59,42 @@ pub struct Connection {
     bucket: RefCell<Option<Bucket>>,
     told: RefCell<Option<(HeaderValue, Rc<Numbered<Workload>>)>>,
     principals: RefCell<Option<Rc<Numbered<Principals>>>>,
+    origin: OnceCell<Rc<Origin>>,
+}
+
+/// Who called and whom, as servers are told it by the PROXY protocol.
+#[derive(Debug)]
+pub struct Origin {
+    /// Who.
+    pub source: SocketAddr,
+    /// Whom.
+    pub destination: SocketAddr,
+    /// What else the client's own header says.
+    pub tlvs: Box<[Tlv]>,
+    /// When the client's connection ended.
+    ended: Cell<Option<tokio::time::Instant>>,
+}
+
+impl Origin {
+    /// A caller whose connection is open.
+    #[must_use]
+    pub fn new(source: SocketAddr, destination: SocketAddr, tlvs: Box<[Tlv]>) -> Self {
+        Self { source, destination, tlvs, ended: Cell::new(None) }
+    }
+
+    /// When the client's connection ended; `None` while it is open.
+    #[must_use]
+    pub fn ended(&self) -> Option<tokio::time::Instant> {
+        self.ended.get()
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Some(origin) = self.origin.get() {
+            origin.ended.set(Some(tokio::time::Instant::now()));
+        }
+    }
 }
 
 impl Connection {
@@ -67,6 +106,7 @@ impl Connection {
             local,
             remote,
             direct_remote,
+            tlvs: Box::default(),
             peer: None,
             server_name: None,
             own_uris: Arc::default(),
@@ -84,7 +124,15 @@ impl Connection {
             bucket: RefCell::new(None),
             told: RefCell::new(None),
             principals: RefCell::new(None),
+            origin: OnceCell::new(),
         }
+    }
+
+    /// Who called and whom, for servers that are told.
+    #[must_use]
+    pub fn origin(&self) -> Rc<Origin> {
+        let origin = || Rc::new(Origin::new(self.remote, self.local, self.tlvs.clone()));
+        Rc::clone(self.origin.get_or_init(origin))
     }
 
     /// Lets the connection end with the response to its next request.

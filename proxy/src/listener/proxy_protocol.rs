@@ -2,7 +2,10 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-const V2_SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
+use crate::xds::proxy_protocol::Tlv;
+
+/// How a header of version 2 begins.
+pub const V2_SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 /// Longest header of version 1, with its line end.
 const V1_MAX: usize = 107;
 /// Longest header of version 2 that is accepted: addresses and a modest list of TLVs.
@@ -37,6 +40,24 @@ pub fn parse(bytes: &[u8]) -> Proxied {
         return Proxied::NeedMore;
     }
     Proxied::Invalid
+}
+
+/// What a whole header says besides addresses.
+#[must_use]
+pub fn tlvs(header: &[u8]) -> Vec<Tlv> {
+    let behind = match header.get(12..14) {
+        Some([0x21, 0x11]) if header.starts_with(V2_SIGNATURE) => 16 + 12,
+        Some([0x21, 0x21]) if header.starts_with(V2_SIGNATURE) => 16 + 36,
+        Some(_) | None => return Vec::new(),
+    };
+    let (mut rest, mut found) = (header.get(behind..).unwrap_or_default(), Vec::new());
+    while let Some((&[kind, hi, lo], tail)) = rest.split_first_chunk::<3>()
+        && let Some((value, next)) = tail.split_at_checked(usize::from(u16::from_be_bytes([hi, lo])))
+    {
+        found.push(Tlv { kind, value: value.into() });
+        rest = next;
+    }
+    found
 }
 
 fn v1(bytes: &[u8]) -> Proxied {

@@ -34,6 +34,7 @@ pub fn endpoint_at(address: SocketAddr) -> Endpoint {
         health_check_port: None,
         health_check_hostname: Box::default(),
         disable_health_check: false,
+        tlvs: Box::default(),
     }
 }
 
@@ -173,6 +174,7 @@ fn at(endpoint: &Endpoint, name: &str, address: SocketAddr) -> Endpoint {
         hostname,
         health: endpoint.health,
         weight: endpoint.weight,
+        tlvs: endpoint.tlvs.clone(),
         metadata: endpoint.metadata.clone(),
         mesh_tls: endpoint.mesh_tls,
         workload: endpoint.workload.clone(),

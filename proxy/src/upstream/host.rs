@@ -10,12 +10,13 @@ use super::check::{Checked, Standing};
 use super::health::Outlier;
 use super::pool::{Pool, Pools};
 use crate::lb::Load;
+use crate::listener::connection::{Connection, Origin};
 use crate::metrics::standard::{Numbered, Standard, Workload};
 use crate::xds::cluster::Cluster;
 use crate::xds::cluster::endpoint::{Endpoint, Health};
 use crate::xds::cluster::lb::SlowStart;
+use crate::xds::cluster::transport::Transport;
 use crate::xds::decode::Address;
-use crate::xds::tls::UpstreamTls;
 
 /// One endpoint on one worker.
 #[derive(Debug)]
@@ -30,8 +31,8 @@ pub struct Host {
     pub load: Load,
     /// Its connections.
     pub pools: Rc<Pools>,
-    /// TLS towards it.
-    pub tls: Option<Arc<UpstreamTls>>,
+    /// How connections to it begin.
+    pub transport: Transport,
     /// The workload behind it, for metrics.
     pub workload: Rc<Numbered<Workload>>,
     /// The most requests on one connection.
@@ -67,15 +68,15 @@ impl Host {
             ),
             None => Workload::default(),
         };
-        let tls = cluster.transport(endpoint.transport_metadata()).cloned();
+        let transport = cluster.transport_for(endpoint.transport_metadata()).clone();
         Rc::new(Self {
             address: endpoint.address.clone(),
             text: endpoint.address.to_string().into(),
             endpoint: Arc::clone(endpoint),
             load: Load::new(endpoint.weight),
             pools: Rc::default(),
-            by_authority: cluster.http.auto_sni || tls.as_ref().is_some_and(|t| t.auto_host_sni),
-            tls,
+            by_authority: cluster.http.auto_sni || transport.tls.as_ref().is_some_and(|t| t.auto_host_sni),
+            transport,
             workload: standard.workload(workload),
             max_uses: cluster.http.max_requests_per_connection,
             outlier: known.outlier,
@@ -93,11 +94,7 @@ impl Host {
         standard: &Standard,
     ) -> Rc<Self> {
         let mut next = Self::new(endpoint, cluster, known, standard);
-        let same = match (&next.tls, &self.tls) {
-            (None, None) => true,
-            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
-            (Some(_), None) | (None, Some(_)) => false,
-        };
+        let same = next.transport.is_same(&self.transport);
         if let Some(next) = Rc::get_mut(&mut next) {
             next.since = self.since;
             next.load = Load::like(endpoint.weight, &self.load.active);
@@ -138,10 +135,16 @@ impl Host {
         self.outlier.is_ejected()
     }
 
-    /// The connections for requests to this authority.
+    /// The connections for requests to this authority, of this client if the endpoint is told who called.
     #[must_use]
-    pub fn pool(&self, authority: &HeaderValue) -> Rc<Pool> {
-        self.pools.of(self.by_authority.then_some(authority))
+    pub fn pool(&self, authority: &HeaderValue, origin: Option<&Rc<Origin>>) -> Rc<Pool> {
+        self.pools.of(self.by_authority.then_some(authority), origin)
+    }
+
+    /// What the endpoint is told of this client, if it is told anything.
+    #[must_use]
+    pub fn origin(&self, connection: &Connection) -> Option<Rc<Origin>> {
+        self.transport.proxy_protocol.as_ref().map(|_| connection.origin())
     }
 
     /// Whether it is so new that it gets less than its share.

@@ -1,6 +1,7 @@
 //! Connections to one endpoint: idle HTTP/1 ones, the last used first, and shared HTTP/2 ones.
 
 use std::cell::{Cell, RefCell};
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -17,35 +18,70 @@ use super::h1::H1;
 use super::h2::{H2, Streams, Tunnel};
 use super::send::{Link, Opened};
 use crate::http::body::BodyError;
+use crate::listener::connection::Origin;
 use crate::tcp::io::Io;
 
 /// The most authorities for which an endpoint's connections are kept apart. Beyond it connections serve one request.
 const AUTHORITIES: usize = 1024;
+
+/// How long connections for a client are kept when its own has ended: a balancer in front may call again from the same
+/// port.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// Which requests may use some connections.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Apart {
+    /// Those to this authority.
+    authority: Option<HeaderValue>,
+    /// Those of the client with these addresses, whom the endpoint was told.
+    ends: Option<(SocketAddr, SocketAddr)>,
+}
+
+/// Connections that only some requests may use.
+#[derive(Debug)]
+struct OfFew {
+    pool: Rc<Pool>,
+    origin: Option<Rc<Origin>>,
+}
+
+impl OfFew {
+    /// Whether nobody comes any more who might use them.
+    fn is_over(&self, now: Instant) -> bool {
+        let ended = self.origin.as_ref().and_then(|origin| origin.ended());
+        ended.is_some_and(|ended| now.duration_since(ended) > LINGER)
+    }
+}
 
 /// All connections of one endpoint on one worker. They outlive changes of the endpoint's weight and health.
 #[derive(Debug, Default)]
 pub struct Pools {
     /// For every authority.
     pub one: Rc<Pool>,
-    /// Each for one authority.
-    apart: RefCell<AHashMap<HeaderValue, Rc<Pool>>>,
+    /// Each for some requests only.
+    apart: RefCell<AHashMap<Apart, OfFew>>,
     /// Whether TLS agreed on HTTP/2, for clusters that leave it to ALPN.
     pub(super) alpn_h2: Cell<Option<bool>>,
 }
 
 impl Pools {
-    /// The connections for an authority; `None` where they serve every one.
-    pub(super) fn of(&self, authority: Option<&HeaderValue>) -> Rc<Pool> {
-        let Some(authority) = authority else { return Rc::clone(&self.one) };
+    /// The connections for an authority and a client; `None` where they serve every one.
+    pub(super) fn of(&self, authority: Option<&HeaderValue>, origin: Option<&Rc<Origin>>) -> Rc<Pool> {
+        if authority.is_none() && origin.is_none() {
+            return Rc::clone(&self.one);
+        }
+        let ends = origin.map(|o| (o.source, o.destination));
+        let key = Apart { authority: authority.cloned(), ends };
         let mut apart = self.apart.borrow_mut();
-        if let Some(pool) = apart.get(authority) {
-            return Rc::clone(pool);
+        if let Some(known) = apart.get_mut(&key) {
+            known.origin = origin.cloned(); // the latest connection from there
+            return Rc::clone(&known.pool);
         }
         let pool = Rc::new(Pool::default());
-        if self.one.is_closed() || apart.len() >= AUTHORITIES {
+        // clients are as many as their connections
+        if self.one.is_closed() || (origin.is_none() && apart.len() >= AUTHORITIES) {
             pool.close();
         } else {
-            apart.insert(authority.clone(), Rc::clone(&pool));
+            apart.insert(key, OfFew { pool: Rc::clone(&pool), origin: origin.cloned() });
         }
         pool
     }
@@ -53,19 +89,21 @@ impl Pools {
     /// Drops connections that were idle too long or that the server has closed.
     pub fn sweep(&self, idle_timeout: Option<Duration>, now: Instant) {
         self.one.sweep(idle_timeout, now);
-        let apart: Vec<_> = self.apart.borrow().values().map(Rc::clone).collect();
-        for pool in &apart {
+        let apart: Vec<_> =
+            self.apart.borrow().values().map(|few| (Rc::clone(&few.pool), few.is_over(now))).collect();
+        for (pool, is_over) in &apart {
+            let idle_timeout = if *is_over { Some(Duration::ZERO) } else { idle_timeout };
             pool.sweep(idle_timeout, now);
         }
         drop(apart);
-        self.apart.borrow_mut().retain(|_, p| !p.is_empty() || Rc::strong_count(p) > 1);
+        self.apart.borrow_mut().retain(|_, few| !few.pool.is_empty() || Rc::strong_count(&few.pool) > 1);
     }
 
     /// Drops idle connections and takes none back: the endpoint is gone. Requests under way finish.
     pub fn close(&self) {
         self.one.close();
         let apart = std::mem::take(&mut *self.apart.borrow_mut());
-        apart.into_iter().for_each(|(_, pool)| pool.close());
+        apart.into_iter().for_each(|(_, few)| few.pool.close());
     }
 
     /// Whether no connection is kept.

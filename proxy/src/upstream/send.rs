@@ -1,17 +1,13 @@
 //! Carries a request to an endpoint: a pooled or a new connection, HTTP/1 or HTTP/2, plain or TLS.
 
 use std::cell::{Cell, OnceCell};
-use std::net::{IpAddr, Ipv4Addr};
 use std::rc::Rc;
-use std::sync::Arc;
-use std::time::Duration;
 
 use ::h2::ext::Protocol;
 use http::header::{CONNECTION, CONTENT_LENGTH, UPGRADE};
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, Version, response};
 use http_body::Body as _;
-use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio::time::Instant;
 
 use super::h1::{H1, SendError};
@@ -19,13 +15,11 @@ use super::h2::H2;
 use super::pool::{Pool, Reply};
 use super::{Active, Host, Upstream};
 use crate::http::body::RequestBody;
+use crate::listener::connection::Origin;
 use crate::metrics::standard::{Numbered, Principals};
-use crate::tcp::io::{Io, Socket};
-use crate::tls::{Connector, Peer};
-use crate::xds::cluster::TcpKeepalive;
+use crate::tcp::io::Io;
+use crate::tls::Peer;
 use crate::xds::cluster::http::HttpVersion;
-use crate::xds::decode::Address;
-use crate::xds::tls::UpstreamTls;
 
 /// How often a request waits for a connection that is made for all before it makes one of its own.
 const SHARED_DIALS: u32 = 3;
@@ -49,6 +43,8 @@ pub struct Outgoing {
     pub client_h2: bool,
     /// It asks to leave HTTP, in HTTP/1's way: by `upgrade` and `connection`.
     pub upgrade: bool,
+    /// Who called, for an endpoint that is told.
+    pub origin: Option<Rc<Origin>>,
 }
 
 /// Why there was no response.
@@ -115,6 +111,8 @@ struct To<'a> {
     pool: Rc<Pool>,
     /// The request's authority; a connection's server name may depend on it.
     name: HeaderValue,
+    /// Who called, for an endpoint that is told.
+    origin: Option<Rc<Origin>>,
 }
 
 impl Upstream {
@@ -135,7 +133,9 @@ impl Upstream {
             self.stats.rq_pending_overflow.inc();
             return Err(Failure::new(FailureKind::Overflow, ""));
         };
-        let to = To { host, pool: host.pool(&outgoing.authority), name: outgoing.authority.clone() };
+        let origin = outgoing.origin.clone();
+        let pool = host.pool(&outgoing.authority, origin.as_ref());
+        let to = To { host, pool, name: outgoing.authority.clone(), origin };
         if self.config.http.version == HttpVersion::Alpn && host.pools.alpn_h2.get().is_none() {
             self.learn_version(&to).await?;
         }
@@ -182,7 +182,7 @@ impl Upstream {
     /// Makes the first connection to an endpoint whose version of HTTP only the handshake tells.
     async fn learn_version(self: &Rc<Self>, to: &To<'_>) -> Result<(), Failure> {
         let open = self.admit(&to.pool).await?;
-        let (io, link) = self.connect(to.host, Some(&to.name)).await?;
+        let (io, link) = self.connect(to.host, Some(&to.name), to.origin.as_deref()).await?;
         let is_h2 = link.peer.as_ref().is_some_and(|p| p.alpn.as_deref() == Some(b"h2"));
         open.tell(link);
         let refused = |e: &dyn std::error::Error| Failure::new(FailureKind::Connect, e);
@@ -204,7 +204,7 @@ impl Upstream {
             self.wait_for_room(&to.pool).await?;
             return Ok(None);
         };
-        let (io, link) = self.connect(to.host, Some(&to.name)).await?;
+        let (io, link) = self.connect(to.host, Some(&to.name), to.origin.as_deref()).await?;
         open.tell(link);
         Ok(Some(Box::new(H1::new(io, open, self.config.http.http1.proper_case))))
     }
@@ -252,15 +252,16 @@ impl Upstream {
     /// One connection is made for all requests that wait for it; it is made to the end even if they give up.
     async fn dial_h2(self: &Rc<Self>, to: &To<'_>) -> Result<H2, Failure> {
         self.may_wait()?;
-        let To { host, pool, name } = to;
+        let To { host, pool, name, origin } = to;
         let life = self.config.http.max_connection_duration;
         for _ in 0..SHARED_DIALS {
             let (dial, mine) = pool.dial();
             if mine {
                 let (this, host, pool, name, dial) =
                     (Rc::clone(self), Rc::clone(host), Rc::clone(pool), name.clone(), Rc::clone(&dial));
+                let origin = origin.clone();
                 self.shared.tasks.spawn_local(async move {
-                    match this.start_h2(&host, &pool, &name).await {
+                    match this.start_h2(&host, &pool, &name, origin.as_deref()).await {
                         Ok(connection) => pool.put_h2(connection, Instant::now()),
                         Err(failure) => *dial.failure.borrow_mut() = Some(Rc::new(failure)),
                     }
@@ -283,14 +284,20 @@ impl Upstream {
             }
         }
         // others were faster each time, or no connection is kept: one of this request's own
-        let connection = self.start_h2(host, pool, name).await?;
+        let connection = self.start_h2(host, pool, name, origin.as_deref()).await?;
         pool.put_h2_used(connection.clone(), Instant::now());
         Ok(connection)
     }
 
-    async fn start_h2(self: &Rc<Self>, host: &Host, pool: &Pool, name: &HeaderValue) -> Result<H2, Failure> {
+    async fn start_h2(
+        self: &Rc<Self>,
+        host: &Host,
+        pool: &Pool,
+        name: &HeaderValue,
+        origin: Option<&Origin>,
+    ) -> Result<H2, Failure> {
         let open = self.admit(pool).await?;
-        let (io, link) = self.connect(host, Some(name)).await?;
+        let (io, link) = self.connect(host, Some(name), origin).await?;
         open.tell(link);
         H2::start(io, open, &self.config.http.http2, &self.shared.tasks)
             .await
@@ -357,7 +364,7 @@ impl Upstream {
         Ok(())
     }
 
-    /// A new connection to an endpoint, with TLS where it takes it.
+    /// A new connection to an endpoint, with TLS where it takes it; `origin`: for whom, where it is told.
     ///
     /// # Errors
     ///
@@ -366,8 +373,9 @@ impl Upstream {
         &self,
         host: &Host,
         authority: Option<&HeaderValue>,
+        origin: Option<&Origin>,
     ) -> Result<(Io, Rc<Link>), Failure> {
-        let attempt = Box::pin(self.connect_now(host, authority));
+        let attempt = Box::pin(self.connect_now(host, authority, origin));
         let outcome = match tokio::time::timeout(self.config.connect_timeout, attempt).await {
             Ok(Ok((io, peer, own))) => {
                 let link = Rc::new(self.link(&io, peer, &own));
@@ -382,7 +390,7 @@ impl Upstream {
 
     /// A connection for a check: no limit holds it up, and it counts nowhere.
     pub(super) async fn dial(&self, host: &Host, name: &HeaderValue) -> std::io::Result<Io> {
-        let (io, _, _) = Box::pin(self.connect_now(host, Some(name))).await?;
+        let (io, _, _) = Box::pin(self.connect_now(host, Some(name), None)).await?;
         Ok(io)
     }
 
@@ -394,70 +402,6 @@ impl Upstream {
             })
         });
         Link { local: io.local_addr(), peer, principals }
-    }
-
-    async fn connect_now(
-        &self,
-        host: &Host,
-        authority: Option<&HeaderValue>,
-    ) -> std::io::Result<(Io, Option<Peer>, Arc<[String]>)> {
-        let (socket, ip) = match &host.address {
-            Address::Socket(address) => {
-                let stream = self.connect_tcp(*address).await?;
-                (Socket::tcp(stream), address.ip())
-            }
-            Address::Pipe(path) => {
-                (Socket::unix(UnixStream::connect(path).await?), IpAddr::V4(Ipv4Addr::LOCALHOST))
-            }
-            Address::Name(name, port) => {
-                let stream = TcpStream::connect((&**name, *port)).await?;
-                let ip = stream.peer_addr()?.ip();
-                (Socket::tcp(stream), ip)
-            }
-        };
-        let Some(tls) = &host.tls else { return Ok((Io::Plain(socket), None, Arc::default())) };
-        let connector = self.connector(tls, authority).map_err(std::io::Error::other)?;
-        let (io, peer) = connector.connect(socket, ip).await?;
-        Ok((io, Some(peer), connector.own_uris()))
-    }
-
-    async fn connect_tcp(&self, address: std::net::SocketAddr) -> std::io::Result<TcpStream> {
-        let sources = &self.config.source_addresses;
-        let fits = sources.iter().find(|source| source.is_ipv4() == address.is_ipv4());
-        let stream = match fits.or_else(|| sources.first()) {
-            None => TcpStream::connect(address).await?,
-            Some(source) => {
-                let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-                socket.bind((*source, 0).into())?;
-                socket.connect(address).await?
-            }
-        };
-        stream.set_nodelay(true)?;
-        if let Some(keepalive) = &self.config.keepalive {
-            socket2::SockRef::from(&stream).set_tcp_keepalive(&keepalive_of(keepalive))?;
-        }
-        Ok(stream)
-    }
-
-    /// The prepared TLS of an endpoint; made once, unless the server name is the request's.
-    fn connector(
-        &self,
-        tls: &Arc<UpstreamTls>,
-        authority: Option<&HeaderValue>,
-    ) -> Result<Connector, crate::tls::TlsError> {
-        let http = &self.config.http;
-        if tls.auto_host_sni || http.auto_sni {
-            let name = authority.and_then(|a| a.to_str().ok()).map(crate::router::without_port);
-            let check = tls.auto_sni_san || http.auto_san_validation;
-            return self.shared.secrets.connector(tls, name, check);
-        }
-        let mut known = self.connectors.borrow_mut();
-        if let Some((_, connector)) = known.iter().find(|(t, _)| Arc::ptr_eq(t, tls)) {
-            return Ok(connector.clone());
-        }
-        let connector = self.shared.secrets.connector(tls, None, tls.auto_sni_san)?;
-        known.push((Arc::clone(tls), connector.clone()));
-        Ok(connector)
     }
 }
 
@@ -509,18 +453,6 @@ impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.0.state.pending.sub();
     }
-}
-
-fn keepalive_of(config: &TcpKeepalive) -> socket2::TcpKeepalive {
-    let mut keepalive = socket2::TcpKeepalive::new();
-    keepalive = keepalive.with_time(config.time.unwrap_or(Duration::from_secs(7200)));
-    if let Some(interval) = config.interval {
-        keepalive = keepalive.with_interval(interval);
-    }
-    if let Some(probes) = config.probes {
-        keepalive = keepalive.with_retries(probes);
-    }
-    keepalive
 }
 
 /// Envoy's words for the usual reasons.

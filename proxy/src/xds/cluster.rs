@@ -5,6 +5,7 @@ pub mod health;
 pub mod health_check;
 pub mod http;
 pub mod lb;
+pub mod transport;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,11 +20,11 @@ use self::health::OutlierDetection;
 use self::health_check::HealthCheck;
 use self::http::{HttpVersion, UpstreamHttp, upstream_http};
 use self::lb::{LbCommon, LbPolicy, lb_common, lb_policy};
+use self::transport::{Transport, transport};
 use super::decode::{
     Address, Invalid, Kind, Metadata, Rejected, Under as _, address, ads_only, is, json, opt_duration,
     timeout, u32_or, unpack,
 };
-use super::tls::{UpstreamTls, upstream};
 
 /// One cluster.
 #[derive(Debug)]
@@ -49,7 +50,7 @@ pub struct Cluster {
     /// Which version of HTTP, and how.
     pub http: UpstreamHttp,
     /// Transport for endpoints that fit none of `transport_matches`.
-    pub tls: Option<Arc<UpstreamTls>>,
+    pub transport: Transport,
     /// Transport by endpoint metadata (`envoy.transport_socket_match`); the first that fits.
     pub transport_matches: Box<[TransportMatch]>,
     /// Bind upstream sockets to the first of these that is of the endpoint's family.
@@ -155,8 +156,8 @@ pub struct TransportMatch {
     pub name: Arc<str>,
     /// What the endpoint's metadata must say; empty: nothing.
     pub matches: serde_json::Map<String, serde_json::Value>,
-    /// TLS; `None`: plain text.
-    pub tls: Option<Arc<UpstreamTls>>,
+    /// It.
+    pub transport: Transport,
 }
 
 /// TCP keepalive.
@@ -173,16 +174,13 @@ pub struct TcpKeepalive {
 impl Cluster {
     /// The transport for an endpoint with this metadata (of `envoy.transport_socket_match`).
     #[must_use]
-    pub fn transport(
-        &self,
-        metadata: Option<&serde_json::Map<String, serde_json::Value>>,
-    ) -> Option<&Arc<UpstreamTls>> {
+    pub fn transport_for(&self, metadata: Option<&serde_json::Map<String, serde_json::Value>>) -> &Transport {
         let fits = |m: &&TransportMatch| {
             m.matches.iter().all(|(k, v)| metadata.and_then(|metadata| metadata.get(k)) == Some(v))
         };
         match self.transport_matches.iter().find(fits) {
-            Some(m) => m.tls.as_ref(),
-            None => self.tls.as_ref(),
+            Some(m) => &m.transport,
+            None => &self.transport,
         }
     }
 
@@ -276,7 +274,7 @@ fn cluster(mut pb: pb::Cluster) -> Result<Cluster, Invalid> {
             .under("outlier_detection")?,
         health_check,
         http,
-        tls: upstream(pb.transport_socket.take()).under("transport_socket")?,
+        transport: transport(pb.transport_socket.take()).under("transport_socket")?,
         transport_matches,
         source_addresses: source_addresses(pb.upstream_bind_config.take()).under("upstream_bind_config")?,
         keepalive: pb.upstream_connection_options.and_then(|o| o.tcp_keepalive).map(keepalive),
@@ -412,7 +410,7 @@ fn limits(pb: &pb::CircuitBreakers) -> Limits {
 fn transport_match(pb: pb::cluster::TransportSocketMatch) -> Result<TransportMatch, Invalid> {
     Ok(TransportMatch {
         matches: json(pb.r#match.unwrap_or_default()),
-        tls: upstream(pb.transport_socket).under("transport_socket")?,
+        transport: transport(pb.transport_socket).under("transport_socket")?,
         name: pb.name.into(),
     })
 }

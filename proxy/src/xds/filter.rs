@@ -46,7 +46,7 @@ pub enum FilterConfig {
     JwtAuthn(Arc<JwtAuthn>),
     /// A token bucket.
     LocalRateLimit(Arc<LocalRateLimit>),
-    /// Between gRPC-Web and gRPC: not translated here, so gRPC-Web requests are answered with 501.
+    /// Between gRPC-Web and gRPC.
     GrpcWeb,
     /// Counts gRPC messages.
     GrpcStats,

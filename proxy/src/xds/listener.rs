@@ -17,6 +17,7 @@ use super::access_log::{AccessLog, access_logs};
 use super::decode::{
     Address, Invalid, Kind, Metadata, Rejected, Under as _, address, bool_or, is, timeout, u32_or, unpack,
 };
+use super::proxy_protocol::PassTlvs;
 use super::route::ClusterNames;
 
 /// One listener.
@@ -107,6 +108,8 @@ pub enum ListenerFilterKind {
         v1: bool,
         /// Accept version 2.
         v2: bool,
+        /// What of it is remembered besides addresses.
+        pass: PassTlvs,
     },
 }
 
@@ -308,6 +311,7 @@ fn listener_filter(pb: pb::ListenerFilter) -> Result<ListenerFilter, Invalid> {
             optional: p.allow_requests_without_proxy_protocol,
             v1: !p.disallowed_versions.contains(&0),
             v2: !p.disallowed_versions.contains(&1),
+            pass: PassTlvs::new(p.pass_through_tlvs).under("typed_config.pass_through_tlvs")?,
         }
     } else {
         let reason = format!("filter `{}` of type `{}` is not one this proxy has", pb.name, any.type_url);

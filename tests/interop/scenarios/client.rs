@@ -196,7 +196,7 @@ fn written(ask: &Ask, case: &str) -> (String, Vec<u8>, Vec<u8>) {
     for (name, value) in &headers {
         head.push_str(&format!("{name}: {value}\r\n"));
     }
-    let mut body = vec![b'x'; ask.body.unwrap_or_default()];
+    let mut body = ask.content().unwrap_or_default();
     if !ask.trailers.is_empty() {
         head.push_str("transfer-encoding: chunked\r\n");
         let mut chunks = format!("{:x}\r\n", body.len()).into_bytes();
@@ -207,8 +207,8 @@ fn written(ask: &Ask, case: &str) -> (String, Vec<u8>, Vec<u8>) {
         }
         chunks.extend(b"\r\n");
         body = chunks;
-    } else if let Some(length) = ask.body {
-        head.push_str(&format!("content-length: {length}\r\n"));
+    } else if ask.content().is_some() {
+        head.push_str(&format!("content-length: {}\r\n", body.len()));
     }
     head.push_str("\r\n");
     (method.to_owned(), head.into_bytes(), body)
@@ -263,18 +263,18 @@ async fn exchange(
     if let Some(protocol) = &ask.protocol {
         request.extensions_mut().insert(h2::ext::Protocol::from(protocol.as_str()));
     }
-    if let Some(length) = ask.body {
-        request.headers_mut().insert("content-length", length.into());
+    if let Some(content) = ask.content() {
+        request.headers_mut().insert("content-length", content.len().into());
     }
     let leaves = request.method() == Method::CONNECT;
-    let ends = ask.body.is_none() && ask.trailers.is_empty() && !leaves;
+    let ends = ask.content().is_none() && ask.trailers.is_empty() && !leaves;
     *sender = sender.clone().ready().await?;
     let (response, mut upload) = sender.send_request(request, ends)?;
     let trailers: Fields = ask.trailers.clone().into_iter().collect();
-    let length = ask.body.unwrap_or_default();
+    let content = ask.content().unwrap_or_default();
     let sending = async {
         if !ends && !leaves {
-            send(&mut upload, vec![b'x'; length].into(), trailers.is_empty()).await?;
+            send(&mut upload, content.into(), trailers.is_empty()).await?;
             if !trailers.is_empty() {
                 upload.send_trailers(map(&trailers))?;
             }

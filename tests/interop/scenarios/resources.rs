@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::scenario::{Cluster, Scenario};
 
 /// Short names of types.
-const TYPES: [(&str, &str); 17] = [
+const TYPES: [(&str, &str); 20] = [
     ("manager", "filters.network.http_connection_manager.v3.HttpConnectionManager"),
     ("tcp_proxy", "filters.network.tcp_proxy.v3.TcpProxy"),
     ("router", "filters.http.router.v3.Router"),
@@ -24,6 +24,9 @@ const TYPES: [(&str, &str); 17] = [
     ("file", "access_loggers.file.v3.FileAccessLog"),
     ("http_options", "upstreams.http.v3.HttpProtocolOptions"),
     ("proxy_protocol", "filters.listener.proxy_protocol.v3.ProxyProtocol"),
+    ("upstream_proxy_protocol", "transport_sockets.proxy_protocol.v3.ProxyProtocolUpstreamTransport"),
+    ("tls", "transport_sockets.tls.v3.UpstreamTlsContext"),
+    ("raw_buffer", "transport_sockets.raw_buffer.v3.RawBuffer"),
     ("tls_inspector", "filters.listener.tls_inspector.v3.TlsInspector"),
     ("http_inspector", "filters.listener.http_inspector.v3.HttpInspector"),
     ("previous_hosts", "retry.host.previous_hosts.v3.PreviousHostsPredicate"),

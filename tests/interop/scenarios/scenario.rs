@@ -103,6 +103,8 @@ pub(crate) struct Ask {
     pub(crate) with: Map<String, Value>,
     /// Length of the body.
     pub(crate) body: Option<usize>,
+    /// The body in place of that many bytes.
+    pub(crate) text: Option<String>,
     /// Trailers.
     #[serde(default)]
     pub(crate) trailers: BTreeMap<String, String>,
@@ -189,6 +191,12 @@ impl Ask {
             }
         }
         filled
+    }
+
+    /// The body, if it has one.
+    pub(crate) fn content(&self) -> Option<Vec<u8>> {
+        let text = self.text.as_ref().map(|text| text.clone().into_bytes());
+        text.or(self.body.map(|length| vec![b'x'; length]))
     }
 
     /// Method and path.

@@ -3,7 +3,8 @@
 //!
 //! The header `x-do-NAME` for the server of that name, or else `x-do`, says what is done at each attempt.
 //! Names tell other servers: `tcp...` answers with what it got when that has ended, `echo...` sends every byte back,
-//! `banner...` speaks first, `tls...` only tells its name, nobody listens behind `closed...`, and nobody takes
+//! `banner...` speaks first, `tls...` only tells its name, `secure...` speaks TLS behind the PROXY protocol and tells what
+//! came, nobody listens behind `closed...`, and nobody takes
 //! connections behind `full...`.
 
 #![expect(
@@ -12,6 +13,7 @@
 )]
 
 pub(crate) mod http2;
+mod proxied;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -64,6 +66,8 @@ pub(crate) struct Deed {
     hint: bool,
     /// `close`: the connection takes no more requests.
     close: bool,
+    /// `own`: 200 if the connection was told to be the proxy's own, else 500.
+    own: bool,
     kind: Kind,
 }
 
@@ -106,6 +110,7 @@ impl Deed {
             length: None,
             hint: false,
             close: false,
+            own: false,
             kind: Kind::Answer,
         };
         for word in text.split('+') {
@@ -128,6 +133,7 @@ impl Deed {
                 match word {
                     "hint" => deed.hint = true,
                     "close" => deed.close = true,
+                    "own" => deed.own = true,
                     "reset" => deed.kind = Kind::Reset,
                     "refuse" => deed.kind = Kind::Refuse,
                     "gone" => deed.kind = Kind::Gone,
@@ -180,6 +186,8 @@ struct Place {
     name: String,
     book: Book,
     bytes: BTreeMap<String, String>,
+    /// What connections began with, by their numbers, where that was the PROXY protocol.
+    told: Mutex<BTreeMap<usize, String>>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -219,6 +227,7 @@ impl Server {
             name: name.to_owned(),
             book: book.clone(),
             bytes: bytes.clone(),
+            told: Mutex::default(),
             tasks: TaskTracker::new(),
             stop: stop.clone(),
         });
@@ -250,14 +259,23 @@ async fn accept(place: Arc<Place>, listener: TcpListener) {
 }
 
 impl Place {
-    async fn serve(self: Arc<Self>, stream: TcpStream, connection: usize) {
+    async fn serve(self: Arc<Self>, mut stream: TcpStream, connection: usize) {
         let is = |kind: &str| self.name.starts_with(kind);
+        if is("secure") {
+            // what went wrong is told by what the client gets
+            return proxied::secure(stream, &self.name).await.unwrap_or_default();
+        }
         if is("tcp") || is("banner") || is("tls") || is("echo") {
             return self.bytes(stream).await;
         }
         let mut first = [0; 3];
         while let Ok(length @ 1..) = stream.peek(&mut first).await {
             if length == first.len() {
+                if proxied::begins(first) {
+                    let Ok(told) = proxied::take(&mut stream).await else { return };
+                    self.told.lock().expect("a lock").insert(connection, told);
+                    continue;
+                }
                 if first == *b"PRI" {
                     self.http2(stream, connection).await;
                 } else {
@@ -300,8 +318,8 @@ impl Place {
             "server {} saw {} {} {} {}",
             self.name, asked.method, asked.path, asked.version, asked.authority
         )];
-        let told = |name: &str| !name.starts_with("x-do") && name != "x-case" && name != "host";
-        let mut headers: Vec<_> = asked.headers.iter().filter(|(name, _)| told(name)).collect();
+        let noted = |name: &str| !name.starts_with("x-do") && name != "x-case" && name != "host";
+        let mut headers: Vec<_> = asked.headers.iter().filter(|(name, _)| noted(name)).collect();
         headers.sort();
         lines.extend(headers.into_iter().map(|(n, v)| {
             // one that was made, not the client's own
@@ -309,6 +327,8 @@ impl Place {
             let value = if made { "made" } else { v };
             format!("  {}'s header {n}: {value}", self.name)
         }));
+        let told = self.told.lock().expect("a lock").get(&asked.connection).cloned();
+        lines.extend(told.iter().map(|told| format!("  {}'s connection told {told}", self.name)));
         lines.push(format!("  {}'s body {}", self.name, body.bytes.len()));
         let trailers = body.trailers.iter().map(|(n, v)| format!("  {}'s trailer {n}: {v}", self.name));
         lines.extend(trailers);
@@ -320,7 +340,11 @@ impl Place {
         let attempt = book.iter().filter(before).count();
         book.push(Sighting { case, server: self.name.clone(), connection: asked.connection, lines });
         let deeds: Vec<&str> = plan.split_whitespace().collect();
-        Deed::parse(deeds.get(attempt).or(deeds.last()).copied().unwrap_or("200"))
+        let mut deed = Deed::parse(deeds.get(attempt).or(deeds.last()).copied().unwrap_or("200"));
+        if deed.own {
+            deed.status = if told.as_deref() == Some(proxied::OWN) { 200 } else { 500 };
+        }
+        deed
     }
 
     async fn http1(&self, stream: TcpStream, connection: usize) {

@@ -163,7 +163,7 @@ fn h2_request(
     path: http::uri::PathAndQuery,
     headers: HeaderMap,
 ) -> Result<Request<()>, BodyError> {
-    let scheme = if host.tls.is_some() { "https" } else { "http" };
+    let scheme = if host.transport.tls.is_some() { "https" } else { "http" };
     let uri = Uri::builder().scheme(scheme).authority(name.as_bytes()).path_and_query(path).build()?;
     let mut request = Request::builder().method(method).uri(uri).body(())?;
     *request.headers_mut() = headers;

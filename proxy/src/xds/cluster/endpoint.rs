@@ -6,10 +6,13 @@ use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::envoy::config::endpoint::v3 as pb;
 use serde_json::{Map, Value as Json};
 
-use crate::xds::decode::{Address, Invalid, Kind, Metadata, Rejected, Under as _, address, u32_or};
+use crate::xds::decode::{Address, Invalid, Kind, Metadata, Rejected, Under as _, address, u32_or, unpack};
+use crate::xds::proxy_protocol::{self, Tlv};
 
 /// Metadata that picks an endpoint's transport.
 const TRANSPORT_MATCH: &str = "envoy.transport_socket_match";
+/// Metadata with what an endpoint is told by the PROXY protocol.
+const PROXY_PROTOCOL: &str = "envoy.transport_sockets.proxy_protocol";
 
 /// The endpoints of one cluster.
 #[derive(Debug, Default, PartialEq)]
@@ -72,6 +75,8 @@ pub struct Endpoint {
     pub health: Health,
     /// Its weight among endpoints of its locality, 1 or more.
     pub weight: u32,
+    /// What it is told besides addresses, where it is spoken to with the PROXY protocol.
+    pub tlvs: Box<[Tlv]>,
     /// Free-form data.
     pub metadata: Metadata,
     /// It takes the mesh's mTLS (`tlsMode: istio`), and so peer metadata in headers.
@@ -250,8 +255,10 @@ fn endpoint(pb: pb::LbEndpoint, dns: bool) -> Result<Endpoint, Invalid> {
         0 => None,
         p => Some(crate::xds::decode::port(p, "endpoint.health_check_config.port_value")?),
     };
+    let tlvs = tlvs(pb.metadata.as_ref()).under("metadata")?;
     let metadata = Metadata::new(pb.metadata);
     Ok(Endpoint {
+        tlvs,
         address: own,
         additional_addresses,
         hostname: inner.hostname.into(),
@@ -264,4 +271,12 @@ fn endpoint(pb: pb::LbEndpoint, dns: bool) -> Result<Endpoint, Invalid> {
         health_check_hostname: check.hostname.into(),
         disable_health_check: check.disable_active_health_check,
     })
+}
+
+fn tlvs(metadata: Option<&core::Metadata>) -> Result<Box<[Tlv]>, Invalid> {
+    let Some(any) = metadata.and_then(|m| m.typed_filter_metadata.get(PROXY_PROTOCOL)) else {
+        return Ok(Box::default());
+    };
+    let own = unpack::<core::PerHostConfig>(any).and_then(|own| proxy_protocol::added(own.added_tlvs));
+    own.under("typed_filter_metadata").under(PROXY_PROTOCOL)
 }

@@ -4,6 +4,7 @@ use super::endpoint::{ClusterLoadAssignment, Health};
 use super::http::HttpVersion;
 use super::lb::LbPolicy;
 use super::*;
+use crate::xds::proxy_protocol::{PassTlvs, Version};
 
 fn parse(fields: &str) -> Result<Cluster, Rejected> {
     let yaml = format!("{{name: c, {fields}}}");
@@ -37,7 +38,7 @@ fn defaults_are_envoys() {
     assert_eq!(cluster.limits.max_retries, 3);
     assert_eq!(cluster.http.version, HttpVersion::Http1);
     assert_eq!(cluster.lb, LbPolicy::RoundRobin { slow_start: None });
-    assert!(cluster.tls.is_none() && cluster.outlier.is_none());
+    assert!(cluster.transport.tls.is_none() && cluster.outlier.is_none());
 }
 
 #[test]
@@ -70,10 +71,12 @@ fn an_istio_outbound_cluster_is_taken() {
     let both: Vec<_> = assignment.endpoints().collect();
     assert!(
         cluster
-            .transport(both[0].transport_metadata())
+            .transport_for(both[0].transport_metadata())
+            .tls
+            .as_ref()
             .is_some_and(|t| t.sni.as_deref() == Some("outbound_.80_._.h"))
     );
-    assert!(cluster.transport(both[1].transport_metadata()).is_none());
+    assert!(cluster.transport_for(both[1].transport_metadata()).tls.is_none());
     assert!(both[0].mesh_tls && !both[1].mesh_tls);
     assert_eq!((both[0].health, both[0].weight), (Health::Draining, 2));
     let workload = both[0].workload.as_ref().unwrap();
@@ -105,6 +108,28 @@ fn every_kind_of_discovery_and_balancing_is_taken() {
     assert!(cluster.lb_common.locality_weighted);
 }
 
+/// A transport socket that tells endpoints who called.
+fn told(fields: &str) -> String {
+    let kind = "envoy.extensions.transport_sockets.proxy_protocol.v3.ProxyProtocolUpstreamTransport";
+    format!(
+        r#"transport_socket: {{name: p, typed_config: {{"@type": type.googleapis.com/{kind}, {fields}}}}}"#
+    )
+}
+
+#[test]
+fn endpoints_may_be_told_who_called() {
+    let raw = "transport_socket: {name: envoy.transport_sockets.raw_buffer}";
+    let cluster =
+        parse(&told(&format!("config: {{version: V2, added_tlvs: [{{type: 224, value: b3du}}]}}, {raw}")));
+    let settings = cluster.unwrap().transport.proxy_protocol.clone().unwrap();
+    assert_eq!((settings.version, settings.added[0].value.as_ref()), (Version::V2, &b"own"[..]));
+    assert_eq!(settings.pass, PassTlvs::None);
+    let inner = r#"transport_socket: {name: t, typed_config: {"@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext, sni: a}}"#;
+    let transport = parse(&told(inner)).unwrap().transport.clone();
+    assert_eq!(transport.proxy_protocol.unwrap().version, Version::V1);
+    assert_eq!(transport.tls.unwrap().sni.as_deref(), Some("a"));
+}
+
 #[test]
 fn refused_clusters_name_the_field() {
     for (fields, expected) in [
@@ -126,6 +151,19 @@ fn refused_clusters_name_the_field() {
             "alpn_protocols: a name has 1 to 255 bytes",
         ),
         ("lb_policy: MAGLEV, maglev_lb_config: {table_size: 10}", "table_size: 10 is not a prime"),
+        (&told("config: {version: V2}"), "transport_socket.typed_config.transport_socket: must be set"),
+        (
+            &told(
+                "config: {added_tlvs: [{type: 256}]}, transport_socket: {name: envoy.transport_sockets.raw_buffer}",
+            ),
+            "transport_socket.typed_config.config.added_tlvs[0].type: 256 is above 255",
+        ),
+        (
+            &told(
+                "config: {pass_through_tlvs: {match_type: INCLUDE, tlv_type: [1, 300]}}, transport_socket: {name: envoy.transport_sockets.raw_buffer}",
+            ),
+            "config.pass_through_tlvs.tlv_type[1]: 300 is above 255",
+        ),
         (
             "lb_policy: RING_HASH, ring_hash_lb_config: {minimum_ring_size: 10, maximum_ring_size: 5}",
             "ring_hash_lb_config",
