@@ -9,8 +9,8 @@ use anyhow::Context;
 use ca::keystore::KeyStore;
 use ca::seal::SealingKey;
 use rcgen::{
-    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    SanType,
+    BasicConstraints, Certificate, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType,
 };
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
@@ -101,6 +101,25 @@ impl Authority {
     ///
     /// When the identity is none.
     pub fn issue(&self, identity: &str) -> anyhow::Result<Credentials> {
+        let (key, leaf) = self.sign(identity)?;
+        let root = CertificateDer::from_pem_slice(self.certificate.as_bytes())?;
+        Ok(Credentials {
+            chain: vec![leaf.der().clone(), root],
+            key: PrivateKeyDer::Pkcs8(key.serialize_der().into()),
+        })
+    }
+
+    /// A certificate of this identity and its key, as PEM.
+    ///
+    /// # Errors
+    ///
+    /// When the identity is none.
+    pub fn pems(&self, identity: &str) -> anyhow::Result<(String, String)> {
+        let (key, leaf) = self.sign(identity)?;
+        Ok((leaf.pem(), key.serialize_pem()))
+    }
+
+    fn sign(&self, identity: &str) -> anyhow::Result<(KeyPair, Certificate)> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
         params.subject_alt_names = vec![SanType::URI(identity.try_into()?)];
@@ -108,11 +127,7 @@ impl Authority {
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
         let leaf = params.signed_by(&key, &self.issuer)?;
-        let root = CertificateDer::from_pem_slice(self.certificate.as_bytes())?;
-        Ok(Credentials {
-            chain: vec![leaf.der().clone(), root],
-            key: PrivateKeyDer::Pkcs8(key.serialize_der().into()),
-        })
+        Ok((key, leaf))
     }
 }
 
