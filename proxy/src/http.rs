@@ -265,8 +265,15 @@ pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Reques
                 Some(late) => Pass::Answer(Box::new(attempts::too_late(&call, late))),
             };
         }
-        if let Pass::Answer(local) = pass {
+        if let Pass::Preflight(local) = pass {
             return local.into_response(call.exchange);
+        }
+        if let Pass::Answer(local) = pass {
+            // what a route says of the answers of servers holds for those of filters, too
+            return match decision.filter(|d| d.forward().is_some()) {
+                Some(decision) => answer(decision, call, *local),
+                None => local.into_response(call.exchange),
+            };
         }
     }
     let decision = match decided {

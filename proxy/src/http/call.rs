@@ -387,12 +387,13 @@ fn authority(parts: &mut request::Parts, http: &Http, port: u16) -> Result<Heade
     }
     let host = parts.headers.remove(header::HOST);
     let value = match parts.uri.authority() {
-        // credentials in an authority are nobody's business further on
-        Some(a) => {
+        // credentials in a target are nobody's business further on; `:authority` has none (RFC 9113, section 8.3.1)
+        Some(a) if parts.version < Version::HTTP_2 => {
             let text = a.as_str();
             let host = text.rsplit_once('@').map_or(text, |(_, host)| host);
             HeaderValue::from_str(host).ok()
         }
+        Some(a) => HeaderValue::from_str(a.as_str()).ok(),
         None => host.or_else(|| http.config.http1.default_host_for_http_10.clone()),
     };
     let value = value.filter(|v| !v.is_empty()).ok_or((BAD, "missing_host_header", Flags::NONE))?;

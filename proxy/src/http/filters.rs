@@ -33,6 +33,8 @@ pub enum Pass {
     On,
     /// Answer this.
     Answer(Box<Local>),
+    /// Answer this to a preflight request, with nothing of what the route says about responses.
+    Preflight(Box<Local>),
     /// Wait, then ask [`abort`].
     Delay(Duration, Arc<Fault>),
 }
@@ -312,7 +314,7 @@ fn cross_origin(http: &Http, cors: &Arc<Cors>, call: &mut Call) -> Pass {
         let name = HeaderName::from_static("access-control-allow-private-network");
         local.headers.insert(name, HeaderValue::from_static("true"));
     }
-    Pass::Answer(Box::new(local))
+    Pass::Preflight(Box::new(local))
 }
 
 fn tell_credentials(cors: &Cors, headers: &mut HeaderMap) {
