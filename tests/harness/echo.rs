@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
+use ::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version};
 use anyhow::bail;
 use bytes::Bytes;
 use futures::stream;
@@ -36,7 +36,7 @@ pub struct Seen {
     pub path: String,
     /// `HTTP/1.1`, `HTTP/2.0`
     pub version: String,
-    /// Headers; several values of one name are joined by `, `.
+    /// Headers; several values of one name are joined by `, `. Over HTTP/2 also `:authority` and `:scheme`.
     pub headers: BTreeMap<String, String>,
     /// Length of the body in bytes.
     pub body: usize,
@@ -195,8 +195,12 @@ impl App {
             .filter(|_| self.fails(&query))
             .and_then(|s| u16::try_from(s).ok())
             .unwrap_or_else(|| self.status.load(Ordering::Relaxed));
+        // over HTTP/2 the library sends every body, also where there is none
+        let bare = request.version() == Version::HTTP_2
+            && (request.method() == Method::HEAD || matches!(status, 204 | 304));
         let seen = self.seen(request).await;
-        let mut response = Response::new(Full::new(Bytes::from(serde_json::to_vec(&seen)?)).boxed());
+        let body = if bare { Vec::new() } else { serde_json::to_vec(&seen)? };
+        let mut response = Response::new(Full::new(Bytes::from(body)).boxed());
         *response.status_mut() = StatusCode::from_u16(status)?;
         response.headers_mut().insert("content-type", HeaderValue::from_static("application/json"));
         if let Some((name, value)) = query.get("set").and_then(|s| s.split_once(':')) {
@@ -216,6 +220,11 @@ impl App {
 
     async fn seen(&self, request: Request<Incoming>) -> Seen {
         let mut headers = BTreeMap::<String, String>::new();
+        if request.version() == Version::HTTP_2 {
+            let authority = request.uri().authority().map(ToString::to_string);
+            headers.extend(authority.map(|authority| (":authority".to_owned(), authority)));
+            headers.extend(request.uri().scheme().map(|scheme| (":scheme".to_owned(), scheme.to_string())));
+        }
         for (key, value) in request.headers() {
             let value = String::from_utf8_lossy(value.as_bytes()).into_owned();
             let entry = headers.entry(key.to_string());

@@ -1,15 +1,20 @@
 //! Generated scenarios: routes and requests from a seed, given to our proxy and to a stock Envoy, which must do the same.
 //!
-//! [`scenario`] makes the routes and [`request`] what is asked of them, [`pair`] runs both proxies and asks them,
-//! [`differences`] says what may differ, and [`shrink`] makes what does small enough to be read.
+//! [`scenario`] makes the routes and [`request`] what is asked of them, [`pair`] runs both proxies and asks them over
+//! [`connection`]s, [`differences`] says what may differ, and [`shrink`] makes what does small enough to be read.
 //!
 //! `INTEROP_SEEDS=1000 cargo test --profile quick -p tests --test interop generated` runs as many scenarios as it says, from
-//! `INTEROP_SEED_START` on. `INTEROP_SHOWN` says of how many kinds of differences one is shrunken and shown.
+//! `INTEROP_SEED_START` on: with `INTEROP_SEED_START=17 INTEROP_SEEDS=1` what seed 17 asks is asked again, alone.
+//! `INTEROP_SHOWN` says of how many kinds of differences one is shrunken and shown.
 
+mod action;
+mod connection;
 mod dice;
 mod differences;
+mod filters;
 mod pair;
 mod request;
+mod resources;
 mod scenario;
 mod shrink;
 
@@ -23,7 +28,7 @@ use self::request::Request;
 use self::scenario::Scenario;
 
 /// Scenarios of a plain run of the tests.
-const SEEDS: u64 = 60;
+const SEEDS: u64 = 150;
 /// Requests of a scenario.
 const REQUESTS: usize = 140;
 /// Scenarios that a pair of proxies has at once.
@@ -61,7 +66,7 @@ async fn report(seed: u64, case: Case) -> String {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn our_proxy_does_what_envoy_does_with_generated_routes_and_requests() -> anyhow::Result<()> {
     let (first, count) = (setting("INTEROP_SEED_START", 1), setting("INTEROP_SEEDS", SEEDS));
-    let mut found = BTreeMap::<String, Vec<(u64, Case)>>::new();
+    let mut found = BTreeMap::<String, Vec<(u64, Case, String)>>::new();
     let mut statuses = BTreeMap::<String, u64>::new();
     let mut asked = 0;
     for start in (first..first + count).step_by(usize::try_from(BATCH)?) {
@@ -73,7 +78,8 @@ async fn our_proxy_does_what_envoy_does_with_generated_routes_and_requests() -> 
                 *statuses.entry(theirs.first().cloned().unwrap_or_default()).or_default() += 1;
                 if differ(&case.scenario, request, &ours, &theirs) {
                     let case = Case { scenario: case.scenario.clone(), requests: vec![request.clone()] };
-                    found.entry(kind(&ours, &theirs)).or_default().push((*seed, case));
+                    let told = format!("{request}\n{}", told(&ours, &theirs));
+                    found.entry(kind(&ours, &theirs)).or_default().push((*seed, case, told));
                 }
             }
         }
@@ -83,10 +89,14 @@ async fn our_proxy_does_what_envoy_does_with_generated_routes_and_requests() -> 
     let mut kinds: Vec<_> = found.into_iter().collect();
     kinds.sort_by_key(|(_, cases)| std::cmp::Reverse(cases.len()));
     for (kind, cases) in &kinds {
-        println!("{} times {kind}, first with seed {}", cases.len(), cases[0].0);
+        let (seed, _, told) = &cases[0];
+        println!(
+            "\n{} times {kind}, first with INTEROP_SEED_START={seed} INTEROP_SEEDS=1:\n{told}",
+            cases.len()
+        );
     }
     for (kind, cases) in kinds.into_iter().take(usize::try_from(setting("INTEROP_SHOWN", 2))?) {
-        for (seed, case) in cases.into_iter().take(1) {
+        for (seed, case, _) in cases.into_iter().take(1) {
             println!("\n{kind}: {}", report(seed, case).await);
         }
     }
@@ -148,6 +158,12 @@ fn scenarios_have_everything_that_is_compared() {
         ":8080",
         "most_specific_header_mutations_wins",
         "ignore_port_in_host_matching",
+        "request_mirror_policies",
+        "per_try_timeout",
+        "fixed_delay",
+        "http_status",
+        "grpc_status",
+        "\"silent\"",
     ] {
         assert!(all.contains(word), "no {word}");
     }

@@ -10,7 +10,7 @@ mod client;
 mod pair;
 mod resources;
 mod scenario;
-mod server;
+pub(crate) mod server;
 mod wire;
 
 use self::pair::Did;

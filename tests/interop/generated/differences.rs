@@ -6,35 +6,81 @@ use super::pair::Lines;
 use super::request::Request;
 use super::scenario::Scenario;
 
+/// A request and what came of it.
+struct Asked<'a> {
+    scenario: &'a Scenario,
+    request: &'a Request,
+    ours: &'a Lines,
+    theirs: &'a Lines,
+}
+
+impl Asked<'_> {
+    /// Whether ours refuses it as malformed.
+    fn is_refused(&self) -> bool {
+        self.ours.first().is_some_and(|line| line == "status 400")
+    }
+
+    /// Whether Envoy does.
+    fn is_refused_by_envoy(&self) -> bool {
+        self.theirs.first().is_some_and(|line| line == "status 400")
+    }
+
+    /// Whether Envoy ends the connection instead of an answer.
+    fn is_cut_by_envoy(&self) -> bool {
+        self.theirs.first().is_some_and(|line| line.starts_with("no answer"))
+    }
+}
+
 /// Whether a request is one of those that a difference is about.
-type Which = fn(&Scenario, &Request) -> bool;
+type Which = fn(&Asked<'_>) -> bool;
 
 /// What is compared of a line; `None`: nothing.
 type Settled = fn(&Scenario, &Request, &str) -> Option<String>;
 
 /// Requests that ours answers otherwise on purpose: which, and why.
-const REQUESTS: [(Which, &str); 5] = [
+const REQUESTS: [(Which, &str); 8] = [
     (
-        |_, request| std::str::from_utf8(&request.target).is_err(),
+        |asked| {
+            let odd = std::str::from_utf8(&asked.request.target).is_err();
+            odd && asked.is_refused() && asked.is_refused_by_envoy()
+        },
         "400 from both; the HTTP library gives no body to what it refuses",
     ),
     (
-        |_, request| request.target.contains(&b'#'),
+        |asked| asked.request.target.contains(&b'#') && asked.is_refused_by_envoy(),
         "a target ends before a fragment (RFC 9112, section 3.2.1), which goes no further; Envoy answers 400",
     ),
     (
-        |_, request| request.path().iter().any(|b| b"<>`".contains(b)),
+        |asked| {
+            let odd = !asked.request.target.is_ascii();
+            asked.request.http2.is_some() && odd && asked.is_refused()
+        },
+        "400: no URI has bytes above 127 (RFC 3986, section 2), over HTTP/2 no more than over HTTP/1; Envoy takes them",
+    ),
+    (
+        |asked| asked.request.path().iter().any(|b| b"<>`".contains(b)) && asked.is_refused(),
         "400: no URI has such characters (RFC 3986, section 2); Envoy takes them",
     ),
     (
-        |scenario, request| scenario.is_on("merge_slashes") && is_two_slashes(request.path()),
+        |asked| asked.request.http2.is_none() && asked.request.has_user() && asked.is_refused(),
+        "400: no host has user information (RFC 9110, section 7.2); Envoy takes it for a part of the name",
+    ),
+    (
+        |asked| {
+            let malformed = asked.request.http2.is_some() && asked.request.has_user();
+            malformed && asked.is_refused() && asked.is_cut_by_envoy()
+        },
+        "400 to a malformed request over HTTP/2, and the connection goes on; Envoy ends it",
+    ),
+    (
+        |asked| asked.scenario.is_on("merge_slashes") && is_two_slashes(asked.request.path()),
         "a path of slashes alone is merged to one; Envoy leaves two, a second spelling of the first",
     ),
     (
-        |scenario, request| {
-            let routes = scenario.routes.to_string();
+        |asked| {
+            let routes = asked.scenario.routes.to_string();
             let asks = routes.contains("\":authority\",\"string") || routes.contains("\"host\",\"string");
-            asks && request.has_host_in_capitals()
+            asks && asked.request.has_host_in_capitals()
         },
         "conditions on a host hold in capital letters, too (RFC 9110, section 4.2.3), so that no policy is passed by them",
     ),
@@ -60,7 +106,14 @@ fn is_two_slashes(path: &[u8]) -> bool {
 }
 
 /// Lines that ours has otherwise on purpose: what is compared of them, and why.
-const LINES: [(Settled, &str); 7] = [
+const LINES: [(Settled, &str); 8] = [
+    (
+        |_, request, line| {
+            let empty = request.http2.is_some() && line == "application's header cookie: ";
+            (!empty).then(|| line.to_owned())
+        },
+        "an empty `cookie` over HTTP/2 goes further as it came; Envoy joins the pieces of it, and of none comes none",
+    ),
     (
         |_, request, line| {
             (request.body.is_some() || line != "application's header content-length: 0")
@@ -127,7 +180,8 @@ fn settled(scenario: &Scenario, request: &Request, lines: &Lines) -> Lines {
 
 /// Whether the two answers differ in more than they may.
 pub(crate) fn differ(scenario: &Scenario, request: &Request, ours: &Lines, theirs: &Lines) -> bool {
-    !REQUESTS.iter().any(|(left, _)| left(scenario, request))
+    let asked = Asked { scenario, request, ours, theirs };
+    !REQUESTS.iter().any(|(left, _)| left(&asked))
         && settled(scenario, request, ours) != settled(scenario, request, theirs)
 }
 

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use bytes::Bytes;
+
 use super::dice::Dice;
 use super::scenario::{Hint, NAMES, PARAMETERS, Scenario, VALUES};
 
@@ -22,9 +24,33 @@ pub(crate) struct Request {
     /// `host` and all others, but `content-length`.
     pub(crate) headers: Vec<(String, Vec<u8>)>,
     pub(crate) body: Option<usize>,
+    /// Whether the length of the body is told before it.
+    pub(crate) told: bool,
+    /// Whether trailers follow the body; over HTTP/1 only where its length is not told.
+    pub(crate) trailers: bool,
+    /// Over HTTP/2, and how it names its host.
+    pub(crate) http2: Option<Named>,
+}
+
+/// How a request over HTTP/2 says to whom it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Named {
+    /// By `:authority`.
+    Authority,
+    /// By `host` alone.
+    Host,
+    /// By `:authority`, beside a `host` that says something else.
+    Both,
 }
 
 impl Request {
+    /// One that asks for nothing in particular.
+    pub(crate) fn plain() -> Self {
+        let headers = vec![("host".to_owned(), b"x".to_vec())];
+        let target = b"/".to_vec();
+        Self { method: "GET", target, headers, body: None, told: true, trailers: false, http2: None }
+    }
+
     /// The requests of a seed.
     pub(crate) fn some(scenario: &Scenario, seed: u64, count: usize) -> Vec<Self> {
         // Other draws than the scenario's.
@@ -74,19 +100,84 @@ impl Request {
         headers.insert(dice.from(0..headers.len() + 1), ("host".to_owned(), sent.into_bytes()));
         let body =
             matches!(method, "POST" | "PUT" | "PATCH").then(|| dice.from(0..40)).filter(|_| dice.one_in(2));
-        Self { method, target, headers, body }
+        let told = dice.one_in(2);
+        let trailers = body.is_some() && !told && dice.one_in(4);
+        let mut request = Self { method, target, headers, body, told, trailers, http2: None };
+        request.http2 = dice.one_in(3).then(|| match dice.from(0..16) {
+            0 => Named::Host,
+            1 => Named::Both,
+            _ => Named::Authority,
+        });
+        if request.over_http2("").is_none() {
+            request.http2 = None;
+        }
+        request
+    }
+
+    /// As it is asked at this port.
+    pub(crate) fn on(&self, port: u16) -> Self {
+        let port = port.to_string();
+        let mut request = self.clone();
+        request.target = replaced(&request.target, &port);
+        request.headers.iter_mut().for_each(|(_, value)| *value = replaced(value, &port));
+        request
+    }
+
+    /// Its body's bytes.
+    pub(crate) fn content(&self) -> Option<Bytes> {
+        self.body.map(|length| vec![b'x'; length].into())
+    }
+
+    /// Its head as it goes over HTTP/2; `None` when the library would send something else.
+    pub(crate) fn over_http2(&self, name: &str) -> Option<http::Request<()>> {
+        let host = std::str::from_utf8(self.header("host")?).ok()?;
+        let target = std::str::from_utf8(&self.target).ok().filter(|target| target.starts_with('/'))?;
+        let mut request = http::Request::builder().method(self.method);
+        request = match self.http2? {
+            Named::Authority => request.uri(format!("http://{host}{target}")),
+            Named::Both => request.uri(format!("http://{host}{target}")).header("host", "other.example"),
+            // a request of HTTP/2 needs an authority, for the library; one of HTTP/1 that goes over it does not
+            Named::Host => request.uri(target).header("host", host).version(http::Version::HTTP_11),
+        };
+        for (name, value) in self.headers.iter().filter(|(name, _)| name != "host") {
+            let hop_by_hop = matches!(name.as_str(), "connection" | "keep-alive");
+            if hop_by_hop || (name == "te" && value != b"trailers") {
+                return None;
+            }
+            request = request.header(name, value.as_slice());
+        }
+        if let Some(length) = self.body.filter(|_| self.told) {
+            request = request.header("content-length", length);
+        }
+        let request = request.header("x-case", name).body(()).ok()?;
+        let uri = request.uri();
+        let kept = uri.authority().is_none_or(|a| a.as_str() == host)
+            && uri.path_and_query().is_some_and(|p| p.as_str() == target);
+        kept.then_some(request)
     }
 
     /// Its bytes, with the name by which access logs tell it.
     pub(crate) fn bytes(&self, name: &str) -> Vec<u8> {
         let mut bytes = [self.method.as_bytes(), b" ", &self.target, b" HTTP/1.1\r\n"].concat();
         let name = ("x-case".to_owned(), name.as_bytes().to_vec());
-        let length = self.body.map(|body| ("content-length".to_owned(), body.to_string().into_bytes()));
-        for (name, value) in self.headers.iter().chain([&name]).chain(&length) {
+        let framing = self.body.map(|body| match self.told {
+            true => ("content-length".to_owned(), body.to_string().into_bytes()),
+            false => ("transfer-encoding".to_owned(), b"chunked".to_vec()),
+        });
+        for (name, value) in self.headers.iter().chain([&name]).chain(&framing) {
             bytes.extend([name.as_bytes(), b": ", value, b"\r\n"].concat());
         }
         bytes.extend(b"\r\n");
-        bytes.extend(vec![b'x'; self.body.unwrap_or_default()]);
+        let body = self.content().unwrap_or_default();
+        if self.told || self.body.is_none() {
+            return [bytes, body.to_vec()].concat();
+        }
+        if !body.is_empty() {
+            bytes.extend([format!("{:x}\r\n", body.len()).as_bytes(), &body, b"\r\n"].concat());
+        }
+        bytes.extend(b"0\r\n");
+        bytes.extend(if self.trailers { b"x-trailer: behind\r\n".as_slice() } else { b"" });
+        bytes.extend(b"\r\n");
         bytes
     }
 
@@ -106,6 +197,12 @@ impl Request {
         whole.get(before.saturating_sub(1)..).filter(|_| before > 0).unwrap_or(whole)
     }
 
+    /// Whether it has user information in its host, which is not taken from a whole URI.
+    pub(crate) fn has_user(&self) -> bool {
+        let host = self.header("host").unwrap_or_default();
+        self.target.starts_with(b"/") && host.contains(&b'@')
+    }
+
     /// Whether its authority has capital letters.
     pub(crate) fn has_host_in_capitals(&self) -> bool {
         let host = self.header("host").unwrap_or_default();
@@ -122,24 +219,45 @@ impl Request {
         });
         let cut = |target: Vec<u8>| Self { target, ..self.clone() };
         let query = self.target.iter().position(|b| *b == b'?').map(|at| cut(self.target[..at].to_vec()));
-        let body = self.body.map(|_| Self { body: None, ..self.clone() });
+        let body = self.body.map(|_| Self { body: None, trailers: false, ..self.clone() });
+        let told = (!self.told).then(|| Self { told: true, trailers: false, ..self.clone() });
+        let bare = self.trailers.then(|| Self { trailers: false, ..self.clone() });
         let get = (self.method != "GET").then(|| Self { method: "GET", ..self.clone() });
-        without.chain(query).chain(body).chain(get).collect()
+        let http1 = self.http2.map(|_| Self { http2: None, ..self.clone() });
+        let named = self.http2.filter(|named| *named != Named::Authority);
+        let named = named.map(|_| Self { http2: Some(Named::Authority), ..self.clone() });
+        let simpler = [bare, told, body, get, named, http1];
+        without.chain(query).chain(simpler.into_iter().flatten()).collect()
     }
 }
 
 impl fmt::Display for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{} {}", self.method, self.target.escape_ascii())?;
+        let over =
+            self.http2.map_or_else(|| "HTTP/1".to_owned(), |named| format!("HTTP/2, named by {named:?}"));
+        writeln!(f, "{} {} ({over})", self.method, self.target.escape_ascii())?;
         for (name, value) in &self.headers {
             writeln!(f, "{name}: {}", value.escape_ascii())?;
         }
-        self.body.map_or(Ok(()), |body| writeln!(f, "({body} bytes of a body)"))
+        let told = if self.told { "told" } else { "not told" };
+        let trailers = if self.trailers { ", trailers" } else { "" };
+        self.body.map_or(Ok(()), |body| writeln!(f, "({body} bytes of a body, {told}{trailers})"))
+    }
+}
+
+/// With the port in its place.
+fn replaced(bytes: &[u8], port: &str) -> Vec<u8> {
+    match bytes.windows(4).position(|w| w == b"PORT") {
+        Some(at) => [&bytes[..at], port.as_bytes(), &bytes[at + 4..]].concat(),
+        None => bytes.to_vec(),
     }
 }
 
 fn host(dice: &mut Dice, host: &str) -> String {
     let bare = host.split(':').next().unwrap_or_default();
+    if dice.one_in(60) {
+        return format!("{}@{host}", dice.pick(&["user", "user:pass", ""]));
+    }
     match dice.from(0..16) {
         0 => host.to_ascii_uppercase(),
         1 => format!("{bare}:8080"),
@@ -282,6 +400,10 @@ fn headers(dice: &mut Dice, hint: &Hint) -> Vec<(String, Vec<u8>)> {
             ("via", "1.1 first"),
             ("server", "client"),
             ("content-type", "text/plain"),
+            ("content-type", "application/grpc"),
+            ("content-type", "application/grpc+proto"),
+            ("content-type", "application/grpc-web"),
+            ("content-type", "application/json"),
             ("x-forwarded-port", "1"),
         ]);
         headers.push((name.to_owned(), value.as_bytes().to_vec()));

@@ -5,10 +5,18 @@
 
 use serde_json::{Map, Value, json};
 
+use super::action::{action, retries};
 use super::dice::Dice;
+use super::filters::{cors, fault};
 
 /// Clusters with a server.
-pub(crate) const SERVED: [&str; 3] = ["one", "two", "three"];
+pub(crate) const SERVED: [&str; 4] = ["one", "two", "three", HTTP2];
+/// The one that speaks HTTP/2.
+pub(crate) const HTTP2: &str = "four";
+/// The cluster whose server never answers.
+pub(crate) const SILENT: &str = "silent";
+/// The cluster that gets copies.
+pub(crate) const COPIES: &str = "copies";
 /// Hosts that domains and requests are made of.
 const HOSTS: [&str; 8] =
     ["a.example", "b.example", "x.a.example", "y.x.a.example", "example", "a.b", "a-b.example", "10.0.0.1"];
@@ -99,7 +107,7 @@ impl Scenario {
 }
 
 /// Sets some of these.
-fn flags(dice: &mut Dice, on: &mut Value, names: &[&str], one_in: u32) {
+pub(crate) fn flags(dice: &mut Dice, on: &mut Value, names: &[&str], one_in: u32) {
     for name in names {
         if dice.one_in(one_in) {
             on[*name] = json!(true);
@@ -144,6 +152,7 @@ fn manager(dice: &mut Dice) -> Map<String, Value> {
     let mut router = json!({"@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"});
     flags(dice, &mut router, &["suppress_envoy_headers"], 3);
     hcm["http_filters"] = json!([
+        {"name": "envoy.filters.http.fault", "typed_config": {"@type": "type.googleapis.com/envoy.extensions.filters.http.fault.v3.HTTPFault"}},
         {"name": "envoy.filters.http.cors", "typed_config": {"@type": "type.googleapis.com/envoy.extensions.filters.http.cors.v3.Cors"}},
         {"name": "envoy.filters.http.router", "typed_config": router},
     ]);
@@ -235,6 +244,9 @@ fn route(dice: &mut Dice, name: &str, hint: &mut Hint) -> Value {
     if forwards && dice.one_in(8) {
         route["typed_per_filter_config"] = cors(dice);
     }
+    if dice.one_in(8) {
+        route["typed_per_filter_config"]["envoy.filters.http.fault"] = fault(dice);
+    }
     route
 }
 
@@ -316,187 +328,8 @@ fn query_match(dice: &mut Dice, hint: &mut Hint) -> Value {
     }
 }
 
-fn action(dice: &mut Dice, hint: &mut Hint) -> (&'static str, Value) {
-    match dice.from(0..10) {
-        0..=1 => ("redirect", redirect(dice)),
-        2 => ("direct_response", direct(dice)),
-        _ => ("route", forward(dice, hint)),
-    }
-}
-
-/// Rewrites by expression: what is found, and what comes in its place.
-fn substitution(dice: &mut Dice) -> Value {
-    let (pattern, substitution) = *dice.pick(&[
-        ("^/([^/]*)/(.*)$", "/\\2/\\1"),
-        ("a", "b"),
-        ("/+", "/x/"),
-        ("^", "/new"),
-        ("b+", "-"),
-        ("[a-z]+$", "\\0\\0"),
-        ("(v)([0-9])", "\\1\\\\\\2$1"),
-        ("none", "never"),
-    ]);
-    json!({"pattern": {"regex": pattern}, "substitution": substitution})
-}
-
-fn redirect(dice: &mut Dice) -> Value {
-    let mut redirect = json!({});
-    let codes = ["MOVED_PERMANENTLY", "FOUND", "SEE_OTHER", "TEMPORARY_REDIRECT", "PERMANENT_REDIRECT"];
-    if !dice.one_in(4) {
-        redirect["response_code"] = json!(dice.pick(&codes));
-    }
-    if dice.one_in(3) {
-        redirect["host_redirect"] = json!(dice.pick(&["new.example", "new.example:8443", "[::1]"]));
-    }
-    if dice.one_in(3) {
-        redirect["port_redirect"] = json!(dice.pick(&[80, 443, 8080]));
-    }
-    match dice.from(0..6) {
-        0 => redirect["https_redirect"] = json!(true),
-        1 => redirect["scheme_redirect"] = json!(dice.pick(&["https", "http", "HTTPS"])),
-        _ => {}
-    }
-    match dice.from(0..6) {
-        0 => redirect["path_redirect"] = json!(dice.pick(&["/else", "/else?x=y", "else", "/else#part"])),
-        1..=2 => redirect["prefix_rewrite"] = json!(dice.pick(&["/", "/else", "/else/", "/e?x"])),
-        3 => redirect["regex_rewrite"] = substitution(dice),
-        _ => {}
-    }
-    flags(dice, &mut redirect, &["strip_query"], 3);
-    redirect
-}
-
-fn direct(dice: &mut Dice) -> Value {
-    let mut direct = json!({"status": dice.pick(&[200, 204, 299, 304, 403, 418, 503, 599])});
-    if !dice.one_in(3) {
-        direct["body"] = json!({"inline_string": dice.pick(&["short and stout", "{}", "100 %", "a\nb\n"])});
-    }
-    direct
-}
-
-fn forward(dice: &mut Dice, hint: &mut Hint) -> Value {
-    let mut forward = match dice.from(0..12) {
-        0 => {
-            hint.headers.push(("x-cluster".to_owned(), (*dice.pick(&["two", "nowhere", ""])).to_owned()));
-            json!({"cluster_header": "x-cluster"})
-        }
-        1 => json!({"cluster": dice.pick(&["nowhere", "empty", "closed"])}),
-        2..=3 => json!({"weighted_clusters": weighted(dice)}),
-        _ => json!({"cluster": dice.pick(&SERVED)}),
-    };
-    match dice.from(0..7) {
-        0..=1 => {
-            forward["prefix_rewrite"] = json!(dice.pick(&["/", "/new", "/new/", "/n%20w"]));
-        }
-        2 => forward["regex_rewrite"] = substitution(dice),
-        _ => {}
-    }
-    match dice.from(0..12) {
-        0..=1 => forward["host_rewrite_literal"] = json!(dice.pick(&["new.example", "New.Example:81"])),
-        2 => {
-            hint.headers.push(("x-host".to_owned(), "from-header.example".to_owned()));
-            forward["host_rewrite_header"] = json!("x-host");
-        }
-        3 => {
-            let rewrite = json!({"pattern": {"regex": "^/([a-z]+).*$"}, "substitution": "\\1.example"});
-            forward["host_rewrite_path_regex"] = rewrite;
-        }
-        _ => {}
-    }
-    flags(dice, &mut forward, &["append_x_forwarded_host"], 4);
-    if dice.one_in(6) {
-        forward["cluster_not_found_response_code"] =
-            json!(dice.pick(&["NOT_FOUND", "INTERNAL_SERVER_ERROR"]));
-    }
-    if dice.one_in(4) {
-        forward["timeout"] = json!(dice.pick(&["0s", "10s", "20s"]));
-    }
-    if dice.one_in(4) {
-        forward["retry_policy"] = retries(dice);
-    }
-    forward
-}
-
-/// All weight is one cluster's, so that chance has no say.
-fn weighted(dice: &mut Dice) -> Value {
-    let all = dice.from(0..SERVED.len());
-    let clusters: Vec<Value> = SERVED
-        .iter()
-        .enumerate()
-        .map(|(at, name)| {
-            let mut cluster = json!({"name": name, "weight": if at == all { 7 } else { 0 }});
-            operations(dice, &mut cluster, 3);
-            if dice.one_in(4) {
-                cluster["host_rewrite_literal"] = json!("weighted.example");
-            }
-            cluster
-        })
-        .collect();
-    json!({"clusters": clusters})
-}
-
-fn retries(dice: &mut Dice) -> Value {
-    let conditions = [
-        "5xx",
-        "gateway-error",
-        "retriable-4xx",
-        "retriable-status-codes",
-        "reset,connect-failure",
-        "retriable-headers",
-        "5xx,retriable-4xx",
-        "",
-    ];
-    let mut policy = json!({
-        "retry_on": dice.pick(&conditions),
-        "num_retries": dice.from(0..4),
-        "retry_back_off": {"base_interval": "0.001s", "max_interval": "0.002s"},
-    });
-    if dice.one_in(2) {
-        policy["retriable_status_codes"] = json!([404, 500]);
-    }
-    if dice.one_in(3) {
-        policy["retriable_headers"] = json!([{"name": "x-again"}]);
-    }
-    if dice.one_in(5) {
-        policy["retriable_request_headers"] = json!([{"name": "x-a"}]);
-    }
-    policy
-}
-
-fn cors(dice: &mut Dice) -> Value {
-    let origins = [
-        json!({"exact": "https://good.example"}),
-        json!({"safe_regex": {"regex": "https://.*\\.fine\\.example"}}),
-        json!({"prefix": "https://a"}),
-        json!({"suffix": ".EXAMPLE", "ignore_case": true}),
-        json!({"exact": "*"}),
-    ];
-    let origins: Vec<&Value> = (0..dice.from(0..3)).map(|_| dice.pick(&origins)).collect();
-    let mut policy = json!({
-        "@type": "type.googleapis.com/envoy.extensions.filters.http.cors.v3.CorsPolicy",
-        "allow_origin_string_match": origins,
-    });
-    for (field, value) in [
-        ("allow_methods", "GET, PUT"),
-        ("allow_headers", "x-a,x-b"),
-        ("expose_headers", "x-c"),
-        ("max_age", "3600"),
-    ] {
-        if dice.one_in(2) {
-            policy[field] = json!(value);
-        }
-    }
-    let switches = ["allow_credentials", "allow_private_network_access", "forward_not_matching_preflights"];
-    for field in switches {
-        if dice.one_in(3) {
-            policy[field] = json!(dice.one_in(2));
-        }
-    }
-    json!({"envoy.filters.http.cors": policy})
-}
-
 /// Header operations of one level, each of the four with one chance in `one_in`.
-fn operations(dice: &mut Dice, on: &mut Value, one_in: u32) {
+pub(crate) fn operations(dice: &mut Dice, on: &mut Value, one_in: u32) {
     let request = [
         "new",
         "",
