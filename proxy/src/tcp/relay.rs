@@ -190,20 +190,23 @@ impl Half {
         let emptied = self.pipe.take();
         let plain = from.as_plain().filter(|_| to.as_plain().is_some());
         let Some(plain) = plain.filter(|_| self.full >= FULL && !self.copies) else {
-            emptied.map(Pipe::put_back);
+            if let Some(pipe) = emptied {
+                pipe.put_back();
+            }
             return self.poll_buffer(cx, from);
         };
         let Some(pipe) = emptied.or_else(Pipe::get) else { return self.poll_buffer(cx, from) };
         if !self.buffer.is_empty() {
             SPARE.set(std::mem::take(&mut self.buffer));
         }
-        match self.poll_pipe(cx, pipe, plain) {
-            Poll::Ready(Err(error)) if cannot_splice(&error) => {
-                self.copies = true;
-                self.poll_buffer(cx, from)
-            }
-            polled => polled,
+        let polled = self.poll_pipe(cx, pipe, plain);
+        if let Poll::Ready(Err(error)) = &polled
+            && cannot_splice(error)
+        {
+            self.copies = true;
+            return self.poll_buffer(cx, from);
         }
+        polled
     }
 
     fn poll_pipe(&mut self, cx: &mut Context<'_>, pipe: Pipe, from: &TcpStream) -> Poll<io::Result<()>> {

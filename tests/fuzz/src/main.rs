@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 /// A target: its name, and what it does with its bytes.
 type Target = (&'static str, fn(&[u8]));
 
-static TARGETS: [Target; 34] = [
+static TARGETS: [Target; 35] = [
     ("bootstrap", fuzz::proxy::bootstrap),
     ("ca_state", fuzz::ca::state),
     ("certificate", fuzz::ca::certificate),
@@ -18,6 +18,7 @@ static TARGETS: [Target; 34] = [
     ("dns_reply", fuzz::proxy::dns_reply),
     ("flood", fuzz::proxy::flood),
     ("format", fuzz::proxy::format),
+    ("grpc_web", fuzz::proxy::grpc_web),
     ("headers", fuzz::proxy::headers),
     ("http1", fuzz::connection::http1),
     ("http2", fuzz::connection::http2),

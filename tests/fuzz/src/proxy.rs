@@ -14,6 +14,7 @@ use http::Method;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use proxy::authz::jwt;
 use proxy::http::flood::Meter;
+use proxy::http::grpc_web::codec::{Decoder, Encoder};
 use proxy::http::head::Head;
 use proxy::http::headers;
 use proxy::http::path::{Normalized, normalize};
@@ -197,12 +198,14 @@ pub fn detect(bytes: &[u8]) {
 
 /// A header ends where it says; nothing of it is different with other bytes behind it.
 pub fn proxy_protocol(bytes: &[u8]) {
-    use proxy_protocol::{Proxied, parse};
+    use proxy_protocol::{Proxied, parse, tlvs};
     let whole = parse(bytes);
     let Proxied::Header { length, addresses } = whole else { return };
     assert!(length <= bytes.len() && length <= 16 + 2048);
     assert_eq!(parse(&bytes[..length]), whole);
     assert_eq!(parse(&bytes[..length - 1]), Proxied::NeedMore);
+    let told: usize = tlvs(&bytes[..length]).iter().map(|tlv| 3 + tlv.value.len()).sum();
+    assert!(told < length);
     if let Some((from, to)) = addresses {
         let family = if from.is_ipv4() { "TCP4" } else { "TCP6" };
         let (ip, port) = ((from.ip(), to.ip()), (from.port(), to.port()));
@@ -211,6 +214,23 @@ pub fn proxy_protocol(bytes: &[u8]) {
         let expected = Some((plain(from), plain(to)));
         assert_eq!(parse(text.as_bytes()), Proxied::Header { length: text.len(), addresses: expected });
     }
+}
+
+/// Base64 in any pieces is what it is in one, and what is written as base64 reads as what it was.
+pub fn grpc_web(bytes: &[u8]) {
+    let Some((size, body)) = choice(bytes) else { return };
+    let size = usize::from(size).max(1);
+    let mut whole = Decoder::default();
+    let expected = whole.piece(body).map(|read| read.to_vec());
+    let mut decoder = Decoder::default();
+    let pieces: Result<Vec<_>, _> = body.chunks(size).map(|piece| decoder.piece(piece)).collect();
+    assert_eq!(pieces.map(|pieces| pieces.concat()), expected);
+    assert!(expected.is_err() || decoder.is_whole() == whole.is_whole());
+    let mut encoder = Encoder::new(true);
+    let text: Vec<_> = body.chunks(size).map(|piece| encoder.piece(piece.to_vec().into())).collect();
+    let mut reader = Decoder::default();
+    let again = reader.piece(&text.concat()).expect("our own base64");
+    assert!(reader.is_whole() && body.starts_with(&again));
 }
 
 /// Replies of name servers: what is no reply to the query is none, and addresses are of the kind that was asked for.

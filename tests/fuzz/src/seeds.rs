@@ -249,6 +249,8 @@ fn http(seeds: &mut Seeds) {
     };
     seeds.add("proxy_protocol", &v2(0x11, &[10, 0, 0, 1, 10, 0, 0, 2, 0, 1, 0, 2, 4, 0, 1, 9]));
     seeds.add("proxy_protocol", &v2(0x21, &[7; 36]));
+    seeds.choose("grpc_web", 3, b"AAAAAAVoZWxsbw==gAAAAA9ncnBjLXN0YXR1czogMA0K");
+    seeds.choose("grpc_web", 7, b"\0\0\0\0\x05hello\0\0\0\0\0\0\0\0\0\x01x");
     for head in [
         &b"{\"alg\":\"ES256\",\"kid\":\"1\"}"[..],
         b"{\"alg\":\"RS256\"}",
