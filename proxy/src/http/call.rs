@@ -358,7 +358,7 @@ impl Call {
     }
 }
 
-fn refuse(exchange: Box<Exchange>, (status, details, flags): Refusal) -> Box<HttpResponse> {
+fn refuse(mut exchange: Box<Exchange>, (status, details, flags): Refusal) -> Box<HttpResponse> {
     let text = match status {
         StatusCode::UPGRADE_REQUIRED => "Upgrade Required",
         StatusCode::BAD_REQUEST if flags.contains(Flags::DOWNSTREAM_PROTOCOL) => "Bad Request",
@@ -366,6 +366,8 @@ fn refuse(exchange: Box<Exchange>, (status, details, flags): Refusal) -> Box<Htt
         _ => "",
     };
     let mut local = Local::text(status, text).flag(flags).details(details);
+    // what is no HTTP is no call either: its answer is plain
+    exchange.is_grpc &= !flags.contains(Flags::DOWNSTREAM_PROTOCOL);
     if exchange.version < Version::HTTP_2 {
         local.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }

@@ -17,7 +17,9 @@ struct Asked<'a> {
 impl Asked<'_> {
     /// Whether ours refuses it as malformed.
     fn is_refused(&self) -> bool {
-        self.ours.first().is_some_and(|line| line == "status 400")
+        // a call is told by INTERNAL, which stands for 400
+        let told = |wanted: &str| self.ours.iter().any(|line| line == wanted);
+        told("status 400") || told("header grpc-status: 13")
     }
 
     /// Whether Envoy does.
@@ -67,7 +69,8 @@ const REQUESTS: [(Which, &str); 8] = [
     ),
     (
         |asked| {
-            let malformed = asked.request.http2.is_some() && asked.request.has_user();
+            let underscored = asked.scenario.refuses_underscores() && asked.request.has_underscore();
+            let malformed = asked.request.http2.is_some() && (asked.request.has_user() || underscored);
             malformed && asked.is_refused() && asked.is_cut_by_envoy()
         },
         "400 to a malformed request over HTTP/2, and the connection goes on; Envoy ends it",

@@ -203,6 +203,11 @@ impl Request {
         self.target.starts_with(b"/") && host.contains(&b'@')
     }
 
+    /// Whether the name of one of its headers has `_`.
+    pub(crate) fn has_underscore(&self) -> bool {
+        self.headers.iter().any(|(name, _)| name.contains('_'))
+    }
+
     /// Whether its authority has capital letters.
     pub(crate) fn has_host_in_capitals(&self) -> bool {
         let host = self.header("host").unwrap_or_default();

@@ -100,6 +100,12 @@ impl Scenario {
         Self { manager, routes, hints }
     }
 
+    /// Whether names of headers with `_` are refused.
+    pub(crate) fn refuses_underscores(&self) -> bool {
+        let options = self.manager.get("common_http_protocol_options");
+        options.is_some_and(|o| o["headers_with_underscores_action"] == json!("REJECT_REQUEST"))
+    }
+
     /// Whether a switch of the connection manager is on.
     pub(crate) fn is_on(&self, switch: &str) -> bool {
         self.manager.get(switch) == Some(&json!(true))
