@@ -35,8 +35,8 @@ pub struct GrpcWeb {
     text: bool,
     /// Its answer's body shall be base64.
     pub wants_text: bool,
-    /// Its body was no base64.
-    broken: Rc<Cell<bool>>,
+    /// Its body was no base64, and in which way.
+    broken: Rc<Cell<Option<&'static str>>>,
 }
 
 fn is_text(kind: Option<&HeaderValue>) -> bool {
@@ -76,9 +76,9 @@ impl GrpcWeb {
     /// The answer to a request whose body was no base64.
     #[must_use]
     pub fn refusal(&self) -> Option<Box<Local>> {
-        self.broken.get().then(|| {
+        self.broken.get().map(|how| {
             let text = "Bad gRPC-web request, invalid base64 data.";
-            Box::new(Local::text(StatusCode::BAD_REQUEST, text).details("grpc_base_64_decode_failed"))
+            Box::new(Local::text(StatusCode::BAD_REQUEST, text).details(how))
         })
     }
 
@@ -153,7 +153,7 @@ async fn read(reply: &mut Reply, call: &mut Call) -> Result<Vec<u8>, Box<Local>>
 pub struct Upload {
     body: RequestBody,
     decoder: Option<Decoder>,
-    broken: Rc<Cell<bool>>,
+    broken: Rc<Cell<Option<&'static str>>>,
 }
 
 impl Upload {
@@ -168,6 +168,7 @@ impl Upload {
         loop {
             let frame = ready!(Pin::new(&mut self.body).poll_frame(cx)?);
             let Some(decoder) = &mut self.decoder else { return Poll::Ready(frame.map(Ok)) };
+            let ended = !frame.as_ref().is_some_and(Frame::is_data);
             let decoded = match frame.map(Frame::into_data) {
                 Some(Ok(data)) => decoder.piece(&data),
                 Some(Err(trailers)) if decoder.is_whole() => return Poll::Ready(Some(Ok(trailers))),
@@ -178,7 +179,12 @@ impl Upload {
                 Ok(bytes) if bytes.is_empty() => {}
                 Ok(bytes) => return Poll::Ready(Some(Ok(Frame::data(bytes)))),
                 Err(error) => {
-                    self.broken.set(true);
+                    let how = if ended {
+                        "grpc_base_64_decode_failed_bad_size"
+                    } else {
+                        "grpc_base_64_decode_failed"
+                    };
+                    self.broken.set(Some(how));
                     return Poll::Ready(Some(Err(error.into())));
                 }
             }
@@ -199,7 +205,8 @@ mod tests {
         let taken = GrpcWeb::take(&mut headers);
         assert_eq!(taken.map(|web| (web.text, web.wants_text)), expected, "{kind}");
         let became = if expected.is_some() { "application/grpc" } else { kind };
-        assert_eq!((&headers[CONTENT_TYPE] == became, headers.contains_key(TE)), (true, expected.is_some()));
+        assert_eq!(headers[CONTENT_TYPE], became);
+        assert_eq!(headers.contains_key(TE), expected.is_some());
     }
 
     #[test]
