@@ -103,7 +103,8 @@ fn poll_client(
         Some(Ok(frame)) => {
             let n = frame.data_ref().map_or(0, Bytes::len);
             progress.bytes.set(progress.bytes.get() + n as u64);
-            progress.complete.set(incoming.is_end_stream());
+            // nothing comes behind trailers, and who cannot send them reads no further
+            progress.complete.set(frame.is_trailers() || incoming.is_end_stream());
         }
         Some(Err(_)) => progress.broken.set(true),
         None => progress.complete.set(true),
@@ -188,14 +189,36 @@ impl Replay {
                     return Some(shared.frames.concat().into());
                 }
                 if Rc::strong_count(&self.shared) == 1 {
-                    // nobody reads it any more; a codec leaves trailers unread that it may not send
-                    let all = shared.hint.exact() == u64::try_from(shared.size).ok();
-                    return all.then(|| shared.frames.concat().into());
+                    None // nobody else reads it any more
+                } else {
+                    Some(Rc::clone(&self.progress))
                 }
-                Rc::clone(&self.progress)
             };
-            told.moved.notified().await;
+            match told {
+                Some(told) => told.moved.notified().await,
+                None => return self.rest().await,
+            }
         }
+    }
+
+    /// The whole body, of which this one reads what nobody has read.
+    async fn rest(&self) -> Option<Bytes> {
+        std::future::poll_fn(|cx| {
+            let mut shared = self.shared.borrow_mut();
+            let mut read = shared.frames.len();
+            while !shared.ended && !shared.overflowed {
+                match ready!(poll_client(&mut shared.incoming, &self.progress, cx)) {
+                    Some(Ok(frame)) => match frame.into_data() {
+                        Ok(bytes) => shared.remember(&bytes, &mut read),
+                        Err(_) => shared.ended = true,
+                    },
+                    Some(Err(_)) => return Poll::Ready(None),
+                    None => shared.ended = true,
+                }
+            }
+            Poll::Ready((!shared.overflowed).then(|| shared.frames.concat().into()))
+        })
+        .await
     }
 
     fn is_end(&self) -> bool {
@@ -335,10 +358,12 @@ impl ResponseBody {
 }
 
 impl Drop for ResponseBody {
-    /// A body that is dropped before its end was abandoned by the client.
+    /// A body that is dropped before its end was abandoned by the client, but for that of a HEAD: there is none to take.
     fn drop(&mut self) {
         self.took();
-        if let Some(mut exchange) = self.exchange.take() {
+        if let Some(mut exchange) = self.exchange.take()
+            && !exchange.is_head
+        {
             exchange.client_left();
         }
     }

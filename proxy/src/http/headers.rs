@@ -192,14 +192,21 @@ pub fn strip_internal(headers: &mut HeaderMap, found: Found) {
 
 /// Joins the pieces into which HTTP/2 may split `cookie` (RFC 9113, section 8.2.3).
 pub fn join_cookies(headers: &mut HeaderMap) {
-    let mut crumbs = headers.get_all(header::COOKIE).iter();
-    let (Some(first), Some(second)) = (crumbs.next(), crumbs.next()) else { return };
-    let mut whole = first.as_bytes().to_vec();
-    for crumb in std::iter::once(second).chain(crumbs) {
-        whole.extend_from_slice(b"; ");
+    let crumbs = || headers.get_all(header::COOKIE).iter();
+    if crumbs().nth(1).is_none() && crumbs().all(|only| !only.is_empty()) {
+        return;
+    }
+    let mut whole = Vec::new();
+    for crumb in crumbs().filter(|crumb| !crumb.is_empty()) {
+        if !whole.is_empty() {
+            whole.extend_from_slice(b"; ");
+        }
         whole.extend_from_slice(crumb.as_bytes());
     }
-    if let Ok(value) = HeaderValue::from_bytes(&whole) {
+    headers.remove(header::COOKIE);
+    if let Ok(value) = HeaderValue::from_bytes(&whole)
+        && !whole.is_empty()
+    {
         headers.insert(header::COOKIE, value);
     }
 }

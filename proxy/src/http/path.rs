@@ -167,13 +167,8 @@ fn remove_dot_segments(path: &str) -> String {
     for segment in body.split('/') {
         trailing = false;
         match segment {
-            "." => trailing = true,
-            // some servers take no notice of a segment's parameters
-            _ if segment.starts_with("..;") => {
-                out.pop();
-                trailing = true;
-            }
-            ".." => {
+            _ if is_dots(segment, ".") => trailing = true,
+            _ if is_dots(segment, "..") => {
                 out.pop();
                 trailing = true;
             }
@@ -184,6 +179,11 @@ fn remove_dot_segments(path: &str) -> String {
         out.push("");
     }
     format!("/{}", out.join("/"))
+}
+
+/// Whether a segment is these dots; some servers take no notice of its parameters.
+fn is_dots(segment: &str, dots: &str) -> bool {
+    segment.strip_prefix(dots).is_some_and(|rest| rest.is_empty() || rest.starts_with(';'))
 }
 
 fn merge(path: &str) -> String {
@@ -229,6 +229,9 @@ mod tests {
         check(BASE, "/a\\b", "/a/b");
         check(BASE, "/../../x", "/x");
         check(BASE, "/a/..;p=1/x;p=2", "/x;p=2");
+        check(BASE, "/a/.;p=1/x/.;", "/a/x/");
+        check(BASE, "//%2e;/.;p=1?q=.;", "//?q=.;");
+        check(BASE, "/.x;/..x;", "/.x;/..x;");
         check(BASE, "/a/..", "/");
         check(BASE, "/a/.", "/a/");
         check(BASE, "//admin", "//admin");

@@ -93,7 +93,7 @@ impl Local {
             let code = self.grpc.unwrap_or_else(|| grpc_of(self.status).into());
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
             headers.insert(GRPC_STATUS, HeaderValue::from(code));
-            if !self.text.is_empty() {
+            if !self.text.is_empty() && !exchange.is_head {
                 headers.insert(GRPC_MESSAGE, message(self.text.as_bytes()));
             }
             (StatusCode::OK, Bytes::new())

@@ -31,6 +31,7 @@ const ADMIN: [&str; 24] = [
     "/admin\\",
     "/admin;x",
     "/admin/..;/admin",
+    "/.;/admin",
     "/x/..;a=b/admin",
     "/admin?x=/public",
     "/admin#/public",

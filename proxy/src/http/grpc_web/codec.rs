@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn trailers_become_the_last_frame() {
-        let end = b"\x80\0\0\0\x1fgrpc-status:0\r\ngrpc-message:ok\r\n";
+        let end = b"\x80\0\0\0\x20grpc-status:0\r\ngrpc-message:ok\r\n";
         let message = b"\0\0\0\0\x02hi";
         assert_eq!(encoded(false, &[message]), [message.as_slice(), end].concat());
         let text = format!("AAAAAAJoaQ=={}", STANDARD.encode(end));
