@@ -233,16 +233,13 @@ impl Seat {
                 logged.sort();
             }
             lines.extend(blocks.into_iter().flatten());
-            lines.extend(told.lines.iter().cloned());
+            lines.extend(told.lines);
             lines.extend(logged.iter().flat_map(|line| line.split('|')).map(|part| format!("logged {part}")));
         }
         let own = self.address.to_string();
         for line in &mut lines {
             for (name, address) in servers {
                 *line = line.replace(&address.to_string(), &format!("server {name}"));
-            }
-            if let Some(port) = told.port {
-                *line = line.replace(&port.to_string(), "PORT");
             }
             *line = line.replace(&own, "OWN").replace(&prefix(at), "");
         }
