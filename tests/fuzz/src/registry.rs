@@ -27,9 +27,10 @@ pub fn istio(bytes: &[u8]) {
         }
         Err(mistakes) => {
             assert!(!mistakes.is_empty());
-            let lines = u32::try_from(text.lines().count()).unwrap_or(u32::MAX);
+            // a carriage return ends a line, too (YAML 1.2.2, section 5.4)
+            let lines = u32::try_from(text.matches(['\r', '\n']).count()).unwrap_or(u32::MAX);
             for mistake in mistakes {
-                assert!((1..=lines.saturating_add(1)).contains(&mistake.line), "{mistake}");
+                assert!((1..=lines.saturating_add(2)).contains(&mistake.line), "{mistake}");
                 assert!(mistake.column >= 1 && !mistake.message.is_empty(), "{mistake}");
             }
         }
