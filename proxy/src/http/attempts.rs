@@ -10,7 +10,6 @@ use http::{StatusCode, Version, response};
 use http_body::Body as _;
 use tokio::time::Instant;
 
-use super::Http;
 use super::call::Call;
 use super::exchange::grpc_status;
 use super::flags::Flags;
@@ -18,6 +17,7 @@ use super::headers;
 use super::reply::{Local, http_of};
 use super::timing::{Attempt, Late};
 use super::tunnel;
+use super::{Decision, Http};
 use crate::metrics::standard::Reporter;
 use crate::retry::{self, Next, Outcome};
 use crate::upstream::health::Signal;
@@ -59,24 +59,19 @@ enum Miss {
 /// The proxy's own answer when there is none of an upstream.
 pub async fn run(
     http: &Rc<Http>,
-    host: &VirtualHost,
-    forward: Option<&Forward>,
+    decision: &Decision,
     upstream: &Rc<Upstream>,
     call: &mut Call,
 ) -> Result<Answered, Box<Local>> {
-    let Some(forward) = forward else { return Err(Box::new(unrouted())) };
+    let Some(forward) = decision.forward() else { return Err(Box::new(unrouted())) };
     let policy = forward.retry.as_deref().filter(|p| !call.upgrade && retry::applies(p, &call.head()));
     let timeout = timeout_of(forward, call);
     // nothing before this waits but an injected delay
     let delayed = call.exchange.flags.contains(Flags::DELAY_INJECTED);
     let mut now = if delayed { Instant::now() } else { call.exchange.started };
     call.exchange.timing.forward(now, timeout);
-    let per_try = policy.and_then(|p| p.per_try_timeout);
-    let expected = [per_try, timeout].into_iter().flatten().min();
-    if let Some(expected) = expected.filter(|_| !http.router.suppress_envoy_headers) {
-        let ms = u64::try_from(expected.as_millis()).unwrap_or(u64::MAX);
-        call.parts.headers.insert(headers::EXPECTED_TIMEOUT, headers::number(ms));
-    }
+    // it holds for the only try, too
+    let per_try = forward.retry.as_deref().filter(|_| !call.upgrade).and_then(|p| p.per_try_timeout);
     let (hash, cookie) = hash_of(http, forward, call);
     if upstream.is_cold() {
         if let Some(late) = warm(upstream, call).await {
@@ -91,11 +86,15 @@ pub async fn run(
         call.exchange.attempts = attempt;
         let Some(endpoint) = upstream.pick(ask) else { return Err(Box::new(no_healthy_upstream())) };
         call.exchange.host = Some(Rc::clone(&endpoint));
+        if attempt == 1 {
+            super::mirror(http, decision, call);
+            expect(http, [per_try, timeout].into_iter().flatten().min(), call);
+        }
         let more = policy.is_some_and(|p| attempt <= p.num_retries);
         let keep = more || call.replay.is_some();
         let limit = usize::try_from(upstream.config.buffer_limit).unwrap_or(usize::MAX);
         let Some(mut outgoing) = call.outgoing(keep, limit) else { return Err(Box::new(unrepeatable())) };
-        dress(http, host, forward, &endpoint, attempt, &mut outgoing);
+        dress(http, &decision.host, forward, &endpoint, attempt, &mut outgoing);
         outgoing.origin = endpoint.origin(&call.exchange.connection);
         let result = one(upstream, &endpoint, outgoing, (now, per_try), call).await;
         if let Some(refusal) = call.exchange.web.as_ref().and_then(|web| web.refusal()) {
@@ -127,6 +126,14 @@ pub async fn run(
         }
         call.exchange.retrying = None;
         return conclude(call, next, result, now, cookie).map_err(Box::new);
+    }
+}
+
+/// Tells the endpoint how long its answer is waited for.
+fn expect(http: &Http, limit: Option<Duration>, call: &mut Call) {
+    if let Some(limit) = limit.filter(|_| !http.router.suppress_envoy_headers) {
+        let ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        call.parts.headers.insert(headers::EXPECTED_TIMEOUT, headers::number(ms));
     }
 }
 

@@ -197,7 +197,7 @@ pub fn join_cookies(headers: &mut HeaderMap) {
         return;
     }
     let mut whole = Vec::new();
-    for crumb in crumbs().filter(|crumb| !crumb.is_empty()) {
+    for crumb in crumbs() {
         if !whole.is_empty() {
             whole.extend_from_slice(b"; ");
         }

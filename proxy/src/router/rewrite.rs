@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use crate::http::head::Head;
+use crate::http::headers::FORWARDED_PROTO;
 use crate::router::without_port;
 use crate::xds::matcher::RegexRewrite;
 use crate::xds::route::PathMatch;
@@ -47,7 +48,8 @@ pub fn location(redirect: &Redirect, matched: &PathMatch, head: &Head<'_>) -> St
     let scheme = redirect.scheme.as_ref().map_or(head.scheme, |s| s.as_str());
     let host = redirect.host.as_deref().unwrap_or_else(|| {
         // a new scheme or port goes with the bare host
-        let renamed = redirect.port.is_some() || scheme != head.scheme && has_default_port(head);
+        let before = forwarded_proto(head);
+        let renamed = redirect.port.is_some() || scheme != before && has_port_of(head.authority, before);
         if renamed { without_port(head.authority) } else { head.authority }
     });
     let port = redirect.port.map(|port| format!(":{port}")).unwrap_or_default();
@@ -71,9 +73,17 @@ pub fn own_location(head: &Head<'_>) -> String {
     format!("{}://{}{}", head.scheme, head.authority, head.path_and_query)
 }
 
-fn has_default_port(head: &Head<'_>) -> bool {
-    let default = if head.scheme == "https" { ":443" } else { ":80" };
-    head.authority.ends_with(default)
+/// The scheme by which the client came, as the proxy before this one says.
+fn forwarded_proto<'a>(head: &Head<'a>) -> &'a str {
+    head.headers.get(FORWARDED_PROTO).and_then(|v| v.to_str().ok()).unwrap_or(head.scheme)
+}
+
+fn has_port_of(authority: &str, scheme: &str) -> bool {
+    match scheme {
+        "https" => authority.ends_with(":443"),
+        "http" => authority.ends_with(":80"),
+        _ => false,
+    }
 }
 
 #[cfg(test)]

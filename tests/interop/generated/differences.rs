@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::pair::Lines;
-use super::request::Request;
+use super::request::{Named, Request};
 use super::scenario::Scenario;
 
 /// A request and what came of it.
@@ -25,11 +25,6 @@ impl Asked<'_> {
         is_refusal(self.theirs)
     }
 
-    /// Whether both have this line.
-    fn both(&self, wanted: &str) -> bool {
-        [self.ours, self.theirs].into_iter().all(|lines| lines.iter().any(|line| line.starts_with(wanted)))
-    }
-
     /// Whether Envoy ends the connection instead of an answer.
     fn is_cut_by_envoy(&self) -> bool {
         self.theirs.first().is_some_and(|line| line.starts_with("no answer"))
@@ -48,7 +43,7 @@ type Which = fn(&Asked<'_>) -> bool;
 type Settled = fn(&Scenario, &Request, &str) -> Option<String>;
 
 /// Requests that ours answers otherwise on purpose: which, and why.
-const REQUESTS: [(Which, &str); 10] = [
+const REQUESTS: [(Which, &str); 11] = [
     (
         |asked| {
             let odd = std::str::from_utf8(&asked.request.target).is_err();
@@ -85,17 +80,23 @@ const REQUESTS: [(Which, &str); 10] = [
     ),
     (
         |asked| {
-            let asked_for = asked.both("status 404") && asked.both("logged 404");
-            asked_for
-                && asked
-                    .ours
-                    .iter()
-                    .chain(asked.theirs)
-                    .filter(|l| l.contains(" absolute_path_rejected "))
-                    .count()
-                    == 2
+            let early = [" absolute_path_rejected ", " path_normalization_failed "];
+            let logged = |lines: &Lines| {
+                lines.iter().find_map(|line| early.iter().position(|details| line.contains(details)))
+            };
+            let same = asked.ours.first() == asked.theirs.first();
+            same && logged(asked.ours).is_some() && logged(asked.ours) == logged(asked.theirs)
         },
-        "404 from both to a target without a path, from ours before it looks for a route; Envoy tells the route that it found",
+        "a target that is no path, or none that is normal, is answered alike before a route is looked for; Envoy tells its route",
+    ),
+    (
+        |asked| {
+            let dropped = asked.request.http2.is_some() && asked.request.has_underscore();
+            let told = |line: &String| line.contains(" http2.unexpected_underscore ");
+            let same = asked.ours.first() == asked.theirs.first();
+            dropped && same && asked.theirs.iter().any(told)
+        },
+        "the same answer; Envoy logs a header over HTTP/2 that it drops as a violation of the protocol",
     ),
     (
         |asked| {
@@ -129,6 +130,9 @@ fn is_two_slashes(path: &[u8]) -> bool {
         .replace('\\', "/");
     let mut left: Vec<&str> = Vec::new();
     for segment in path.split('/').skip(1) {
+        // parameters make no difference to dots
+        let bare = segment.split(';').next().unwrap_or_default();
+        let segment = if matches!(bare, "." | "..") { bare } else { segment };
         match segment {
             "." => {}
             ".." => drop(left.pop()),
@@ -139,7 +143,14 @@ fn is_two_slashes(path: &[u8]) -> bool {
 }
 
 /// Lines that ours has otherwise on purpose: what is compared of them, and why.
-const LINES: [(Settled, &str); 7] = [
+const LINES: [(Settled, &str); 8] = [
+    (
+        |_, request, line| {
+            let unseen = request.http2 == Some(Named::Host) && request.header("x-forwarded-proto").is_some();
+            (!unseen || !line.starts_with("application's header :scheme")).then(|| line.to_owned())
+        },
+        "the HTTP/2 library forgets the `:scheme` of a request that is named by `host`; what the proxy before says counts",
+    ),
     (
         |_, request, line| {
             (request.body.is_some() || line != "application's header content-length: 0")
@@ -182,12 +193,22 @@ const LINES: [(Settled, &str); 7] = [
         "Envoy begins to count when the body has come",
     ),
     (
-        |_, _, line| {
-            Some(line.replace("URX,UF", "UF,URX").replace("URX,UC", "UC,URX").replace("URX,UR", "UR,URX"))
-        },
+        |_, _, line| Some(with_flags_in_order(line)),
         "flags come in the order of their list; Envoy's come in the order in which they were set",
     ),
 ];
+
+/// Lists of flags in the order of the alphabet.
+fn with_flags_in_order(line: &str) -> String {
+    let in_order = |word: &str| {
+        let mut flags: Vec<&str> = word.split(',').collect();
+        if flags.iter().all(|flag| !flag.is_empty() && flag.bytes().all(|b| b.is_ascii_uppercase())) {
+            flags.sort_unstable();
+        }
+        flags.join(",")
+    };
+    line.split(' ').map(in_order).collect::<Vec<_>>().join(" ")
+}
 
 /// `%2f` as `%2F`.
 fn with_upper_escapes(line: &str) -> String {
@@ -234,4 +255,10 @@ pub(crate) fn told(ours: &Lines, theirs: &Lines) -> String {
 #[test]
 fn escapes_are_compared_in_capitals_and_nothing_else_is() {
     assert_eq!(with_upper_escapes("a%2fb%zz%5C.%e2%3"), "a%2Fb%ZZ%5C.%E2%3");
+}
+
+#[test]
+fn flags_are_compared_as_a_set_and_nothing_else_is() {
+    assert_eq!(with_flags_in_order("logged 503 UC,DI b,a x"), "logged 503 DI,UC b,a x");
+    assert_eq!(with_flags_in_order("header x: URX,UF c,B"), "header x: UF,URX c,B");
 }
