@@ -3,7 +3,9 @@
 use std::net::SocketAddr;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Response};
+use h2::RecvStream;
+use h2::server::SendResponse;
+use http::{HeaderMap, HeaderValue, Request, Response};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::task::TaskTracker;
@@ -29,11 +31,12 @@ pub(crate) async fn start(speaks: Speaks, tasks: &TaskTracker) -> anyhow::Result
     tasks.spawn_local(async move {
         while let Ok((stream, _)) = listener.accept().await {
             stream.set_nodelay(true).unwrap_or_default();
+            let tasks = each.clone();
             each.spawn_local(async move {
                 // a connection that breaks off is told by the client's count
                 match speaks {
                     Speaks::Http1 => http1(stream).await.unwrap_or_default(),
-                    Speaks::Http2 => drop(http2(stream).await),
+                    Speaks::Http2 => drop(http2(stream, &tasks).await),
                     Speaks::Bytes => echo(stream).await.unwrap_or_default(),
                 }
             });
@@ -56,29 +59,38 @@ async fn http1(mut stream: TcpStream) -> std::io::Result<()> {
     Ok(())
 }
 
-async fn http2(stream: TcpStream) -> Result<(), h2::Error> {
+async fn http2(stream: TcpStream, tasks: &TaskTracker) -> Result<(), h2::Error> {
     let mut builder = h2::server::Builder::new();
     builder.initial_connection_window_size(1 << 24).max_concurrent_streams(1000);
     let mut connection = builder.handshake::<_, Bytes>(stream).await?;
-    let body = Bytes::from_static(&[b'x'; LENGTH]);
-    let message = message();
     while let Some(asked) = connection.accept().await {
-        let (request, mut respond) = asked?;
-        let grpc = request.headers().get("content-type").is_some_and(|kind| kind == "application/grpc");
-        let kind = if grpc { "application/grpc" } else { "text/plain" };
-        let mut response = Response::new(());
-        response.headers_mut().insert("content-type", HeaderValue::from_static(kind));
-        let mut stream = respond.send_response(response, false)?;
-        if grpc {
-            stream.send_data(message.clone(), false)?;
-            let mut trailers = HeaderMap::new();
-            trailers.insert("grpc-status", HeaderValue::from_static("0"));
-            stream.send_trailers(trailers)?;
-        } else {
-            stream.send_data(body.clone(), true)?;
-        }
+        let (request, respond) = asked?;
+        tasks.spawn_local(async move {
+            // a stream that breaks off is told by the client, too
+            answer(request, respond).await.unwrap_or_default();
+        });
     }
     Ok(())
+}
+
+async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>) -> Result<(), h2::Error> {
+    let grpc = request.headers().get("content-type").is_some_and(|kind| kind == "application/grpc");
+    let kind = if grpc { "application/grpc" } else { "text/plain" };
+    // who answers before everything has come resets the stream
+    let mut asked = request.into_body();
+    while let Some(piece) = asked.data().await {
+        asked.flow_control().release_capacity(piece?.len())?;
+    }
+    let mut response = Response::new(());
+    response.headers_mut().insert("content-type", HeaderValue::from_static(kind));
+    let mut stream = respond.send_response(response, false)?;
+    if !grpc {
+        return stream.send_data(Bytes::from_static(&[b'x'; LENGTH]), true);
+    }
+    stream.send_data(message(), false)?;
+    let mut trailers = HeaderMap::new();
+    trailers.insert("grpc-status", HeaderValue::from_static("0"));
+    stream.send_trailers(trailers)
 }
 
 /// A gRPC message in its frame.

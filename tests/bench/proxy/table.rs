@@ -42,9 +42,10 @@ const PARTS: [Part; 4] = [
 ];
 
 /// Above the lines.
-pub(crate) const HEAD: &str = "\
-              requests/s               CPU us/request             p99 us                     MiB resident
-              ours     Envoy  ratio    ours     Envoy  ratio      ours     Envoy  ratio      ours     Envoy  ratio";
+pub(crate) const HEAD: &str = concat!(
+    "                requests/s               CPU us/request                  p99 us              MiB resident\n",
+    "               ours     Envoy  ratio      ours     Envoy  ratio      ours     Envoy  ratio      ours     Envoy  ratio",
+);
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut sorted: Vec<f64> = values.collect();
