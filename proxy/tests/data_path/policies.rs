@@ -9,7 +9,7 @@ const STRICT: &str = "          normalize_path: true\n          merge_slashes: t
                       path_with_escaped_slashes_action: UNESCAPE_AND_FORWARD";
 
 /// Spellings of `/admin` and of what is below it.
-const ADMIN: [&str; 24] = [
+const ADMIN: [&str; 25] = [
     "/admin",
     "//admin",
     "///admin",
