@@ -219,7 +219,10 @@ impl Half {
                     self.full = 0;
                 }
             }
-            Poll::Ready(Ok(_)) => self.ended = true,
+            Poll::Ready(Ok(_)) => {
+                self.ended = true;
+                pipe.put_back();
+            }
             Poll::Pending => pipe.put_back(),
             Poll::Ready(Err(_)) => {}
         }
@@ -239,7 +242,7 @@ impl Half {
             self.ended = matches!(polled, Poll::Ready(Ok(())));
         }
         match self.filled {
-            CHUNK => self.full += 1,
+            CHUNK => self.full = self.full.saturating_add(1),
             0 => {}
             _ => self.full = 0,
         }
