@@ -273,16 +273,8 @@ async fn grpc(address: SocketAddr, end: &CancellationToken) -> anyhow::Result<u6
         ensure!(status.as_ref().is_some_and(|s| s == "0"), "{status:?}");
         Ok(body.to_bytes().len() as u64 / 8)
     };
-    let drive = async {
-        // It takes no more requests when it is told to end; this one is not over then, and tells what goes wrong.
-        connection.await.unwrap_or_default();
-        std::future::pending().await
-    };
-    tokio::select! {
-        biased;
-        answer = exchange => answer,
-        never = drive => never,
-    }
+    // The connection takes no more requests when it is told to end; this one is not over then.
+    http::driven(connection, exchange).await
 }
 
 /// The proxy at its end, after streams of before have ended: it wrote no warning.

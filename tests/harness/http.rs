@@ -95,10 +95,11 @@ async fn connect(address: SocketAddr) -> anyhow::Result<TcpStream> {
     Ok(stream)
 }
 
-async fn driven<T, E>(
+/// What comes of an exchange, while its connection's bytes are moved.
+pub async fn driven<T, E>(
     connection: impl Future<Output = Result<(), E>>,
-    exchange: impl Future<Output = anyhow::Result<T>>,
-) -> anyhow::Result<T> {
+    exchange: impl Future<Output = T>,
+) -> T {
     let drive = async {
         // What went wrong is told by the exchange.
         connection.await.unwrap_or_default();

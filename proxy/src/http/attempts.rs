@@ -88,7 +88,7 @@ pub async fn run(
         call.exchange.host = Some(Rc::clone(&endpoint));
         if attempt == 1 {
             super::mirror(http, decision, call);
-            expect(http, [per_try, timeout].into_iter().flatten().min(), call);
+            tell_timeout(http, [per_try, timeout].into_iter().flatten().min(), call);
         }
         let more = policy.is_some_and(|p| attempt <= p.num_retries);
         let keep = more || call.replay.is_some();
@@ -130,7 +130,7 @@ pub async fn run(
 }
 
 /// Tells the endpoint how long its answer is waited for.
-fn expect(http: &Http, limit: Option<Duration>, call: &mut Call) {
+fn tell_timeout(http: &Http, limit: Option<Duration>, call: &mut Call) {
     if let Some(limit) = limit.filter(|_| !http.router.suppress_envoy_headers) {
         let ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         call.parts.headers.insert(headers::EXPECTED_TIMEOUT, headers::number(ms));

@@ -166,13 +166,13 @@ fn remove_dot_segments(path: &str) -> String {
     let mut trailing = false;
     for segment in body.split('/') {
         trailing = false;
-        match segment {
-            _ if is_dots(segment, ".") => trailing = true,
-            _ if is_dots(segment, "..") => {
-                out.pop();
-                trailing = true;
-            }
-            _ => out.push(segment),
+        if is_dots(segment, "..") {
+            out.pop();
+            trailing = true;
+        } else if is_dots(segment, ".") {
+            trailing = true;
+        } else {
+            out.push(segment);
         }
     }
     if trailing {

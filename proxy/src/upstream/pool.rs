@@ -77,8 +77,8 @@ impl Pools {
             return Rc::clone(&known.pool);
         }
         let pool = Rc::new(Pool::default());
-        // clients are as many as their connections
-        if self.one.is_closed() || (origin.is_none() && apart.len() >= AUTHORITIES) {
+        // clients are as many as their connections, but each may name as many authorities as it likes
+        if self.one.is_closed() || (authority.is_some() && apart.len() >= AUTHORITIES) {
             pool.close();
         } else {
             apart.insert(key, OfFew { pool: Rc::clone(&pool), origin: origin.cloned() });

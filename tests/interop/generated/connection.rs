@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use bytes::Bytes;
 use h2::client::{Connection as Driver, SendRequest};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use tests::http::Answer;
+use tests::http::{Answer, driven};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -100,17 +100,7 @@ impl Connection {
 
 /// Asks over a connection of HTTP/2, and moves its bytes for as long.
 async fn over_http2((sender, driver): &mut Http2, request: &Request, name: &str) -> anyhow::Result<Answer> {
-    let exchange = exchange_http2(sender, request, name);
-    let drive = async {
-        // what went wrong is told by the exchange
-        driver.await.unwrap_or_default();
-        std::future::pending().await
-    };
-    tokio::select! {
-        biased;
-        answer = exchange => answer,
-        never = drive => never,
-    }
+    driven(driver, exchange_http2(sender, request, name)).await
 }
 
 async fn exchange_http2(

@@ -231,17 +231,7 @@ async fn http2(ask: &Ask, stream: TcpStream, case: &str) -> Result<Vec<String>, 
         }
     };
     tokio::time::timeout(Duration::from_secs(1), settled).await.unwrap_or_default();
-    let exchange = exchange(ask, &mut sender, case);
-    let drive = async {
-        // what went wrong is told by the exchange
-        connection.await.unwrap_or_default();
-        std::future::pending().await
-    };
-    tokio::select! {
-        biased;
-        lines = exchange => lines,
-        never = drive => never,
-    }
+    tests::http::driven(connection, Box::pin(exchange(ask, &mut sender, case))).await
 }
 
 async fn exchange(
