@@ -12,10 +12,10 @@ pub mod filters;
 pub mod flags;
 pub mod flood;
 pub mod grpc_web;
+pub mod h1;
 pub mod head;
 pub mod headers;
 pub mod path;
-pub mod raw;
 pub mod reply;
 pub mod server;
 pub mod stats;
@@ -30,7 +30,6 @@ use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{Request, Response, StatusCode, Version};
-use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 
 use crate::access_log::Logs;
@@ -45,13 +44,14 @@ use crate::xds::mutation::HeaderOps;
 use crate::xds::route::action::{Action, ClusterChoice, Forward, PathRewrite, WeightedCluster};
 use crate::xds::route::{PathMatch, RequireTls, Route, RouteConfiguration, VirtualHost};
 
-use body::ResponseBody;
+use body::{Received, ResponseBody};
 use call::Call;
 use exchange::Exchange;
 use filters::Pass;
 use flags::Flags;
 use reply::Local;
 use stats::HttpStats;
+use tunnel::Leaving;
 
 /// A response on its way to the client.
 pub type HttpResponse = Response<ResponseBody>;
@@ -187,7 +187,7 @@ impl Drop for Delayed {
 }
 
 /// The whole path of a request, in order.
-pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Request<Incoming>) -> HttpResponse {
+pub async fn forward(http: Rc<Http>, connection: Rc<Connection>, request: Request<Received>) -> HttpResponse {
     let mut call = match Call::begin(&http, &connection, request) {
         Ok(call) => call,
         Err(answer) => return *answer,
@@ -534,8 +534,12 @@ fn respond(
     }
     parts.version = exchange.version;
     if upgraded {
-        if let (Some(server), Some(client)) = (reply.into_left(), call.parts.extensions.remove::<OnUpgrade>())
-        {
+        let leaving = if exchange.version == Version::HTTP_2 {
+            call.parts.extensions.remove::<OnUpgrade>().map(Leaving::H2)
+        } else {
+            Some(Leaving::H1(exchange.connection.leave()))
+        };
+        if let (Some(server), Some(client)) = (reply.into_left(), leaving) {
             let worker = Rc::clone(&http.worker);
             let shadows = call.shadows;
             http.worker.connections.spawn_local(tunnel::run(worker, client, server, shadows, exchange));

@@ -13,6 +13,7 @@ pub mod authz;
 pub mod bootstrap;
 pub mod config;
 pub mod drain;
+pub mod h1;
 pub mod handover;
 pub mod http;
 pub mod lb;

@@ -10,7 +10,7 @@ use http::{StatusCode, Version, response};
 use http_body::Body as _;
 use tokio::time::Instant;
 
-use super::call::Call;
+use super::call::{Call, refusal_of_body};
 use super::exchange::grpc_status;
 use super::flags::Flags;
 use super::headers;
@@ -278,6 +278,10 @@ fn conclude(
         Err(Miss::Late(late)) => Err(too_late(call, late)),
         Err(Miss::Failed(failure)) => {
             if failure.kind == FailureKind::Client {
+                let malformed = call.exchange.progress.as_ref().and_then(|p| p.malformed.get());
+                if let Some(why) = malformed {
+                    return Err(refusal_of_body(why));
+                }
                 call.exchange.client_left();
             }
             if failure.kind == FailureKind::Overflow {

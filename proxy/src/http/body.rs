@@ -13,9 +13,11 @@ use hyper::body::Incoming;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::h1::head::Malformed;
 use crate::http::exchange::Exchange;
 use crate::http::grpc_web::Upload;
 use crate::http::grpc_web::codec::Encoder;
+use crate::http::h1;
 use crate::upstream::pool::Reply;
 
 /// What ends a body early.
@@ -34,8 +36,54 @@ pub struct Progress {
     pub last: Cell<Option<Instant>>,
     /// Whether the client's side broke off.
     pub broken: Cell<bool>,
+    /// What the client sent that is no body.
+    pub malformed: Cell<Option<Malformed>>,
     /// Told at each step.
     pub moved: Notify,
+}
+
+/// A request's body, as the client's codec brings it.
+#[derive(Debug, Default)]
+pub enum Received {
+    /// There is none.
+    #[default]
+    Empty,
+    /// Over HTTP/1.
+    H1(h1::Body),
+    /// Over HTTP/2.
+    H2(Incoming),
+}
+
+impl Body for Received {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self.get_mut() {
+            Self::Empty => Poll::Ready(None),
+            Self::H1(body) => body.poll(cx),
+            Self::H2(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Empty => true,
+            Self::H1(body) => body.is_end(),
+            Self::H2(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Empty => SizeHint::with_exact(0),
+            Self::H1(body) => body.hint(),
+            Self::H2(body) => body.size_hint(),
+        }
+    }
 }
 
 /// A request body towards an upstream.
@@ -47,7 +95,7 @@ pub enum RequestBody {
     /// Bytes that are all here.
     Full(Bytes),
     /// Streamed from the client.
-    Stream(Incoming, Rc<Progress>),
+    Stream(Received, Rc<Progress>),
     /// Streamed from the client and remembered, so that another attempt can send it again.
     Replay(Replay),
     /// One of gRPC-Web, as gRPC has it.
@@ -94,7 +142,7 @@ impl Body for RequestBody {
 }
 
 fn poll_client(
-    incoming: &mut Incoming,
+    incoming: &mut Received,
     progress: &Progress,
     cx: &mut Context<'_>,
 ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
@@ -106,7 +154,11 @@ fn poll_client(
             // nothing comes behind trailers, and who cannot send them reads no further
             progress.complete.set(frame.is_trailers() || incoming.is_end_stream());
         }
-        Some(Err(_)) => progress.broken.set(true),
+        Some(Err(error)) => {
+            progress.broken.set(true);
+            let malformed = error.downcast_ref::<Malformed>().filter(|why| **why != Malformed::Cut);
+            progress.malformed.set(malformed.copied());
+        }
         None => progress.complete.set(true),
     }
     let now = Some(Instant::now());
@@ -115,13 +167,13 @@ fn poll_client(
         progress.ended.set(now);
     }
     progress.moved.notify_waiters();
-    Poll::Ready(frame.map(|f| f.map_err(Into::into)))
+    Poll::Ready(frame)
 }
 
 /// The remembered part of a request body, and the client's stream behind it.
 #[derive(Debug)]
 struct Remembered {
-    incoming: Incoming,
+    incoming: Received,
     hint: SizeHint,
     frames: Vec<Bytes>,
     trailers: Option<HeaderMap>,
@@ -150,7 +202,7 @@ pub struct Replay {
 impl Replay {
     /// Starts to remember `incoming`, up to `limit` bytes.
     #[must_use]
-    pub fn new(incoming: Incoming, limit: usize, progress: Rc<Progress>) -> Self {
+    pub fn new(incoming: Received, limit: usize, progress: Rc<Progress>) -> Self {
         let hint = incoming.size_hint();
         let remembered = Remembered {
             incoming,

@@ -10,21 +10,20 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::uri::{PathAndQuery, Scheme};
 use http::{Method, Request, StatusCode, Version, request};
 use http_body::Body as _;
-use hyper::body::Incoming;
 use hyper::ext::Protocol;
 use tokio::time::Instant;
 
-use super::body::{Progress, Replay, RequestBody};
+use super::body::{Progress, Received, Replay, RequestBody};
 use super::exchange::{Exchange, Told, head_bytes};
 use super::flags::Flags;
 use super::head::Head;
 use super::headers::{self, CertFacts, Found};
 use super::path::{Normalized, normalize};
-use super::raw::Ambiguous;
 use super::reply::Local;
 use super::tunnel::Shadow;
 use super::{Http, HttpResponse};
 use crate::access_log;
+use crate::h1::head::Malformed;
 use crate::listener::connection::Connection;
 use crate::metrics::standard::Reporter;
 use crate::router::{self, ClientCertificate};
@@ -41,7 +40,7 @@ pub struct Call {
     /// Its head, without `host`.
     pub parts: request::Parts,
     /// Its body, until the first attempt takes it.
-    pub body: Option<Incoming>,
+    pub body: Option<Received>,
     /// What later attempts send again.
     pub replay: Option<Replay>,
     /// Path and query, normalised.
@@ -73,7 +72,7 @@ impl Call {
     pub fn begin(
         http: &Rc<Http>,
         connection: &Rc<Connection>,
-        request: Request<Incoming>,
+        request: Request<Received>,
     ) -> Result<Box<Self>, Box<HttpResponse>> {
         let (mut parts, body) = request.into_parts();
         let started = Instant::now();
@@ -89,8 +88,7 @@ impl Call {
             .and_then(|()| names(&parts, http))
             .and_then(|()| scheme_fits(&parts, connection, http))
             .and_then(|()| authority(&mut parts, http, connection.local.port()))
-            .and_then(|a| framing(&parts, found, http).map(|()| a))
-            .and_then(|a| one_length(&parts, found, connection).map(|()| a));
+            .and_then(|a| framing(&parts, found, http).map(|()| a));
         let authority = match taken {
             Ok(authority) => authority,
             Err(refusal) => return Err(refuse(exchange, refusal)),
@@ -358,16 +356,50 @@ impl Call {
     }
 }
 
-fn refuse(mut exchange: Box<Exchange>, (status, details, flags): Refusal) -> Box<HttpResponse> {
-    let text = match status {
-        StatusCode::UPGRADE_REQUIRED => "Upgrade Required",
-        StatusCode::BAD_REQUEST if flags.contains(Flags::DOWNSTREAM_PROTOCOL) => "Bad Request",
-        StatusCode::FORBIDDEN if flags.contains(Flags::DOWNSTREAM_PROTOCOL) => "Forbidden",
-        _ => "",
+/// The answer to what cannot be read as a request.
+#[must_use]
+pub fn refuse_unread(exchange: Box<Exchange>, why: Malformed) -> HttpResponse {
+    *refuse(exchange, unread(why))
+}
+
+fn unread(why: Malformed) -> Refusal {
+    let (status, details) = match why {
+        Malformed::Syntax(httparse::Error::TooManyHeaders) => {
+            (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "http1.too_many_headers")
+        }
+        Malformed::Syntax(httparse::Error::Version) => (StatusCode::UPGRADE_REQUIRED, "low_version"),
+        Malformed::Syntax(httparse::Error::HeaderValue) => (BAD, "http1.invalid_characters"),
+        Malformed::Target => (BAD, "http1.invalid_url"),
+        Malformed::TooLong(_) => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "http1.headers_too_large"),
+        Malformed::TargetTooLong => (StatusCode::URI_TOO_LONG, "http1.codec_error"),
+        Malformed::Unknown => (StatusCode::NOT_IMPLEMENTED, "http1.invalid_transfer_encoding"),
+        Malformed::Ambiguous => (BAD, "http1.content_length_and_chunked_not_allowed"),
+        Malformed::Syntax(_)
+        | Malformed::Length
+        | Malformed::Encoding
+        | Malformed::Value
+        | Malformed::Chunk
+        | Malformed::Trailers
+        | Malformed::Cut => (BAD, "http1.codec_error"),
     };
-    let mut local = Local::text(status, text).flag(flags).details(details);
+    (status, details, Flags::DOWNSTREAM_PROTOCOL)
+}
+
+/// The answer to a request that turns out to be none when its body is read.
+#[must_use]
+pub fn refusal_of_body(why: Malformed) -> Local {
+    refusal(unread(why))
+}
+
+fn refusal((status, details, flags): Refusal) -> Local {
+    let text = if flags.contains(Flags::DOWNSTREAM_PROTOCOL) { status.canonical_reason() } else { None };
+    Local::text(status, text.unwrap_or_default()).flag(flags).details(details)
+}
+
+fn refuse(mut exchange: Box<Exchange>, why: Refusal) -> Box<HttpResponse> {
+    let mut local = refusal(why);
     // what is no HTTP is no call either: its answer is plain
-    exchange.is_grpc &= !flags.contains(Flags::DOWNSTREAM_PROTOCOL);
+    exchange.is_grpc &= !why.2.contains(Flags::DOWNSTREAM_PROTOCOL);
     if exchange.version < Version::HTTP_2 {
         local.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
@@ -379,7 +411,7 @@ fn authority(parts: &mut request::Parts, http: &Http, port: u16) -> Result<Heade
     if parts.version == Version::HTTP_10 && !http.config.http1.accept_http_10
         || parts.version == Version::HTTP_09
     {
-        return Err((StatusCode::UPGRADE_REQUIRED, "low_version", Flags::NONE));
+        return Err((StatusCode::UPGRADE_REQUIRED, "low_version", Flags::DOWNSTREAM_PROTOCOL));
     }
     if parts.headers.get_all(header::HOST).iter().nth(1).is_some() {
         return Err((BAD, "multiple_host_headers", Flags::NONE));
@@ -426,18 +458,8 @@ fn clean_authority<'a>(text: &'a str, http: &Http, port: u16) -> Option<std::bor
 
 /// One interpretation of where the body ends, or none.
 fn framing(parts: &request::Parts, found: Found, http: &Http) -> Result<(), Refusal> {
-    if found.has(Found::TRANSFER_ENCODING) {
-        if parts.version == Version::HTTP_10 {
-            return Err((BAD, "http1.invalid_transfer_encoding", Flags::DOWNSTREAM_PROTOCOL));
-        }
-        // what else was done to the body would be lost with the header
-        let mut codings = parts.headers.get_all(header::TRANSFER_ENCODING).iter();
-        let chunked = codings.next().is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"chunked"));
-        if !chunked || codings.next().is_some() {
-            let unknown =
-                (StatusCode::NOT_IMPLEMENTED, "http1.invalid_transfer_encoding", Flags::DOWNSTREAM_PROTOCOL);
-            return Err(unknown);
-        }
+    if found.has(Found::TRANSFER_ENCODING) && parts.version == Version::HTTP_10 {
+        return Err((BAD, "http1.invalid_transfer_encoding", Flags::DOWNSTREAM_PROTOCOL));
     }
     let most = usize::try_from(http.config.max_headers_count).unwrap_or(usize::MAX);
     if parts.headers.len() > most {
@@ -476,19 +498,6 @@ fn names(parts: &request::Parts, http: &Http) -> Result<(), Refusal> {
         return Err((BAD, "http1.unexpected_underscore", Flags::DOWNSTREAM_PROTOCOL));
     }
     Ok(())
-}
-
-/// What the codec has hidden: a head that tells the length of its body in two ways.
-fn one_length(parts: &request::Parts, found: Found, connection: &Connection) -> Result<(), Refusal> {
-    if parts.version >= Version::HTTP_2 {
-        return Ok(());
-    }
-    let details = match connection.head.take(&parts.method, found.has(Found::BODY)) {
-        Ok(()) => return Ok(()),
-        Err(Ambiguous::LengthAndChunks) => "http1.content_length_and_chunked_not_allowed",
-        Err(Ambiguous::TwoLengths) => "http1.codec_error",
-    };
-    Err((BAD, details, Flags::DOWNSTREAM_PROTOCOL))
 }
 
 /// The normalised path, or the answer to one that has none.

@@ -5,21 +5,23 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
-use http::{HeaderValue, Request};
+use http::Request;
 use hyper::body::Incoming;
-use hyper::server::conn::{http1, http2};
+use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::time::{Instant, Sleep};
 
+use super::body::Received;
+use super::call::refuse_unread;
 use super::exchange::Exchange;
 use super::flags::Flags;
 use super::flood::Metered;
-use super::raw::Noted;
+use super::h1::{H1, Settings};
 use super::reply::Local as Reply;
 use super::timing::Alarm;
-use super::{Http, forward};
+use super::{Http, HttpResponse, forward};
+use crate::h1::request as head;
 use crate::listener::connection::Connection;
 use crate::listener::detect::H2_PREFACE;
 use crate::listener::slot::Place;
@@ -32,8 +34,8 @@ use crate::xds::listener::hcm::Codec;
 /// How long an idle HTTP/1 connection outlives the order to end. A request may be on its way to us; HTTP/1 has no
 /// word to say beforehand that it would not be answered.
 const IDLE_LINGER: Duration = Duration::from_secs(1);
-/// How many headers hyper reads from a head unless it is told another number; Envoy's default too.
-const HYPER_HEADERS: usize = 100;
+/// The least room for a head, in bytes.
+const LEAST_HEAD: usize = 8192;
 
 /// Serves a connection until it ends, is idle for too long, or is cut.
 pub async fn serve(http: Rc<Http>, place: Place, connection: Rc<Connection>, mut io: Io) {
@@ -173,9 +175,8 @@ impl Limits {
         ends.into_iter().flatten().min_by_key(|(at, _)| *at).map(|(at, late)| (at, End::Head(late)))
     }
 
-    /// Looks whether a head has begun, and sets the timer to its end if that comes first.
-    fn look_at_head(&mut self, connection: &Connection) {
-        let length = connection.head.waiting();
+    /// Looks whether a head has begun, of which so much has come, and sets the timer to its end if that comes first.
+    fn look_at_head(&mut self, length: usize) {
         if length == 0 {
             self.head = None;
             return;
@@ -195,9 +196,10 @@ impl Limits {
         }
     }
 
-    /// Ready when the connection should end. The timer is moved when it fires, not with every request.
-    fn poll(&mut self, connection: &Connection, cx: &mut Context<'_>) -> Poll<End> {
-        self.look_at_head(connection);
+    /// Ready when the connection should end. The timer is moved when it fires, not with every request. `head`: bytes of
+    /// a head that is not whole.
+    fn poll(&mut self, connection: &Connection, head: usize, cx: &mut Context<'_>) -> Poll<End> {
+        self.look_at_head(head);
         loop {
             let Some(alarm) = &mut self.alarm else { return Poll::Pending };
             if alarm.poll(cx).is_pending() {
@@ -270,45 +272,49 @@ async fn request(
     worker: Rc<Worker>,
     place: Rc<Place>,
     connection: Rc<Connection>,
-    request: Request<Incoming>,
-) -> Result<super::HttpResponse, std::convert::Infallible> {
+    request: Request<Received>,
+) -> HttpResponse {
     worker.refresh();
-    let response = match place.http(&connection) {
+    match place.http(&connection) {
         Ok(http) => forward(http, connection, request).await,
         Err(http) => {
             let exchange = Exchange::new(http, connection, Instant::now(), request.version());
             let gone = Reply::text(http::StatusCode::SERVICE_UNAVAILABLE, "");
             gone.details("filter_chain_removed").into_response(Box::new(exchange))
         }
-    };
-    Ok(response)
+    }
 }
 
 async fn serve_h1(http: Rc<Http>, mut ending: Ending, connection: Rc<Connection>, io: Io) {
     let worker = Rc::clone(&http.worker);
     let mut limits = Limits::new(&http, Instant::now());
-    let service = {
-        let (worker, connection) = (Rc::clone(&worker), Rc::clone(&connection));
-        let place = Rc::clone(&ending.place);
-        service_fn(move |r| request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), r))
+    let config = &http.config;
+    let server = H1::new(
+        io,
+        Settings {
+            limits: head::Limits {
+                headers: usize::try_from(config.max_headers_count).unwrap_or(usize::MAX),
+                bytes: config.max_request_headers.max(LEAST_HEAD),
+            },
+            old: config.http1.accept_http_10,
+            proper_case: config.http1.proper_case,
+        },
+    );
+    let place = Rc::clone(&ending.place);
+    let answer = async |asked| match asked {
+        Ok(asked) => request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), asked).await,
+        Err(why) => {
+            let http = place.http(&connection).unwrap_or_else(|http| http);
+            let exchange =
+                Exchange::new(http, Rc::clone(&connection), Instant::now(), http::Version::HTTP_11);
+            refuse_unread(Box::new(exchange), why)
+        }
     };
-    let mut builder = http1::Builder::new();
-    builder
-        .max_buf_size(http.config.max_request_headers.max(8192))
-        .title_case_headers(http.config.http1.proper_case)
-        .auto_date_header(false); // the worker knows the second
-    // Another number than hyper's own is room that it makes anew for each head.
-    let most = usize::try_from(http.config.max_headers_count).unwrap_or(HYPER_HEADERS);
-    if most != HYPER_HEADERS {
-        builder.max_headers(most);
-    }
-    let io = Noted::new(io, std::sync::Arc::clone(&connection.head));
-    let server = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
-    let mut server = pin!(server);
+    let mut run = pin!(server.run(&connection, answer));
     let mut lingers: Option<Pin<Box<Sleep>>> = None;
     let mut drained = false;
     let outcome = std::future::poll_fn(|cx| {
-        if let Poll::Ready(result) = server.as_mut().poll(cx) {
+        if let Poll::Ready(result) = run.as_mut().poll(cx) {
             return Poll::Ready(Some(result));
         }
         ending.look(cx);
@@ -323,22 +329,22 @@ async fn serve_h1(http: Rc<Http>, mut ending: Ending, connection: Rc<Connection>
             && lingers.as_mut().is_some_and(|linger| {
                 connection.quiet_since().is_none() || linger.as_mut().poll(cx).is_ready()
             });
-        let end = limits.poll(&connection, cx);
+        let end = limits.poll(&connection, server.head_waiting(), cx);
         match end {
             Poll::Ready(End::Now) => {
                 stalled(&http, &connection);
                 return Poll::Ready(None);
             }
             Poll::Ready(End::Head(late)) => {
-                connection.head.end_with(head_answer(&http, &connection, late));
-                return server.as_mut().poll(cx).map(Some);
+                server.end_with(head_answer(&http, &connection, late));
+                return run.as_mut().poll(cx).map(Some);
             }
             Poll::Ready(End::Gently) | Poll::Pending => {}
         }
         if drains || end.is_ready() {
             drained = true;
-            server.as_mut().graceful_shutdown();
-            return server.as_mut().poll(cx).map(Some);
+            server.end();
+            return run.as_mut().poll(cx).map(Some);
         }
         Poll::Pending
     })
@@ -348,8 +354,8 @@ async fn serve_h1(http: Rc<Http>, mut ending: Ending, connection: Rc<Connection>
     }
 }
 
-/// The answer to a request whose head does not end, as bytes: the codec has no request yet that it could answer.
-fn head_answer(http: &Rc<Http>, connection: &Rc<Connection>, late: HeadLate) -> Bytes {
+/// The answer to a request whose head does not end.
+fn head_answer(http: &Rc<Http>, connection: &Rc<Connection>, late: HeadLate) -> HttpResponse {
     let (text, details, flags) = match late {
         HeadLate::Idle => ("stream timeout", "stream_idle_timeout", Flags::STREAM_IDLE),
         HeadLate::Request => ("request timeout", "request_overall_timeout", Flags::NONE),
@@ -360,17 +366,7 @@ fn head_answer(http: &Rc<Http>, connection: &Rc<Connection>, late: HeadLate) -> 
     let now = Instant::now();
     let exchange = Exchange::new(Rc::clone(http), Rc::clone(connection), now, http::Version::HTTP_11);
     let local = Reply::text(http::StatusCode::REQUEST_TIMEOUT, text).flag(flags).details(details);
-    let (mut parts, body) = local.into_response(Box::new(exchange)).into_parts();
-    let text = body.into_local();
-    parts.headers.insert(http::header::CONNECTION, HeaderValue::from_static("close"));
-    parts.headers.insert(http::header::CONTENT_LENGTH, HeaderValue::from(text.len()));
-    let mut bytes = format!("HTTP/1.1 {}\r\n", parts.status).into_bytes();
-    for (name, value) in &parts.headers {
-        bytes.extend_from_slice(&[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
-    }
-    bytes.extend_from_slice(b"\r\n");
-    bytes.extend_from_slice(&text);
-    bytes.into()
+    local.into_response(Box::new(exchange))
 }
 
 /// A client takes nothing of what waits for it: its connection is closed, and its requests end as idle ones.
@@ -398,8 +394,10 @@ async fn serve_h2(http: Rc<Http>, mut ending: Ending, connection: Rc<Connection>
         let (worker, connection) = (Rc::clone(&worker), Rc::clone(&connection));
         let place = Rc::clone(&ending.place);
         // boxed, because the codec moves it several times on its way into a task
-        service_fn(move |r| {
-            Box::pin(request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), r))
+        service_fn(move |asked: Request<Incoming>| {
+            let asked = asked.map(Received::H2);
+            let answered = request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), asked);
+            Box::pin(async { Ok::<_, std::convert::Infallible>(answered.await) })
         })
     };
     let settings = &http.config.http2;
@@ -433,7 +431,7 @@ async fn serve_h2(http: Rc<Http>, mut ending: Ending, connection: Rc<Connection>
             return Poll::Ready(None);
         }
         let drains = !drained && (connection.is_draining() || ending.gently);
-        let end = limits.poll(&connection, cx);
+        let end = limits.poll(&connection, 0, cx);
         if end == Poll::Ready(End::Now) {
             stalled(&http, &connection);
             return Poll::Ready(None);

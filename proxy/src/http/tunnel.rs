@@ -9,17 +9,18 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{StatusCode, Version};
+use http::StatusCode;
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
-use tokio::sync::mpsc;
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::exchange::Exchange;
 use super::flags::Flags;
 use super::timing::Late;
-use crate::tcp::io::Stream;
+use crate::tcp::io::{Io, Stream};
 use crate::tcp::relay::{Counts, End, relay};
 use crate::upstream::pool::{Left, LeftStream};
 use crate::upstream::send::Outgoing;
@@ -81,16 +82,29 @@ async fn give(server: impl AsyncRead + AsyncWrite, bytes: &mut mpsc::Receiver<By
     }
 }
 
+/// A client that leaves HTTP once it has the response.
+#[derive(Debug)]
+pub enum Leaving {
+    /// Its connection does.
+    H1(oneshot::Receiver<Io>),
+    /// A stream of its connection does.
+    H2(OnUpgrade),
+}
+
 /// Relays once the client has the response. Whichever side breaks off, the other one's connection or stream ends, too.
 pub async fn run(
     worker: Rc<Worker>,
-    client: OnUpgrade,
+    client: Leaving,
     server: Left,
     shadows: Vec<Shadow>,
     mut exchange: Box<Exchange>,
 ) {
-    let Ok(client) = client.await else { return exchange.client_left() };
-    let mut client = Client::new(client, exchange.version, shadows);
+    let left = match client {
+        Leaving::H1(io) => io.await.ok().map(ClientIo::H1),
+        Leaving::H2(stream) => stream.await.ok().map(|stream| ClientIo::H2(TokioIo::new(stream))),
+    };
+    let Some(io) = left else { return exchange.client_left() };
+    let mut client = Client::new(io, shadows);
     let counts = Counts::default();
     let idle = exchange.timing.idle();
     let end = tokio::select! {
@@ -125,16 +139,22 @@ async fn carry(client: &mut Client, server: Left, idle: Option<Duration>, counts
 /// The client's side. The codec tells the end of an HTTP/2 stream and its reset in the same way when it is read; a
 /// reset shows on the other half only.
 struct Client {
-    io: TokioIo<Upgraded>,
+    io: ClientIo,
     /// How often a stream that seems to have ended is looked at again.
     looks: u8,
     /// Who gets the same bytes.
     shadows: Vec<Shadow>,
 }
 
+enum ClientIo {
+    H1(Io),
+    H2(TokioIo<Upgraded>),
+}
+
 impl Client {
-    fn new(io: Upgraded, version: Version, shadows: Vec<Shadow>) -> Self {
-        Self { io: TokioIo::new(io), looks: u8::from(version == Version::HTTP_2), shadows }
+    fn new(io: ClientIo, shadows: Vec<Shadow>) -> Self {
+        let looks = u8::from(matches!(io, ClientIo::H2(_)));
+        Self { io, looks, shadows }
     }
 
     /// Gives the copies what came.
@@ -146,13 +166,23 @@ impl Client {
     }
 }
 
-impl Stream for Client {}
+impl Stream for Client {
+    fn as_plain(&self) -> Option<&TcpStream> {
+        match &self.io {
+            ClientIo::H1(io) if self.shadows.is_empty() => io.as_plain(),
+            ClientIo::H1(_) | ClientIo::H2(_) => None,
+        }
+    }
+}
 
 impl AsyncRead for Client {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let before = buf.filled().len();
-        ready!(Pin::new(&mut this.io).poll_read(cx, buf))?;
+        ready!(match &mut this.io {
+            ClientIo::H1(io) => Pin::new(io).poll_read(cx, buf),
+            ClientIo::H2(io) => Pin::new(io).poll_read(cx, buf),
+        })?;
         if let Some(came) = buf.filled().get(before..)
             && !came.is_empty()
         {
@@ -166,7 +196,7 @@ impl AsyncRead for Client {
             return Poll::Pending;
         }
         this.shadows.clear();
-        match Pin::new(&mut this.io).poll_flush(cx) {
+        match Pin::new(this).poll_flush(cx) {
             Poll::Ready(Err(error)) => {
                 Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionReset, error)))
             }
@@ -177,14 +207,23 @@ impl AsyncRead for Client {
 
 impl AsyncWrite for Client {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().io).poll_write(cx, buf)
+        match &mut self.get_mut().io {
+            ClientIo::H1(io) => Pin::new(io).poll_write(cx, buf),
+            ClientIo::H2(io) => Pin::new(io).poll_write(cx, buf),
+        }
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().io).poll_flush(cx)
+        match &mut self.get_mut().io {
+            ClientIo::H1(io) => Pin::new(io).poll_flush(cx),
+            ClientIo::H2(io) => Pin::new(io).poll_flush(cx),
+        }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().io).poll_shutdown(cx)
+        match &mut self.get_mut().io {
+            ClientIo::H1(io) => Pin::new(io).poll_shutdown(cx),
+            ClientIo::H2(io) => Pin::new(io).poll_shutdown(cx),
+        }
     }
 }

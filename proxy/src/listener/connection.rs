@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::HeaderValue;
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::http::flood::Resets;
-use crate::http::raw::RawHead;
 use crate::http::timing::{OF_CONNECTION, Spare};
 use crate::metrics::standard::{Numbered, Principals, Standard, Workload};
 use crate::ratelimit::Bucket;
+use crate::tcp::io::Io;
 use crate::tls::Peer;
 use crate::xds::filter::LocalRateLimit;
 use crate::xds::proxy_protocol::Tlv;
@@ -39,8 +40,6 @@ pub struct Connection {
     pub own_uris: Arc<[String]>,
     /// Requests so far.
     pub requests: Cell<u32>,
-    /// The head of the next request, over HTTP/1.
-    pub head: Arc<RawHead>,
     /// Requests that the client gave up, beside those that ended.
     pub resets: Cell<Resets>,
     /// A timer for its next request.
@@ -60,6 +59,8 @@ pub struct Connection {
     told: RefCell<Option<(HeaderValue, Rc<Numbered<Workload>>)>>,
     principals: RefCell<Option<Rc<Numbered<Principals>>>>,
     origin: OnceCell<Rc<Origin>>,
+    /// Who waits for the connection to leave HTTP/1.
+    leaving: RefCell<Option<oneshot::Sender<Io>>>,
 }
 
 /// Who called and whom, as servers are told it by the PROXY protocol.
@@ -111,7 +112,6 @@ impl Connection {
             server_name: None,
             own_uris: Arc::default(),
             requests: Cell::new(0),
-            head: Arc::default(),
             resets: Cell::default(),
             timers: Spare::new(OF_CONNECTION),
             open: Cell::new(0),
@@ -125,6 +125,7 @@ impl Connection {
             told: RefCell::new(None),
             principals: RefCell::new(None),
             origin: OnceCell::new(),
+            leaving: RefCell::default(),
         }
     }
 
@@ -135,6 +136,20 @@ impl Connection {
         Rc::clone(self.origin.get_or_init(origin))
     }
 
+    /// The stream below HTTP/1, for whoever goes on with it once the response is written.
+    pub fn leave(&self) -> oneshot::Receiver<Io> {
+        let (tell, told) = oneshot::channel();
+        *self.leaving.borrow_mut() = Some(tell);
+        told
+    }
+
+    /// Hands the stream on; nobody may be there to take it.
+    pub fn leave_with(&self, io: Io) {
+        if let Some(taker) = self.leaving.take() {
+            drop(taker.send(io));
+        }
+    }
+
     /// Lets the connection end with the response to its next request.
     pub fn drain(&self) {
         self.draining.set(true);
@@ -143,13 +158,11 @@ impl Connection {
     /// Notes that a request has come.
     pub fn begin(&self) {
         self.open.set(self.open.get() + 1);
-        self.head.set_busy(true);
     }
 
     /// Notes that a request and its response are over.
     pub fn end(&self, now: tokio::time::Instant) {
         self.open.set(self.open.get().saturating_sub(1));
-        self.head.set_busy(self.open.get() > 0);
         self.ended.set(now);
     }
 

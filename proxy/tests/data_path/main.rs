@@ -12,6 +12,7 @@ mod floods;
 mod h2spec;
 mod harness;
 mod hostile;
+mod http1;
 mod limits;
 mod mtls;
 mod plain;

@@ -133,16 +133,14 @@ async fn malformed_requests_are_refused() {
         ("GET /%00 HTTP/1.1\r\nhost: a\r\n\r\n", "400"),
         ("GET / HTTP/1.0\r\nhost: a\r\n\r\n", "426"),
         ("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\ncontent-length: 4\r\n\r\nabc", "400"),
-        ("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: xchunked\r\n\r\nabc", "400"),
+        ("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: xchunked\r\n\r\nabc", "501"),
         ("GET / HTTP/1.1\r\nhost: a\r\nx: a\0b\r\n\r\n", "400"),
         ("GET / HTTP/1.1\r\nhost : a\r\n\r\n", "400"),
         ("GET / HTTP/1.1\r\nhost: a/b\r\n\r\n", "400"),
         ("GET / HTTP/1.1\r\nhost: a\r\n folded: 1\r\n\r\n", "400"),
     ] {
         let answer = raw(proxy.address(), bytes).await;
-        // the codec may cut the connection before the client has read why
-        let refused = answer.is_empty() || answer.get(9..12) == Some(status);
-        assert!(refused, "{bytes:?}: {answer}");
+        assert_eq!(answer.get(9..12), Some(status), "{bytes:?}: {answer}");
     }
     assert_eq!(backend.hits(), 0);
     let got = get(proxy.address(), "//a/./b/../%61dmin?x=//", &[]).await;

@@ -1,24 +1,25 @@
 //! Parsers of the data plane.
 
 use std::collections::BTreeMap;
-use std::io::Cursor;
-use std::pin::Pin;
-use std::sync::{Arc, LazyLock};
-use std::task::{Context, Waker};
+use std::sync::LazyLock;
 
 use base64::prelude::{BASE64_URL_SAFE_NO_PAD, Engine as _};
+use bytes::BytesMut;
 use envoy_types::pb::envoy::config::bootstrap::v3::Bootstrap;
 use envoy_types::pb::envoy::extensions::filters::http::jwt_authn::v3::JwtAuthentication;
 use envoy_types::pb::google::protobuf::Any;
 use http::Method;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use proxy::authz::jwt;
+use proxy::h1::body::Piece;
+use proxy::h1::head::Malformed;
+use proxy::h1::request::{Limits, may_be_whole, read_request};
+use proxy::h1::response::read_response;
 use proxy::http::flood::Meter;
 use proxy::http::grpc_web::codec::{Decoder, Encoder};
 use proxy::http::head::Head;
 use proxy::http::headers;
 use proxy::http::path::{Normalized, normalize};
-use proxy::http::raw::{Noted, RawHead};
 use proxy::listener::{detect, proxy_protocol};
 use proxy::metrics::standard::{Workload, peer_header};
 use proxy::tables::{Tables, Update};
@@ -27,7 +28,6 @@ use proxy::xds::format::{Format, JsonFormat};
 use proxy::xds::jwt::JwtAuthn;
 use proxy::xds::listener::hcm::{EscapedSlashes, PathCleaning};
 use proxy::xds::parse::{Resource, parse};
-use tokio::io::{AsyncRead as _, ReadBuf};
 
 use crate::dns_message::{Kind as DnsKind, Reply, query, reply};
 use crate::{choice, text};
@@ -113,29 +113,75 @@ pub fn headers(bytes: &[u8]) {
     }
 }
 
-/// A head is looked over as another parser reads it, in whatever pieces it comes.
-pub fn raw_head(bytes: &[u8]) {
+/// A request's head is read the same in whatever pieces it comes, and what another parser finds ambiguous in it is not
+/// read at all.
+pub fn request_head(bytes: &[u8]) {
     let Some((piece, bytes)) = choice(bytes) else { return };
-    let head = Arc::new(RawHead::default());
-    let mut io = Noted::new(Cursor::new(bytes.to_vec()), Arc::clone(&head));
-    let mut cx = Context::from_waker(Waker::noop());
-    let mut room = vec![0; usize::from(piece) + 1];
+    let limits = Limits { headers: 100, bytes: 8192 };
+    let whole = read_request(&mut BytesMut::from(bytes), limits);
+    let (mut came, mut seen, mut parts) = (BytesMut::new(), 0, Ok(None));
+    for piece in bytes.chunks(usize::from(piece) + 1) {
+        came.extend_from_slice(piece);
+        if seen == 0 || may_be_whole(&came, seen) {
+            parts = read_request(&mut came, limits);
+            if !matches!(parts, Ok(None)) {
+                break;
+            }
+        }
+        seen = came.len();
+    }
+    let Ok(Some(request)) = whole else {
+        assert!(!matches!(parts, Ok(Some(_))), "{whole:?} but {parts:?}");
+        return;
+    };
+    let Ok(Some(parts)) = parts else { panic!("{request:?} but {parts:?}") };
+    assert_eq!(format!("{request:?}"), format!("{parts:?}"));
+    let mut fields = [httparse::EMPTY_HEADER; 100];
+    let mut other = httparse::Request::new(&mut fields);
+    let Ok(httparse::Status::Complete(_)) = other.parse(bytes) else { panic!("{request:?} is no request") };
+    let count = |name: &str| other.headers.iter().filter(|h| h.name.eq_ignore_ascii_case(name)).count();
+    let (lengths, codings) = (count("content-length"), count("transfer-encoding"));
+    assert!(lengths < 2 && (lengths == 0 || codings == 0), "{lengths} lengths, {codings} encodings");
+    assert_eq!(other.method, Some(request.method.as_str()));
+    assert_eq!(other.headers.len(), request.headers.len());
+}
+
+/// A response and its body are read the same in whatever pieces they come.
+pub fn response(bytes: &[u8]) {
+    let Some((how, bytes)) = choice(bytes) else { return };
+    let method = if how & 1 == 0 { Method::GET } else { Method::HEAD };
+    let whole = whole_response(bytes, bytes.len().max(1), &method);
+    let parts = whole_response(bytes, usize::from(how >> 1) + 1, &method);
+    assert!(whole == parts || (whole.is_err() && parts.is_err()), "{whole:?} but {parts:?}");
+}
+
+/// Head, body, trailers, and whether the connection stays, of a response that comes in pieces of `step`.
+fn whole_response(
+    bytes: &[u8],
+    step: usize,
+    method: &Method,
+) -> Result<Option<(HeaderMap, Vec<u8>, HeaderMap, bool)>, Malformed> {
+    let (mut came, mut pieces) = (BytesMut::new(), bytes.chunks(step));
+    let head = loop {
+        if let Some(head) = read_response(&mut came, method)? {
+            break head;
+        }
+        let Some(piece) = pieces.next() else { return Ok(None) };
+        came.extend_from_slice(piece);
+    };
+    let (mut decoder, mut ended) = (head.body, false);
+    let (mut data, mut trailers) = (Vec::new(), HeaderMap::new());
     loop {
-        let mut buf = ReadBuf::new(&mut room);
-        assert!(Pin::new(&mut io).poll_read(&mut cx, &mut buf).is_ready());
-        if buf.filled().is_empty() {
-            break;
+        match decoder.next(&mut came, ended)? {
+            Piece::Data(piece) => data.extend_from_slice(&piece),
+            Piece::Trailers(found) => trailers = found,
+            Piece::Over => return Ok(Some((head.headers, data, trailers, head.keep_alive))),
+            Piece::NeedMore => match pieces.next() {
+                Some(piece) => came.extend_from_slice(piece),
+                None => ended = true,
+            },
         }
     }
-    let mut fields = [httparse::EMPTY_HEADER; 100];
-    let mut request = httparse::Request::new(&mut fields);
-    let Ok(httparse::Status::Complete(_)) = request.parse(bytes) else { return };
-    let count = |name: &str| request.headers.iter().filter(|h| h.name.eq_ignore_ascii_case(name)).count();
-    let (lengths, chunks) = (count("content-length"), count("transfer-encoding"));
-    let method = Method::from_bytes(request.method.unwrap_or_default().as_bytes());
-    let Ok(method) = method else { return };
-    let ambiguous = lengths > 1 || (lengths > 0 && chunks > 0);
-    assert_eq!(head.take(&method, true).is_err(), ambiguous, "{lengths} lengths, {chunks} encodings");
 }
 
 /// Frames are counted the same in whatever pieces they come, and what passes is within the limits.

@@ -222,10 +222,17 @@ fn http(seeds: &mut Seeds) {
     );
     for lines in ["content-length: 3", "Content-Length: 3\r\ntransfer-encoding: chunked", "x: 1\r\nx: 2"] {
         seeds.choose(
-            "raw_head",
+            "request_head",
             7,
             format!("\r\nPOST / HTTP/1.1\r\nhost: a\r\n{lines}\r\n\r\nabc").as_bytes(),
         );
+    }
+    for rest in [
+        "content-length: 3\r\n\r\nabc",
+        "transfer-encoding: chunked\r\ntrailer: x\r\n\r\n3;a=b\r\nabc\r\n0\r\nx: 1\r\n\r\n",
+        "connection: close\r\n\r\nabc",
+    ] {
+        seeds.choose("response", 14, format!("HTTP/1.1 100 \r\n\r\nHTTP/1.1 200 OK\r\n{rest}").as_bytes());
     }
     let frame = |kind: u8, flags: u8, length: u8| {
         [&[0, 0, length, kind, flags, 0, 0, 0, 1], &*vec![0; length.into()]].concat()
