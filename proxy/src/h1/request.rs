@@ -15,6 +15,8 @@ use super::head::{self, Malformed, Place, Places, connection, decimal, length, p
 const LONGEST_TARGET: usize = 65_534;
 /// The most headers of a request whose lines take no room of their own.
 const USUAL_HEADERS: usize = 100;
+/// The shortest line of a header, in bytes: `a:` and its end.
+const SHORTEST_LINE: usize = 3;
 
 /// The head of a request that is to be written.
 #[derive(Clone, Copy, Debug)]
@@ -119,7 +121,8 @@ pub fn read_request(bytes: &mut BytesMut, limits: Limits) -> Result<Option<Reque
         let mut lines = [const { MaybeUninit::uninit() }; USUAL_HEADERS];
         parse(bytes, limits.bytes, lines.get_mut(..limits.headers).unwrap_or_default())
     } else {
-        parse(bytes, limits.bytes, &mut vec![MaybeUninit::uninit(); limits.headers])
+        let lines = limits.headers.min(bytes.len() / SHORTEST_LINE + 1);
+        parse(bytes, limits.bytes, &mut vec![MaybeUninit::uninit(); lines])
     };
     let Some(parsed) = parsed? else { return Ok(None) };
     let head = head::split(bytes, parsed.length);
@@ -395,6 +398,9 @@ mod tests {
             assert!(read_request(&mut BytesMut::from(&*many(headers)), limits).unwrap().is_some());
             assert!(read_request(&mut BytesMut::from(&*many(headers + 1)), limits).is_err());
         }
+        let most = Limits { headers: usize::MAX, ..LIMITS };
+        let short = format!("GET / HTTP/1.1\n{}\n", "a:\n".repeat(2000));
+        assert_eq!(read_request(&mut BytesMut::from(&*short), most).unwrap().unwrap().headers.len(), 2000);
         let target = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(LONGEST_TARGET));
         let limits = Limits { bytes: usize::MAX, ..LIMITS };
         assert_eq!(

@@ -72,7 +72,7 @@ struct State {
 
 /// What comes next on a connection.
 enum Next {
-    Request(Box<request::Request>),
+    Request(request::Request),
     Malformed(Malformed),
     /// Time is up for a head that does not end.
     Late(HttpResponse),
@@ -161,7 +161,7 @@ impl H1 {
                 Next::Late(response) => (Asked::NOTHING, Ok(response)),
                 Next::Malformed(why) => (Asked::NOTHING, Err(Err(why))),
                 Next::Request(request) => {
-                    let (asked, request) = self.request(*request);
+                    let (asked, request) = self.request(request);
                     (asked, Err(Ok(request)))
                 }
             };
@@ -206,9 +206,10 @@ impl H1 {
                 match read_request(&mut wire.inbox, limits) {
                     Ok(Some(request)) => {
                         (state.seen, state.busy) = (0, true);
-                        (state.decoder, state.expects) = (request.body, request.expects);
-                        state.driver = (!request.body.is_over()).then(|| cx.waker().clone());
-                        return Poll::Ready(Next::Request(Box::new(request)));
+                        let has_body = !request.body.is_over();
+                        (state.decoder, state.expects) = (request.body, request.expects && has_body);
+                        state.driver = has_body.then(|| cx.waker().clone());
+                        return Poll::Ready(Next::Request(request));
                     }
                     Ok(None) => {}
                     Err(why) => {

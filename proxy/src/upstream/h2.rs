@@ -16,7 +16,7 @@ use http_body::{Body as _, Frame};
 use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 
-use super::send::{Link, Opened};
+use super::send::{FailureKind, Link, Opened};
 use crate::http::body::{BodyError, RequestBody};
 use crate::tcp::gather::Gathered;
 use crate::tcp::io::Io;
@@ -85,20 +85,23 @@ pub struct StreamError {
     /// The error of the codec.
     #[source]
     pub error: BodyError,
-    /// The server has not looked at the request (REFUSED_STREAM, or a GOAWAY before it).
-    pub refused: bool,
-    /// The stream was reset by the server, the connection goes on.
-    pub reset: bool,
-    /// The server broke the protocol.
-    pub protocol: bool,
+    /// Whose doing it was.
+    pub kind: FailureKind,
 }
 
 impl From<::h2::Error> for StreamError {
     fn from(error: ::h2::Error) -> Self {
-        let refused = error.reason() == Some(Reason::REFUSED_STREAM)
-            || (error.is_go_away() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR));
-        let protocol = error.is_library() && error.reason().is_some();
-        Self { refused, reset: error.is_reset() && error.is_remote(), protocol, error: error.into() }
+        let ends = error.is_go_away() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR);
+        let kind = if error.reason() == Some(Reason::REFUSED_STREAM) || ends {
+            FailureKind::Refused // the server has not looked at the request
+        } else if error.is_reset() && error.is_remote() {
+            FailureKind::Reset
+        } else if error.is_library() && error.reason().is_some() {
+            FailureKind::Protocol
+        } else {
+            FailureKind::Termination { sent: true }
+        };
+        Self { kind, error: error.into() }
     }
 }
 
@@ -250,12 +253,7 @@ impl Upload {
                 None => return Poll::Ready(Ok(self.stream.send_data(Bytes::new(), true)?)),
                 Some(Err(error)) => {
                     self.stream.send_reset(Reason::CANCEL);
-                    return Poll::Ready(Err(StreamError {
-                        error,
-                        refused: false,
-                        reset: false,
-                        protocol: false,
-                    }));
+                    return Poll::Ready(Err(StreamError { error, kind: FailureKind::Client }));
                 }
                 Some(Ok(frame)) => match frame.into_data() {
                     Ok(data) => {

@@ -242,10 +242,7 @@ impl Upstream {
                 }
                 Ok((parts, Box::new(Reply::h2(streams, Rc::clone(&to.pool), active))))
             }
-            Err(e) if e.refused => Err(Failure::new(FailureKind::Refused, e)),
-            Err(e) if e.reset => Err(Failure::new(FailureKind::Reset, e)),
-            Err(e) if e.protocol => Err(Failure::new(FailureKind::Protocol, e)),
-            Err(e) => Err(Failure::new(FailureKind::Termination { sent: true }, e)),
+            Err(e) => Err(Failure::new(e.kind, e)),
         }
     }
 
