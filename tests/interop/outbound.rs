@@ -9,7 +9,7 @@ use tests::workload::WorkloadSpec;
 use crate::oracle::{Ask, Asked, Case, compare, get, raw, with};
 
 /// Cases in which the two may differ, and why.
-const DIFFERENCES: [(&str, &str); 14] = [
+const DIFFERENCES: [(&str, &str); 10] = [
     (
         "direct response to a body",
         "Envoy closes a connection whose request body it has not read; ours reads it and goes on",
@@ -24,15 +24,11 @@ const DIFFERENCES: [(&str, &str); 14] = [
         "methods may be any token (RFC 9110, section 9.1); Envoy's parser knows a list",
     ),
     ("hop-by-hop headers", "Envoy obeys proxy-connection, which is no header of HTTP; ours drops it"),
-    ("HTTP/1.0", "ours answers in the version of the request"),
-    ("HTTP/3.7", "a bad request line gets 400; Envoy takes it for a version that is too old"),
     ("no version", "a bad request line gets 400; Envoy takes it for a version that is too old"),
     ("two hosts", "400, as RFC 9112, section 3.2 has it; Envoy joins them to a host that no route knows"),
     ("an empty host", "400; Envoy takes it for a host that no route knows"),
     ("a host with user information", "400: no host has it; Envoy takes it for a host that no route knows"),
     ("a folded header", "refused, as RFC 9112, section 5.2 wants it; Envoy unfolds it"),
-    ("an unknown encoding", "400 in place of 501"),
-    ("chunked is not last", "400 (RFC 9112, section 6.3) in place of 501"),
 ];
 
 /// Every kind of match and of action that a VirtualService has.

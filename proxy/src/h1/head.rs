@@ -9,6 +9,9 @@ pub enum Malformed {
     /// It is no HTTP/1.
     #[error("malformed head: {0}")]
     Syntax(httparse::Error),
+    /// It is of a version that is not spoken here.
+    #[error("unknown version of HTTP")]
+    Version,
     /// Its head has no end.
     #[error("head longer than {0} bytes")]
     TooLong(usize),

@@ -179,7 +179,7 @@ fn parse<'b>(
     let mut request = httparse::Request::new(&mut []);
     let found =
         httparse::ParserConfig::default().parse_request_with_uninit_headers(&mut request, bytes, lines);
-    let length = match found.map_err(Malformed::Syntax)? {
+    let length = match found.map_err(|error| told(error, bytes))? {
         httparse::Status::Complete(length) if length <= longest => length,
         httparse::Status::Partial if bytes.len() <= longest => return Ok(None),
         httparse::Status::Complete(_) | httparse::Status::Partial => return Err(Malformed::TooLong(longest)),
@@ -192,6 +192,15 @@ fn parse<'b>(
         places: places(bytes, request.headers)?,
         length,
     }))
+}
+
+/// What is wrong with a head.
+fn told(error: httparse::Error, bytes: &[u8]) -> Malformed {
+    let line = bytes.split(|b| *b == b'\n').next().unwrap_or_default().trim_ascii_end();
+    let mut words = line.split(|b| *b == b' ');
+    let version = words.nth(2).filter(|_| words.next().is_none());
+    let other = error == httparse::Error::Version && version.is_some_and(|v| v.starts_with(b"HTTP/"));
+    if other { Malformed::Version } else { Malformed::Syntax(error) }
 }
 
 /// What the headers of a request say about its body and its connection.
@@ -375,7 +384,7 @@ mod tests {
     #[test]
     fn what_is_no_head_or_too_long_is_refused() {
         for text in [
-            "GET / HTTP/2.0\r\n\r\n",
+            "GE T / HTTP/1.1\r\n\r\n",
             "GET  / HTTP/1.1\r\n\r\n",
             "GET / HTTP/1.1\r\na b: c\r\n\r\n",
             "\0",
@@ -383,6 +392,7 @@ mod tests {
         ] {
             assert!(matches!(from_client(text), Err(Malformed::Syntax(_))), "{text:?}");
         }
+        assert_eq!(from_client("GET / HTTP/2.0\r\n\r\n").unwrap_err(), Malformed::Version);
         assert_eq!(from_client("GET http:// HTTP/1.1\r\n\r\n").unwrap_err(), Malformed::Target);
         let long = format!("GET / HTTP/1.1\r\na: {}", "b".repeat(LIMITS.bytes));
         assert_eq!(from_client(&long).unwrap_err(), Malformed::TooLong(LIMITS.bytes));

@@ -367,7 +367,7 @@ fn unread(why: Malformed) -> Refusal {
         Malformed::Syntax(httparse::Error::TooManyHeaders) => {
             (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "http1.too_many_headers")
         }
-        Malformed::Syntax(httparse::Error::Version) => (StatusCode::UPGRADE_REQUIRED, "low_version"),
+        Malformed::Version => (StatusCode::UPGRADE_REQUIRED, "low_version"),
         Malformed::Syntax(httparse::Error::HeaderValue) => (BAD, "http1.invalid_characters"),
         Malformed::Target => (BAD, "http1.invalid_url"),
         Malformed::TooLong(_) => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "http1.headers_too_large"),

@@ -60,6 +60,8 @@ struct State {
     busy: bool,
     /// What is to come of its body.
     decoder: Decoder,
+    /// Somebody may still read its body.
+    held: bool,
     /// Its body cannot be read.
     broken: bool,
     /// The client waits for a word before it sends the body.
@@ -113,6 +115,7 @@ impl H1 {
             turn: 0,
             busy: false,
             decoder: Decoder::Length(0),
+            held: false,
             broken: false,
             expects: false,
             seen: 0,
@@ -208,6 +211,7 @@ impl H1 {
                         (state.seen, state.busy) = (0, true);
                         let has_body = !request.body.is_over();
                         (state.decoder, state.expects) = (request.body, request.expects && has_body);
+                        state.held = has_body;
                         state.driver = has_body.then(|| cx.waker().clone());
                         return Poll::Ready(Next::Request(request));
                     }
@@ -356,20 +360,21 @@ impl H1 {
         }
     }
 
-    /// Gets ready for the next request; `false` where there is none. What is left of the last one's body is not read
-    /// by anybody else any more.
+    /// Gets ready for the next request; `false` where there is none. Whoever still reads the last one's body has a little
+    /// time for it; what nobody reads is passed over.
     async fn settle(&self, keep_alive: bool) -> bool {
-        let unread = {
-            let state = &mut *self.state.borrow_mut();
-            state.turn += 1;
-            !state.decoder.is_over() || state.broken
+        let (unread, held) = {
+            let state = self.state.borrow();
+            (!state.decoder.is_over() || state.broken, state.held)
         };
-        let ready = if unread {
+        let whole = if unread && (keep_alive || held) {
             let rest = std::future::poll_fn(|cx| self.poll_rest(cx));
-            keep_alive && tokio::time::timeout(LINGER, rest).await.unwrap_or(false)
+            tokio::time::timeout(LINGER, rest).await.unwrap_or(false)
         } else {
-            keep_alive
+            !unread
         };
+        self.state.borrow_mut().turn += 1;
+        let ready = whole && keep_alive;
         if !ready {
             self.close().await;
             return false;
@@ -383,11 +388,15 @@ impl H1 {
         true
     }
 
-    /// Passes over the rest of a body; `true` at its end.
+    /// Passes over the rest of a body, unless somebody reads it; `true` at its end.
     fn poll_rest(&self, cx: &mut Context<'_>) -> Poll<bool> {
         let state = &mut *self.state.borrow_mut();
         let Some(wire) = &mut state.wire else { return Poll::Ready(false) };
         while !state.broken {
+            if state.held && !state.decoder.is_over() {
+                state.driver = Some(cx.waker().clone());
+                return Poll::Pending;
+            }
             match state.decoder.next(&mut wire.inbox, wire.ended) {
                 Ok(Piece::Data(_) | Piece::Trailers(_)) => {}
                 Ok(Piece::Over) => return Poll::Ready(true),
@@ -508,5 +517,15 @@ impl Body {
     fn is_current(&self, and: impl Fn(&Decoder) -> bool) -> bool {
         let state = self.connection.state.borrow();
         state.turn == self.turn && and(&state.decoder)
+    }
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        let state = &mut *self.connection.state.borrow_mut();
+        if state.turn == self.turn {
+            state.held = false;
+            state.driver.take().into_iter().for_each(Waker::wake);
+        }
     }
 }

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 /// A target: its name, and what it does with its bytes.
 type Target = (&'static str, fn(&[u8]));
 
-static TARGETS: [Target; 35] = [
+static TARGETS: [Target; 36] = [
     ("bootstrap", fuzz::proxy::bootstrap),
     ("ca_state", fuzz::ca::state),
     ("certificate", fuzz::ca::certificate),
