@@ -74,8 +74,7 @@ struct State {
 
 /// What comes next on a connection.
 enum Next {
-    Request(request::Request),
-    Malformed(Malformed),
+    Ask(Asked, Result<Request<Received>, Malformed>),
     /// Time is up for a head that does not end.
     Late(HttpResponse),
     /// Nothing.
@@ -159,27 +158,17 @@ impl H1 {
     ) -> Result<(), BodyError> {
         loop {
             let next = std::future::poll_fn(|cx| self.poll_next(cx)).await;
-            let (asked, given) = match next {
+            let (asked, response) = match next {
                 Next::Over => return Ok(()),
-                Next::Late(response) => (Asked::NOTHING, Ok(response)),
-                Next::Malformed(why) => (Asked::NOTHING, Err(Err(why))),
-                Next::Request(request) => {
-                    let (asked, request) = self.request(request);
-                    (asked, Err(Ok(request)))
-                }
-            };
-            let response = match given {
-                Ok(response) => response,
-                Err(request) => {
+                Next::Late(response) => (Asked::NOTHING, response),
+                Next::Ask(asked, request) => {
                     let mut answering = pin!(answer(request));
                     let answered = std::future::poll_fn(|cx| match answering.as_mut().poll(cx) {
                         Poll::Ready(response) => Poll::Ready(Some(response)),
                         Poll::Pending => self.poll_end(cx).map(|()| None),
                     });
-                    match answered.await {
-                        Some(response) => response,
-                        None => return Ok(()), // nobody is there to get one
-                    }
+                    let Some(response) = answered.await else { return Ok(()) }; // nobody is there to get one
+                    (asked, response)
                 }
             };
             let mut download = self.begin(asked, response);
@@ -195,7 +184,7 @@ impl H1 {
         }
     }
 
-    fn poll_next(&self, cx: &mut Context<'_>) -> Poll<Next> {
+    fn poll_next(self: &Rc<Self>, cx: &mut Context<'_>) -> Poll<Next> {
         if let Some(response) = self.late.borrow_mut().take() {
             return Poll::Ready(Next::Late(response));
         }
@@ -213,13 +202,14 @@ impl H1 {
                         (state.decoder, state.expects) = (request.body, request.expects && has_body);
                         state.held = has_body;
                         state.driver = has_body.then(|| cx.waker().clone());
-                        return Poll::Ready(Next::Request(request));
+                        let (asked, request) = self.request(request, state.turn);
+                        return Poll::Ready(Next::Ask(asked, Ok(request)));
                     }
                     Ok(None) => {}
                     Err(why) => {
                         // where the next request would begin is not known
                         (state.busy, state.broken) = (true, true);
-                        return Poll::Ready(Next::Malformed(why));
+                        return Poll::Ready(Next::Ask(Asked::NOTHING, Err(why)));
                     }
                 }
             }
@@ -234,7 +224,7 @@ impl H1 {
     }
 
     /// A request in the form in which it is handed on.
-    fn request(self: &Rc<Self>, read: request::Request) -> (Asked, Request<Received>) {
+    fn request(self: &Rc<Self>, read: request::Request, turn: u64) -> (Asked, Request<Received>) {
         let asked = Asked {
             old: self.settings.old && read.version == Version::HTTP_10,
             is_head: read.method == Method::HEAD,
@@ -244,7 +234,7 @@ impl H1 {
         let body = if read.body.is_over() {
             Received::Empty
         } else {
-            Received::H1(Body { connection: Rc::clone(self), turn: self.state.borrow().turn, over: false })
+            Received::H1(Body { connection: Rc::clone(self), turn, over: false })
         };
         let mut request = Request::new(body);
         *request.method_mut() = read.method;
