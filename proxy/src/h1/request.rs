@@ -110,7 +110,7 @@ pub struct Limits {
 ///
 /// When it is none, is too long, or can be read in two ways.
 pub fn read_request(bytes: &mut BytesMut, limits: Limits) -> Result<Option<Request>, Malformed> {
-    let empty = bytes.iter().take_while(|b| matches!(b, b'\r' | b'\n')).count();
+    let empty = empty_lines(bytes);
     if empty > 0 {
         drop(bytes.split_to(empty));
     }
@@ -152,6 +152,15 @@ pub fn read_request(bytes: &mut BytesMut, limits: Limits) -> Result<Option<Reque
         expects: told.expects && parsed.version == Version::HTTP_11,
         takes_trailers: told.takes_trailers && parsed.version == Version::HTTP_11,
     }))
+}
+
+/// How many bytes of empty lines come first.
+fn empty_lines(bytes: &[u8]) -> usize {
+    let mut rest = bytes;
+    while let Some(next) = rest.strip_prefix(b"\r\n").or_else(|| rest.strip_prefix(b"\n")) {
+        rest = next;
+    }
+    bytes.len() - rest.len()
 }
 
 /// Whether the bytes from here on have an empty line: only then a head that was not whole can be.
@@ -385,6 +394,7 @@ mod tests {
     fn what_is_no_head_or_too_long_is_refused() {
         for text in [
             "GE T / HTTP/1.1\r\n\r\n",
+            "\rGET / HTTP/1.1\r\n\r\n",
             "GET  / HTTP/1.1\r\n\r\n",
             "GET / HTTP/1.1\r\na b: c\r\n\r\n",
             "\0",
