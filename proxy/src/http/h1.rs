@@ -5,7 +5,7 @@
 //! decided in [`crate::h1`].
 
 use std::cell::{Cell, RefCell};
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
@@ -162,7 +162,8 @@ impl H1 {
                 Next::Over => return Ok(()),
                 Next::Late(response) => (Asked::NOTHING, response),
                 Next::Ask(asked, request) => {
-                    let mut answering = pin!(answer(request));
+                    // boxed, so that a connection that waits has no room for a request
+                    let mut answering = Box::pin(answer(request));
                     let answered = std::future::poll_fn(|cx| match answering.as_mut().poll(cx) {
                         Poll::Ready(response) => Poll::Ready(Some(response)),
                         Poll::Pending => self.poll_end(cx).map(|()| None),

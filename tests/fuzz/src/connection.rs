@@ -273,9 +273,11 @@ pub fn http1(bytes: &[u8]) {
     let sent = reference(&bytes);
     let got = exchange(&bytes);
     assert!(got.len() <= sent.len(), "{got:?} of {sent:?}");
-    for (got, sent) in got.iter().zip(&sent) {
-        assert_eq!(got.method, sent.method, "{got:?} of {sent:?}");
-        assert!(got.body.is_none() || got.body == sent.body, "{got:?} of {sent:?}");
+    // some are answered by the proxy
+    let mut left = sent.iter();
+    for one in &got {
+        let is = |sent: &Request| one.method == sent.method && (one.body.is_none() || one.body == sent.body);
+        assert!(left.any(is), "{one:?} in {got:?} of {sent:?}");
     }
 }
 
