@@ -3,9 +3,9 @@
 //! [`Proxy::start`] wires it in the order in which things flow. [`xds`] turns messages into checked values and keeps
 //! the stream; [`tables`] holds them, swapped whole, with the [`sockets`] of their listeners; each [`worker`] serves
 //! connections on one core: [`listener`] takes them, [`tls`] opens them, [`http`] and [`tcp`] carry what is in them,
-//! asking [`authz`] and [`router`] on the way and sending it [`upstream`]. [`admin`] shows all of it; [`drain`] ends
-//! it; a service manager is told by [`supervisor`] how far it is, [`handover`] lets another process follow, and
-//! [`overload`] sheds what is too much.
+//! asking [`authz`] and [`router`] on the way and sending it [`upstream`]; [`h1`] is how both speak HTTP/1. [`admin`]
+//! shows all of it; [`drain`] ends it; a service manager is told by [`supervisor`] how far it is, [`handover`] lets
+//! another process follow, and [`overload`] sheds what is too much.
 
 pub mod access_log;
 pub mod admin;
