@@ -72,14 +72,17 @@ fn body_of(
     method: &Method,
 ) -> Result<(Decoder, bool), Malformed> {
     let (mut closes, mut keeps) = (false, version == Version::HTTP_11);
-    let (mut coding, mut length) = (None, None);
+    let (mut codings, mut chunked, mut length) = (0, false, None);
     for (name, value) in headers {
         match *name {
             CONNECTION => {
                 let told = connection([value]);
                 (closes, keeps) = (closes || told.0, keeps || told.1);
             }
-            TRANSFER_ENCODING => coding = Some(value),
+            TRANSFER_ENCODING => {
+                codings += 1;
+                chunked = value.as_bytes().eq_ignore_ascii_case(b"chunked");
+            }
             CONTENT_LENGTH => {
                 let new = one_length(value);
                 length = Some(length.map_or(new, |first| new.filter(|_| new == first)));
@@ -88,26 +91,24 @@ fn body_of(
         }
     }
     let keep_alive = keeps && !closes;
-    if coding.is_some() && length.is_some() {
+    if codings > 0 && length.is_some() {
         return Err(Malformed::Ambiguous);
     }
     if status == StatusCode::SWITCHING_PROTOCOLS || (method == Method::CONNECT && status.is_success()) {
         return Ok((Decoder::Length(0), false));
     }
+    // the header goes no further, and what else was done to the body would be lost with it
+    if codings > 1 || (codings == 1 && !chunked) {
+        return Err(Malformed::Unknown);
+    }
     if !has_body(status) || method == Method::HEAD {
         return Ok((Decoder::Length(0), keep_alive));
     }
-    match (coding, length) {
-        (Some(_), _) if version == Version::HTTP_10 => Err(Malformed::Encoding),
-        (Some(coding), _) => {
-            let last = coding.as_bytes().rsplit(|b| *b == b',').next().unwrap_or_default();
-            if last.trim_ascii().eq_ignore_ascii_case(b"chunked") {
-                return Ok((Decoder::chunked(), keep_alive));
-            }
-            Ok((Decoder::UntilClose, false))
-        }
-        (None, None) => Ok((Decoder::UntilClose, false)),
-        (None, Some(length)) => Ok((Decoder::Length(length.ok_or(Malformed::Length)?), keep_alive)),
+    match length {
+        None if !chunked => Ok((Decoder::UntilClose, false)),
+        None if version == Version::HTTP_10 => Err(Malformed::Encoding),
+        None => Ok((Decoder::chunked(), keep_alive)),
+        Some(length) => Ok((Decoder::Length(length.ok_or(Malformed::Length)?), keep_alive)),
     }
 }
 
@@ -222,8 +223,7 @@ mod tests {
         check(&ok("content-length: 5\r\n"), get, 200, &length(5), true);
         check(&ok("content-length: 5, 5\r\ncontent-length: 5\r\n"), get, 200, &length(5), true);
         check(&ok("content-length: 5\r\n"), &Method::HEAD, 200, &length(0), true);
-        check(&ok("transfer-encoding: gzip, Chunked\r\n"), get, 200, &Decoder::chunked(), true);
-        check(&ok("transfer-encoding: chunked, gzip\r\n"), get, 200, close, false);
+        check(&ok("transfer-encoding: Chunked\r\n"), get, 200, &Decoder::chunked(), true);
         check(&ok(""), get, 200, close, false);
         check("HTTP/1.1 204 No\r\ncontent-length: 5\r\n\r\n", get, 204, &length(0), true);
         check("HTTP/1.1 304 No\r\ncontent-length: 5\r\n\r\n", get, 304, &length(0), true);
@@ -262,6 +262,11 @@ mod tests {
                 bad(&format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n")),
                 Malformed::Length
             );
+        }
+        for coding in ["gzip, chunked", "chunked, gzip", "gzip", "", "chunked\r\ntransfer-encoding: chunked"]
+        {
+            let text = format!("HTTP/1.1 200 OK\r\ntransfer-encoding: {coding}\r\n\r\n");
+            assert_eq!(bad(&text), Malformed::Unknown, "{coding}");
         }
         let both = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ncontent-length: 5\r\n\r\n";
         assert_eq!(bad(both), Malformed::Ambiguous);
