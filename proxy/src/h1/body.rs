@@ -148,10 +148,10 @@ impl Chunk {
     }
 }
 
-/// Whether a line before a chunk has no second end in it, which others might take for the first.
+/// Whether a line before a chunk says its size, and has no second end in it, which others might take for the first.
 fn is_line(bytes: &[u8], length: usize) -> bool {
     let text = bytes.get(..length.saturating_sub(2)).unwrap_or_default();
-    !text.iter().any(|b| matches!(b, b'\r' | b'\n'))
+    text.first().is_some_and(u8::is_ascii_hexdigit) && !text.iter().any(|b| matches!(b, b'\r' | b'\n'))
 }
 
 fn trailers(bytes: &mut BytesMut) -> Result<Piece, Malformed> {
@@ -384,6 +384,9 @@ mod tests {
             assert_eq!(bad(Decoder::chunked(), text), Malformed::Cut, "{text:?}");
         }
         for text in [
+            "\r\n\r\n",
+            ";a\r\n\r\n",
+            " 0\r\n\r\n",
             "3;a\nb\r\nabc\r\n",
             "3;\n",
             "3\n\r\nabc",

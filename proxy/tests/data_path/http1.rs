@@ -143,7 +143,7 @@ async fn a_malformed_body_is_answered_for_and_is_not_the_servers_fault() {
 }
 
 async fn malformed(proxy: &Running) {
-    for body in ["x\r\nabc\r\n", "3\r\nabcd\r\n", "3;a\nb\r\nabc\r\n", "0\r\na b: c\r\n\r\n"] {
+    for body in ["\r\n\r\n", "x\r\nabc\r\n", "3\r\nabcd\r\n", "3;a\nb\r\nabc\r\n", "0\r\na b: c\r\n\r\n"] {
         let post = format!("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n{body}");
         let answer = raw(proxy.address(), &(post + LAST)).await;
         assert!(answer.starts_with("HTTP/1.1 400 Bad Request\r\n"), "{body:?}: {answer}");
