@@ -355,17 +355,6 @@ impl ResponseBody {
         body
     }
 
-    /// A short body made here, for whoever sends it by other means than the codec's.
-    #[must_use]
-    pub fn into_local(mut self) -> Bytes {
-        let Source::Full(bytes) = std::mem::take(&mut self.source) else { return Bytes::new() };
-        if let Some(exchange) = &mut self.exchange {
-            exchange.sent(bytes.len());
-        }
-        self.finish();
-        bytes
-    }
-
     /// An upstream's body.
     #[must_use]
     pub fn upstream(reply: Box<Reply>, exchange: Box<Exchange>) -> Self {

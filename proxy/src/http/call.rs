@@ -397,9 +397,10 @@ fn refusal((status, details, flags): Refusal) -> Local {
 }
 
 fn refuse(mut exchange: Box<Exchange>, why: Refusal) -> Box<HttpResponse> {
+    let (_, _, flags) = why;
     let mut local = refusal(why);
     // what is no HTTP is no call either: its answer is plain
-    exchange.is_grpc &= !why.2.contains(Flags::DOWNSTREAM_PROTOCOL);
+    exchange.is_grpc &= !flags.contains(Flags::DOWNSTREAM_PROTOCOL);
     if exchange.version < Version::HTTP_2 {
         local.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
@@ -456,7 +457,7 @@ fn clean_authority<'a>(text: &'a str, http: &Http, port: u16) -> Option<std::bor
     if strip && bare.len() < clean.len() { Some(bare.to_owned().into()) } else { Some(clean) }
 }
 
-/// One interpretation of where the body ends, or none.
+/// What the codec leaves to be refused, because a version that is not accepted comes first, or for it is HTTP/2's.
 fn framing(parts: &request::Parts, found: Found, http: &Http) -> Result<(), Refusal> {
     if found.has(Found::TRANSFER_ENCODING) && parts.version == Version::HTTP_10 {
         return Err((BAD, "http1.invalid_transfer_encoding", Flags::DOWNSTREAM_PROTOCOL));

@@ -51,8 +51,6 @@ pub struct Found(u16);
 impl Found {
     /// `connection`
     pub const CONNECTION: Self = Self(1);
-    /// `content-length` or `transfer-encoding`
-    pub const BODY: Self = Self(1 << 1);
     /// `transfer-encoding`
     pub const TRANSFER_ENCODING: Self = Self(1 << 2);
     /// `upgrade`
@@ -98,8 +96,7 @@ pub fn look_over(headers: &HeaderMap) -> Found {
 fn what_it_is(name: &str) -> Found {
     match name {
         "connection" => Found::CONNECTION,
-        "content-length" => Found::BODY,
-        "transfer-encoding" => Found::BODY.and(Found::TRANSFER_ENCODING).and(Found::HOP_BY_HOP),
+        "transfer-encoding" => Found::TRANSFER_ENCODING.and(Found::HOP_BY_HOP),
         "upgrade" => Found::UPGRADE.and(Found::HOP_BY_HOP),
         "te" | "proxy-authenticate" | "keep-alive" | "proxy-connection" => Found::HOP_BY_HOP,
         "content-type" => Found::CONTENT_TYPE,
