@@ -203,7 +203,8 @@ impl Open {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+// On one thread: hyper's client loses an answer over HTTP/2 when another thread reads a GOAWAY just after the request went.
+#[tokio::test]
 async fn what_is_too_much_is_shed_as_envoy_sheds_it_and_what_is_open_goes_on() -> anyhow::Result<()> {
     let of_listener = "layered_runtime: {layers: [{name: a, static_layer: {envoy.resource_limits.listener.in.connection_limit: 2}}]}";
     let of_all = "layered_runtime: {layers: [{name: a, static_layer: {overload: {global_downstream_max_connections: 2}}}]}";
