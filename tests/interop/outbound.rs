@@ -28,6 +28,10 @@ const DIFFERENCES: [(&str, &str); 10] = [
     ("two hosts", "400, as RFC 9112, section 3.2 has it; Envoy joins them to a host that no route knows"),
     ("an empty host", "400; Envoy takes it for a host that no route knows"),
     ("a host with user information", "400: no host has it; Envoy takes it for a host that no route knows"),
+    (
+        "line feeds only",
+        "refused: whoever takes them for no end of a line reads another request; Envoy takes them",
+    ),
     ("a folded header", "refused, as RFC 9112, section 5.2 wants it; Envoy unfolds it"),
 ];
 

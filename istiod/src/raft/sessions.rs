@@ -100,14 +100,11 @@ impl Session {
         if before.is_some_and(|(_, last)| sequence <= last) {
             return false;
         }
-        let after = self.applied.get(&sequence.saturating_add(1)).copied();
+        let after = sequence.checked_add(1).and_then(|next| self.applied.remove(&next));
         let first = match before {
             Some((first, last)) if last + 1 == sequence => first,
             _ => sequence,
         };
-        if after.is_some() {
-            self.applied.remove(&(sequence + 1));
-        }
         self.applied.insert(first, after.unwrap_or(sequence));
         if self.applied.len() > RANGES {
             self.close_oldest_gap();
@@ -153,6 +150,15 @@ mod tests {
             assert_eq!(sessions.admit(9, sequence, index as u64), fresh, "step {index}");
         }
         assert_eq!(sessions.clients[&9].applied, BTreeMap::from([(1, 6)]));
+    }
+
+    #[test]
+    fn a_stored_range_that_ends_before_it_begins_does_no_harm() {
+        let range = wire::Range { first: u64::MAX, last: 0 };
+        let session = wire::Session { client: 9, last_index: 1, applied: vec![range] };
+        let mut sessions = Sessions::from_wire(wire::Sessions { sessions: vec![session] });
+        assert!(sessions.admit(9, u64::MAX, 2));
+        assert!(!sessions.admit(9, u64::MAX, 3));
     }
 
     #[test]

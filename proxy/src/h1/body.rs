@@ -6,7 +6,7 @@ use bytes::{Bytes, BytesMut};
 use http::header::{HeaderMap, HeaderName, HeaderValue, TRAILER};
 use http_body::Frame;
 
-use super::head::{Malformed, write_line};
+use super::head::{Malformed, lines_end_whole, write_line};
 use super::wire::Outbox;
 
 /// The longest line before a chunk's data, and the longest trailers, in bytes.
@@ -157,9 +157,9 @@ fn is_line(bytes: &[u8], length: usize) -> bool {
 fn trailers(bytes: &mut BytesMut) -> Result<Piece, Malformed> {
     let mut lines = [httparse::EMPTY_HEADER; MOST_TRAILERS];
     let (length, lines) = match httparse::parse_headers(bytes, &mut lines) {
-        Ok(httparse::Status::Complete(found)) => found,
+        Ok(httparse::Status::Complete(found)) if lines_end_whole(bytes, found.0) => found,
         Ok(httparse::Status::Partial) if bytes.len() <= LONGEST => return Ok(Piece::NeedMore),
-        Ok(httparse::Status::Partial) | Err(_) => return Err(Malformed::Trailers),
+        Ok(_) | Err(_) => return Err(Malformed::Trailers),
     };
     let mut trailers = HeaderMap::with_capacity(lines.len());
     for line in lines {
@@ -399,6 +399,8 @@ mod tests {
             assert_eq!(bad(Decoder::chunked(), text), Malformed::Chunk, "{text:?}");
         }
         assert_eq!(bad(Decoder::chunked(), "0\r\na b: c\r\n\r\n"), Malformed::Trailers);
+        assert_eq!(bad(Decoder::chunked(), "0\r\na: b\n\r\n"), Malformed::Trailers);
+        assert_eq!(bad(Decoder::chunked(), "0\r\n\n"), Malformed::Trailers);
         let endless = format!("3;{}", "x".repeat(2 * LONGEST));
         assert_eq!(bad(Decoder::chunked(), &endless), Malformed::Chunk);
         let endless = format!("0\r\nx: {}", "y".repeat(2 * LONGEST));

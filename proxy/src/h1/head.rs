@@ -47,6 +47,12 @@ pub enum Malformed {
     Cut,
 }
 
+/// Whether no line ends with a line feed alone, which some take for an end and others do not.
+pub(super) fn lines_end_whole(bytes: &[u8], length: usize) -> bool {
+    let head = bytes.get(..length).unwrap_or_default();
+    memchr::memchr_iter(b'\n', head).all(|at| at > 0 && head.get(at - 1) == Some(&b'\r'))
+}
+
 /// Where a piece of a head begins in its bytes, and its length.
 pub(super) type Place = (usize, usize);
 

@@ -9,14 +9,16 @@ use http::header::{self, CONTENT_LENGTH, HeaderMap, HeaderValue, TRANSFER_ENCODI
 use http::{Method, Uri, Version};
 
 use super::body::{Decoder, Framing};
-use super::head::{self, Malformed, Place, Places, connection, decimal, length, place, places, write_line};
+use super::head::{
+    self, Malformed, Place, Places, connection, decimal, length, lines_end_whole, place, places, write_line,
+};
 
 /// The longest target that the types of what comes behind can hold.
 const LONGEST_TARGET: usize = 65_534;
 /// The most headers of a request whose lines take no room of their own.
 const USUAL_HEADERS: usize = 100;
 /// The shortest line of a header, in bytes: `a:` and its end.
-const SHORTEST_LINE: usize = 3;
+const SHORTEST_LINE: usize = 4;
 
 /// The head of a request that is to be written.
 #[derive(Clone, Copy, Debug)]
@@ -157,7 +159,7 @@ pub fn read_request(bytes: &mut BytesMut, limits: Limits) -> Result<Option<Reque
 /// How many bytes of empty lines come first.
 fn empty_lines(bytes: &[u8]) -> usize {
     let mut rest = bytes;
-    while let Some(next) = rest.strip_prefix(b"\r\n").or_else(|| rest.strip_prefix(b"\n")) {
+    while let Some(next) = rest.strip_prefix(b"\r\n") {
         rest = next;
     }
     bytes.len() - rest.len()
@@ -189,9 +191,13 @@ fn parse<'b>(
     let found =
         httparse::ParserConfig::default().parse_request_with_uninit_headers(&mut request, bytes, lines);
     let length = match found.map_err(|error| told(error, bytes))? {
-        httparse::Status::Complete(length) if length <= longest => length,
+        httparse::Status::Complete(length) if length > longest => return Err(Malformed::TooLong(longest)),
+        httparse::Status::Complete(length) if !lines_end_whole(bytes, length) => {
+            return Err(Malformed::Syntax(httparse::Error::NewLine));
+        }
+        httparse::Status::Complete(length) => length,
         httparse::Status::Partial if bytes.len() <= longest => return Ok(None),
-        httparse::Status::Complete(_) | httparse::Status::Partial => return Err(Malformed::TooLong(longest)),
+        httparse::Status::Partial => return Err(Malformed::TooLong(longest)),
     };
     let method = Method::from_bytes(request.method.unwrap_or_default().as_bytes());
     Ok(Some(Parsed {
@@ -312,7 +318,7 @@ mod tests {
 
     #[test]
     fn a_request_is_read_as_it_is_written() {
-        let text = "\r\n\nPOST /x?y HTTP/1.1\r\nHost: a\r\nx-a:  1 \r\nX-A: 2\r\nx-b:\r\n\r\nnext";
+        let text = "\r\n\r\nPOST /x?y HTTP/1.1\r\nHost: a\r\nx-a:  1 \r\nX-A: 2\r\nx-b:\r\n\r\nnext";
         let mut bytes = BytesMut::from(text);
         let request = read_request(&mut bytes, LIMITS).unwrap().unwrap();
         assert_eq!((request.method, request.uri.to_string()), (Method::POST, "/x?y".to_owned()));
@@ -398,6 +404,10 @@ mod tests {
             "GET  / HTTP/1.1\r\n\r\n",
             "GET / HTTP/1.1\r\na b: c\r\n\r\n",
             "\0",
+            "\nGET / HTTP/1.1\r\n\r\n",
+            "GET / HTTP/1.1\na: b\r\n\r\n",
+            "GET / HTTP/1.1\r\na: b\n\r\n",
+            "GET / HTTP/1.1\r\na: b\r\n\n",
             "GET / HTTP/1.1\r\na: b\r\n c\r\n\r\n",
         ] {
             assert!(matches!(from_client(text), Err(Malformed::Syntax(_))), "{text:?}");
@@ -419,7 +429,7 @@ mod tests {
             assert!(read_request(&mut BytesMut::from(&*many(headers + 1)), limits).is_err());
         }
         let most = Limits { headers: usize::MAX, ..LIMITS };
-        let short = format!("GET / HTTP/1.1\n{}\n", "a:\n".repeat(2000));
+        let short = format!("GET / HTTP/1.1\r\n{}\r\n", "a:\r\n".repeat(2000));
         assert_eq!(read_request(&mut BytesMut::from(&*short), most).unwrap().unwrap().headers.len(), 2000);
         let target = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(LONGEST_TARGET));
         let limits = Limits { bytes: usize::MAX, ..LIMITS };

@@ -85,7 +85,7 @@ impl Call {
         exchange.is_grpc = found.has(Found::CONTENT_TYPE)
             && parts.headers.get(header::CONTENT_TYPE).is_some_and(|v| router::is_grpc_type(v.as_bytes()));
         let taken = target(&parts)
-            .and_then(|()| names(&parts, http))
+            .and_then(|()| names(&parts, found, http))
             .and_then(|()| scheme_fits(&parts, connection, http))
             .and_then(|()| authority(&mut parts, http, connection.local.port()))
             .and_then(|a| framing(&parts, found, http).map(|()| a));
@@ -493,8 +493,11 @@ fn underscored(headers: &HeaderMap) -> impl Iterator<Item = &HeaderName> {
     headers.keys().filter(|name| name.as_str().contains('_'))
 }
 
-/// Names of headers without `_`, where those are refused.
-fn names(parts: &request::Parts, http: &Http) -> Result<(), Refusal> {
+/// Names of headers, without `_` where those are refused.
+fn names(parts: &request::Parts, found: Found, http: &Http) -> Result<(), Refusal> {
+    if found.has(Found::NO_NAME) {
+        return Err((BAD, "http2.invalid.header.field", Flags::DOWNSTREAM_PROTOCOL));
+    }
     if http.config.underscores == Underscores::Reject && underscored(&parts.headers).next().is_some() {
         return Err((BAD, "http1.unexpected_underscore", Flags::DOWNSTREAM_PROTOCOL));
     }

@@ -73,6 +73,8 @@ impl Found {
     pub const CLIENT_CERT: Self = Self(1 << 11);
     /// `x-request-id`
     pub const REQUEST_ID: Self = Self(1 << 12);
+    /// A name that is none.
+    pub const NO_NAME: Self = Self(1 << 13);
 
     /// Whether any of these may be there.
     #[must_use]
@@ -106,9 +108,21 @@ fn what_it_is(name: &str) -> Found {
         "x-forwarded-client-cert" => Found::CLIENT_CERT,
         "x-request-id" => Found::REQUEST_ID,
         "x-envoy-peer-metadata" | "x-envoy-peer-metadata-id" => Found::PEER_METADATA,
+        _ if !is_token(name) => Found::NO_NAME,
         _ if name.starts_with("x-envoy-") => Found::INTERNAL,
         _ => Found::default(),
     }
+}
+
+/// Whether every name is a token (RFC 9110, section 5.1), which must be asked of what came over HTTP/2.
+#[must_use]
+pub fn are_names(headers: &HeaderMap) -> bool {
+    headers.keys().all(|name| is_token(name.as_str()))
+}
+
+/// The library of HTTP/2 lets nothing through that is no token, but a quotation mark.
+fn is_token(name: &str) -> bool {
+    memchr::memchr(b'"', name.as_bytes()).is_none()
 }
 
 /// Takes away what is meant for one hop, with the headers that `connection` names. `te: trailers` stays, because

@@ -17,7 +17,9 @@ use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 
 use super::send::{FailureKind, Link, Opened};
+use crate::h1::head::Malformed;
 use crate::http::body::{BodyError, RequestBody};
+use crate::http::headers::are_names;
 use crate::tcp::gather::Gathered;
 use crate::tcp::io::Io;
 use crate::xds::listener::hcm::Http2;
@@ -221,6 +223,9 @@ impl H2 {
         })
         .await?;
         let (parts, body) = response.into_parts();
+        if !are_names(&parts.headers) {
+            return Err(StreamError { error: Malformed::Value.into(), kind: FailureKind::Protocol });
+        }
         if parts.status != StatusCode::OK
             && let Some(mut refused) = tunnel.take()
             && let Err(error) = refused.send_data(Bytes::new(), true)
@@ -316,7 +321,10 @@ impl Streams {
                 let trailers = ready!(self.body.poll_trailers(cx));
                 self.ended = true;
                 match trailers {
-                    Ok(Some(trailers)) => Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
+                    Ok(Some(trailers)) if are_names(&trailers) => {
+                        Poll::Ready(Some(Ok(Frame::trailers(trailers))))
+                    }
+                    Ok(Some(_)) => Poll::Ready(Some(Err(Malformed::Trailers.into()))),
                     Ok(None) => Poll::Ready(None),
                     Err(e) => Poll::Ready(Some(Err(e.into()))),
                 }

@@ -6,9 +6,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::backend::{background, listen};
-use crate::h2spec::{ACK, GOAWAY, SETTINGS, frame};
+use crate::h2spec::{ACK, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, SETTINGS, field, frame};
 use crate::harness::{Running, bootstrap, cluster, get, raw, request, send_h2};
 
+const HTTP2: &str = "    typed_extension_protocol_options:\n      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:\n        \
+                     \"@type\": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions\n        \
+                     explicit_http_config: {http2_protocol_options: {}}";
 const TO_UP: &str = "              - {match: {prefix: \"/\"}, route: {cluster: up, timeout: 5s}}";
 
 /// A server that answers whatever comes with these bytes, and how many connections it got.
@@ -69,11 +72,51 @@ async fn what_a_server_sends_ahead_is_no_answer_to_the_next_request() {
     proxy.end().await;
 }
 
+/// A server of HTTP/2 that answers the first request of each connection with these frames.
+async fn http2_server(answer: Vec<u8>) -> std::net::SocketAddr {
+    let (listener, address) = listen().await;
+    background(async move {
+        loop {
+            let Ok((mut stream, _)) = listener.accept().await else { return };
+            let answer = answer.clone();
+            background(async move {
+                let mut head = [0; 9];
+                let _preface = stream.read_exact(&mut [0; 24]).await;
+                let _sent = stream.write_all(&frame(SETTINGS, 0, 0, &[])).await;
+                while stream.read_exact(&mut head).await.is_ok() {
+                    let [a, b, c, kind, ..] = head;
+                    let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+                    let _read = stream.read_exact(&mut payload).await;
+                    if kind == HEADERS {
+                        let _sent = stream.write_all(&answer).await;
+                    }
+                }
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn a_server_of_http2_cannot_say_what_http1_has_no_words_for() {
+    let ok = || vec![0x88];
+    let head = frame(HEADERS, END_HEADERS | END_STREAM, 1, &[ok(), field("x\"", "1")].concat());
+    let trailers = [
+        frame(HEADERS, END_HEADERS, 1, &ok()),
+        frame(DATA, 0, 1, b"told"),
+        frame(HEADERS, END_HEADERS | END_STREAM, 1, &field("x\"", "1")),
+    ];
+    for (answer, expected) in [(head, "HTTP/1.1 502"), (trailers.concat(), "HTTP/1.1 200")] {
+        let address = http2_server(answer).await;
+        let proxy = Running::start(&bootstrap(TO_UP, "", &cluster("up", &[address], HTTP2))).await;
+        let got = raw(proxy.address(), "GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await;
+        assert!(got.starts_with(expected) && !got.contains('"') && !got.ends_with("0\r\n\r\n"), "{got}");
+        proxy.end().await;
+    }
+}
+
 #[tokio::test]
 async fn a_server_that_takes_no_stream_and_goes_away_is_told_as_unavailable() {
-    let http2 = "    typed_extension_protocol_options:\n      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:\n        \
-                 \"@type\": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions\n        \
-                 explicit_http_config: {http2_protocol_options: {}}";
     let none = frame(SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 0]);
     let end = frame(GOAWAY, 0, 0, &[0; 8]);
     let ack = frame(SETTINGS, ACK, 0, &[]);
@@ -100,7 +143,7 @@ async fn a_server_that_takes_no_stream_and_goes_away_is_told_as_unavailable() {
                 });
             }
         });
-        let proxy = Running::start(&bootstrap(TO_UP, "", &cluster("up", &[address], http2))).await;
+        let proxy = Running::start(&bootstrap(TO_UP, "", &cluster("up", &[address], HTTP2))).await;
         for _ in 0..3 {
             let got = get(proxy.address(), "/", &[]).await;
             assert!((500..=504).contains(&got.status), "{told}: {got:?}");

@@ -112,6 +112,8 @@ async fn chunks_are_read_as_they_are_written() {
         ("a size in other digits", chunked("0x3\r\nabc\r\n0\r\n\r\n"), &["400"], 1),
         ("a negative size", chunked("-3\r\nabc\r\n0\r\n\r\n"), &["400"], 1),
         ("beyond 64 bits", chunked("fffffffffffffffff\r\nabc\r\n0\r\n\r\n"), &["400"], 1),
+        // Envoy takes a line feed for the end of a trailer
+        ("a line feed in the trailers", chunked("3\r\nabc\r\n0\r\nx-t: 1\n\r\n"), &["400"], 1),
         // Envoy takes it for the end of the body
         ("more than its size", chunked("3\r\nabcd\r\n0\r\n\r\n"), &["400"], 1),
     ];
@@ -133,6 +135,11 @@ async fn heads_are_made_of_lines() {
         ("a carriage return in a value", get("x-a: 1\r2"), &["400"][..], 0),
         ("a carriage return in place of a line", get("x-a: 1\rcontent-length: 3"), &["400"], 0),
         ("a null", get("x-a: 1\x002"), &["400"], 0),
+        // Envoy takes a line feed for the end of a line
+        ("a line feed after a value", get("x-a: 1\nx-b: 2"), &["400"], 0),
+        ("a line feed before the last line", get("x-a: 1").replace("1\r\n", "1\n"), &["400"], 0),
+        ("line feeds only", get("x-a: 1").replace('\r', ""), &["400"], 0),
+        ("a line feed first", "\n".to_owned() + &get("x-a: 1"), &["400"], 0),
         ("a space in a name", get("x a: 1"), &["400"], 0),
         ("no name", get(": 1"), &["400"], 0),
         ("a folded line first", "GET /x HTTP/1.1\r\n host: a\r\n\r\n".to_owned(), &["400"], 0),

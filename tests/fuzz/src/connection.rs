@@ -152,6 +152,9 @@ fn reference(mut bytes: &[u8]) -> Vec<Request> {
         let Ok(httparse::Status::Complete(length)) = head.parse(bytes) else { return all };
         let method = head.method.unwrap_or_default().to_owned();
         let Some(framing) = framing(head.headers) else { return all };
+        if bytes[..length].windows(2).any(|w| w[1] == b'\n' && w[0] != b'\r') {
+            return all;
+        }
         bytes = &bytes[length..];
         let (body, length) = match framing {
             Framing::None => (Some(Vec::new()), 0),

@@ -35,6 +35,7 @@ async fn malformed_requests_end_their_stream_and_reach_no_server() {
         ("8.2.1 a space in a name", name(b"x a"), cut),
         ("8.2.1 a colon in a name", name(b"x:a"), cut),
         ("8.2.1 a line feed in a name", name(b"x\na: b"), cut),
+        ("8.2.1 a quotation mark in a name", name(b"x\""), bad),
         ("8.2.1 a null in a name", name(b"x\0"), cut),
         ("8.2.1 a byte above 127 in a name", name(b"x\xff"), cut),
         ("8.2.1 a line feed in a value", value(b"1\nx-b: 2"), cut),
@@ -110,6 +111,11 @@ async fn bodies_that_are_not_as_long_as_they_say_end_their_stream() {
             "8.1 a name in capitals in the trailers",
             trailers(WHOLE, &[("X-T", "1")]),
             Outcome::Connection(PROTOCOL_ERROR),
+        ),
+        (
+            "8.1 a quotation mark in a name in the trailers",
+            trailers(WHOLE, &[("x\"", "1")]),
+            Outcome::Answer(1, 400),
         ),
         (
             "8.1 a line in the trailers",
