@@ -9,7 +9,7 @@ use tests::workload::WorkloadSpec;
 use crate::oracle::{Ask, Asked, Case, compare, get, raw, with};
 
 /// Cases in which the two may differ, and why.
-const DIFFERENCES: [(&str, &str); 10] = [
+const DIFFERENCES: [(&str, &str); 11] = [
     (
         "direct response to a body",
         "Envoy closes a connection whose request body it has not read; ours reads it and goes on",
