@@ -123,7 +123,7 @@ pub(super) fn has_token(value: &HeaderValue, token: &str) -> bool {
 }
 
 /// A length, as a number without a sign.
-pub(super) fn length(value: &HeaderValue) -> Option<u64> {
+pub(crate) fn length(value: &HeaderValue) -> Option<u64> {
     digits(value.as_bytes())
 }
 

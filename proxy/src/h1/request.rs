@@ -49,18 +49,16 @@ impl RequestHead<'_> {
         self.line(out, "host", self.authority.as_bytes());
         let told = self.headers.get(CONTENT_LENGTH).and_then(length);
         for (name, value) in self.headers {
-            if *name != TRANSFER_ENCODING {
+            if !matches!(*name, TRANSFER_ENCODING | CONTENT_LENGTH) {
                 self.line(out, name.as_str(), value.as_bytes());
             }
         }
-        let framing = match told.or(self.length) {
-            _ if self.bodiless => Framing::Length(0),
+        let framing = match told.or(self.length.filter(|_| !self.bodiless)) {
             Some(length) => {
-                if told.is_none() {
-                    self.line(out, CONTENT_LENGTH.as_str(), decimal(length, &mut [0; 20]));
-                }
-                Framing::Length(length)
+                self.line(out, CONTENT_LENGTH.as_str(), decimal(length, &mut [0; 20]));
+                Framing::Length(if self.bodiless { 0 } else { length })
             }
+            None if self.bodiless => Framing::Length(0),
             None => {
                 self.line(out, TRANSFER_ENCODING.as_str(), b"chunked");
                 Framing::Chunked
@@ -301,6 +299,10 @@ mod tests {
         assert_eq!(told.0.matches("content-length").count(), 1);
         let known = written(&Method::POST, &[], Some(4), false);
         assert!(known.0.ends_with("content-length: 4\r\n\r\n") && known.1 == Framing::Length(4));
+        let none = written(&Method::POST, &[("content-length", "0")], None, true);
+        assert!(none.0.ends_with("content-length: 0\r\n\r\n") && none.1 == Framing::Length(0));
+        let unclear = written(&Method::POST, &[("content-length", "")], None, false);
+        assert!(!unclear.0.contains("content-length") && unclear.1 == Framing::Chunked);
         let unknown = written(&Method::GET, &[("transfer-encoding", "gzip")], None, false);
         assert!(unknown.0.ends_with("a:80\r\ntransfer-encoding: chunked\r\n\r\n"), "{}", unknown.0);
         assert_eq!(unknown.1, Framing::Chunked);

@@ -18,7 +18,7 @@ use crate::http::exchange::Exchange;
 use crate::http::grpc_web::Upload;
 use crate::http::grpc_web::codec::Encoder;
 use crate::http::h1;
-use crate::http::headers::are_names;
+use crate::http::headers::are_clear;
 use crate::upstream::pool::Reply;
 
 /// What ends a body early.
@@ -67,7 +67,7 @@ impl Body for Received {
             Self::Empty => Poll::Ready(None),
             Self::H1(body) => body.poll(cx),
             Self::H2(body) => Pin::new(body).poll_frame(cx).map(|frame| match frame? {
-                Ok(frame) if !frame.trailers_ref().is_none_or(are_names) => {
+                Ok(frame) if !frame.trailers_ref().is_none_or(are_clear) => {
                     Some(Err(Malformed::Trailers.into()))
                 }
                 frame => Some(frame.map_err(Into::into)),

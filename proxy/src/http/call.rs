@@ -462,6 +462,9 @@ fn framing(parts: &request::Parts, found: Found, http: &Http) -> Result<(), Refu
     if found.has(Found::TRANSFER_ENCODING) && parts.version == Version::HTTP_10 {
         return Err((BAD, "http1.invalid_transfer_encoding", Flags::DOWNSTREAM_PROTOCOL));
     }
+    if found.has(Found::CONTENT_LENGTH) && !headers::have_clear_length(&parts.headers) {
+        return Err((BAD, "http2.violation.of.messaging.rule", Flags::DOWNSTREAM_PROTOCOL));
+    }
     let most = usize::try_from(http.config.max_headers_count).unwrap_or(usize::MAX);
     if parts.headers.len() > most {
         return Err((StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "http1.too_many_headers", Flags::NONE));

@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use smallvec::SmallVec;
 
+use crate::h1::head::length;
 use crate::tls::Peer;
 use crate::xds::format::Format;
 use crate::xds::mutation::{Append, HeaderOps, NewValue};
@@ -75,6 +76,8 @@ impl Found {
     pub const REQUEST_ID: Self = Self(1 << 12);
     /// A name that is none.
     pub const NO_NAME: Self = Self(1 << 13);
+    /// `content-length`
+    pub const CONTENT_LENGTH: Self = Self(1 << 14);
 
     /// Whether any of these may be there.
     #[must_use]
@@ -102,6 +105,7 @@ fn what_it_is(name: &str) -> Found {
         "upgrade" => Found::UPGRADE.and(Found::HOP_BY_HOP),
         "te" | "proxy-authenticate" | "keep-alive" | "proxy-connection" => Found::HOP_BY_HOP,
         "content-type" => Found::CONTENT_TYPE,
+        "content-length" => Found::CONTENT_LENGTH,
         "expect" => Found::EXPECT,
         "x-forwarded-for" => Found::FORWARDED_FOR,
         "x-forwarded-proto" => Found::FORWARDED_PROTO,
@@ -114,10 +118,17 @@ fn what_it_is(name: &str) -> Found {
     }
 }
 
-/// Whether every name is a token (RFC 9110, section 5.1), which must be asked of what came over HTTP/2.
+/// Whether headers mean the same everywhere, which must be asked of those that came over HTTP/2: each name is a token
+/// (RFC 9110, section 5.1), a length is a number.
 #[must_use]
-pub fn are_names(headers: &HeaderMap) -> bool {
-    headers.keys().all(|name| is_token(name.as_str()))
+pub fn are_clear(headers: &HeaderMap) -> bool {
+    have_clear_length(headers) && headers.keys().all(|name| is_token(name.as_str()))
+}
+
+/// Whether no length is anything but a number; the library of HTTP/2 takes none for 0.
+#[must_use]
+pub fn have_clear_length(headers: &HeaderMap) -> bool {
+    headers.get_all(header::CONTENT_LENGTH).iter().all(|value| length(value).is_some())
 }
 
 /// The library of HTTP/2 lets nothing through that is no token, but a quotation mark.

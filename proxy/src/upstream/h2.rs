@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 use super::send::{FailureKind, Link, Opened};
 use crate::h1::head::Malformed;
 use crate::http::body::{BodyError, RequestBody};
-use crate::http::headers::are_names;
+use crate::http::headers::are_clear;
 use crate::tcp::gather::Gathered;
 use crate::tcp::io::Io;
 use crate::xds::listener::hcm::Http2;
@@ -223,7 +223,7 @@ impl H2 {
         })
         .await?;
         let (parts, body) = response.into_parts();
-        if !are_names(&parts.headers) {
+        if !are_clear(&parts.headers) {
             return Err(StreamError { error: Malformed::Value.into(), kind: FailureKind::Protocol });
         }
         if parts.status != StatusCode::OK
@@ -321,7 +321,7 @@ impl Streams {
                 let trailers = ready!(self.body.poll_trailers(cx));
                 self.ended = true;
                 match trailers {
-                    Ok(Some(trailers)) if are_names(&trailers) => {
+                    Ok(Some(trailers)) if are_clear(&trailers) => {
                         Poll::Ready(Some(Ok(Frame::trailers(trailers))))
                     }
                     Ok(Some(_)) => Poll::Ready(Some(Err(Malformed::Trailers.into()))),

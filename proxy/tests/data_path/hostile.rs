@@ -106,7 +106,10 @@ async fn a_server_of_http2_cannot_say_what_http1_has_no_words_for() {
         frame(DATA, 0, 1, b"told"),
         frame(HEADERS, END_HEADERS | END_STREAM, 1, &field("x\"", "1")),
     ];
-    for (answer, expected) in [(head, "HTTP/1.1 502"), (trailers.concat(), "HTTP/1.1 200")] {
+    let length = frame(HEADERS, END_HEADERS | END_STREAM, 1, &[ok(), field("content-length", "")].concat());
+    for (answer, expected) in
+        [(head, "HTTP/1.1 502"), (length, "HTTP/1.1 502"), (trailers.concat(), "HTTP/1.1 200")]
+    {
         let address = http2_server(answer).await;
         let proxy = Running::start(&bootstrap(TO_UP, "", &cluster("up", &[address], HTTP2))).await;
         let got = raw(proxy.address(), "GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await;

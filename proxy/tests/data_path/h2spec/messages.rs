@@ -83,6 +83,8 @@ async fn malformed_requests_end_their_stream_and_reach_no_server() {
         ("8.5 CONNECT with a path", pseudo(&[(":method", "CONNECT"), scheme, path, host]), refused),
         ("8.5 CONNECT without an authority", pseudo(&[(":method", "CONNECT")]), bad),
         ("8.1.1 a length that is no number", body(&[("content-length", "three")], &[b"abc"]), refused),
+        ("8.1.1 an empty length", body(&[("content-length", "")], &[b"abc"]), refused),
+        ("8.1.1 an empty length of nothing", body(&[("content-length", "")], &[b""]), bad),
         ("8.1.1 two lengths", body(&[("content-length", "3"), ("content-length", "4")], &[b"abc"]), refused),
         ("8.1.1 a length with a plus", body(&[("content-length", "+3")], &[b"abc"]), refused),
         ("8.1.1 a list of lengths", body(&[("content-length", "3, 3")], &[b"abc"]), refused),
