@@ -3,7 +3,9 @@
 use std::io::Write as _;
 
 use bytes::{Bytes, BytesMut};
-use http::header::{HeaderMap, HeaderName, HeaderValue, TRAILER};
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TRAILER, TRANSFER_ENCODING,
+};
 use http_body::Frame;
 
 use super::head::{Malformed, lines_end_whole, write_line};
@@ -270,12 +272,13 @@ fn write_trailers(out: &mut Vec<u8>, trailers: &HeaderMap, announced: &[HeaderNa
     out.extend_from_slice(b"\r\n");
 }
 
-/// The trailers that a head tells of.
+/// The trailers that a head tells of. What says where a message ends or goes is none (RFC 9110, section 6.5.1).
 #[must_use]
 pub fn announced(headers: &HeaderMap) -> Vec<HeaderName> {
     let told = headers.get_all(TRAILER).iter();
     told.flat_map(|v| v.as_bytes().split(|b| *b == b','))
         .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
+        .filter(|name| !matches!(*name, CONTENT_LENGTH | TRANSFER_ENCODING | HOST | CONNECTION | TRAILER))
         .collect()
 }
 
@@ -325,7 +328,12 @@ mod tests {
             (HeaderName::from_static("x-other"), HeaderValue::from_static("2")),
         ]);
         let mut out = Vec::new();
-        write_trailers(&mut out, &trailers, &[HeaderName::from_static("x-sum")], false);
+        let mut head = HeaderMap::new();
+        head.insert(TRAILER, HeaderValue::from_static("x-sum, Content-Length,host, x/y"));
+        head.append(TRAILER, HeaderValue::from_static("transfer-encoding"));
+        let announced = announced(&head);
+        assert_eq!(announced, ["x-sum"]);
+        write_trailers(&mut out, &trailers, &announced, false);
         assert_eq!(out, b"0\r\nx-sum: 1\r\n\r\n");
     }
 

@@ -81,6 +81,9 @@ impl Call {
             Box::new(Exchange::new(Rc::clone(http), Rc::clone(connection), started, parts.version));
         from_connect(&mut parts);
         let found = headers::look_over(&parts.headers);
+        if found.has(Found::SPACE) {
+            headers::trim(&mut parts.headers);
+        }
         exchange.is_head = parts.method == Method::HEAD;
         exchange.is_grpc = found.has(Found::CONTENT_TYPE)
             && parts.headers.get(header::CONTENT_TYPE).is_some_and(|v| router::is_grpc_type(v.as_bytes()));

@@ -78,6 +78,8 @@ impl Found {
     pub const NO_NAME: Self = Self(1 << 13);
     /// `content-length`
     pub const CONTENT_LENGTH: Self = Self(1 << 14);
+    /// White space around a value.
+    pub const SPACE: Self = Self(1 << 15);
 
     /// Whether any of these may be there.
     #[must_use]
@@ -95,7 +97,23 @@ impl Found {
 /// Looks over the headers once, so that the usual request, which has few of these, costs few look-ups.
 #[must_use]
 pub fn look_over(headers: &HeaderMap) -> Found {
-    headers.keys().fold(Found::default(), |found, name| found.and(what_it_is(name.as_str())))
+    headers.iter().fold(Found::default(), |found, (name, value)| {
+        let space = if is_spaced(value.as_bytes()) { Found::SPACE } else { Found::default() };
+        found.and(what_it_is(name.as_str())).and(space)
+    })
+}
+
+fn is_spaced(value: &[u8]) -> bool {
+    [value.first(), value.last()].iter().any(|end| matches!(end, Some(b' ' | b'\t')))
+}
+
+/// Takes the white space around values away, as HTTP/1 does (RFC 9110, section 5.5): a policy must see what the server
+/// will see.
+pub fn trim(headers: &mut HeaderMap) {
+    for value in headers.values_mut().filter(|value| is_spaced(value.as_bytes())) {
+        let trimmed = HeaderValue::from_bytes(value.as_bytes().trim_ascii());
+        *value = trimmed.unwrap_or_else(|_| HeaderValue::from_static(""));
+    }
 }
 
 fn what_it_is(name: &str) -> Found {
@@ -473,6 +491,22 @@ mod tests {
         let found = look_over(&headers);
         strip_hop_by_hop(&mut headers, found, false);
         assert_eq!(names(&headers), ["accept", "host", "te"]);
+    }
+
+    #[test]
+    fn white_space_around_values_goes_and_within_them_stays() {
+        let mut headers = map(&[("x-a", "a b"), ("x-b", "")]);
+        assert!(!look_over(&headers).has(Found::SPACE));
+        for value in [" a b", "a b\t", "\t a b "] {
+            headers.append("x-a", value.parse().unwrap());
+            assert!(look_over(&headers).has(Found::SPACE));
+            trim(&mut headers);
+            assert!(!look_over(&headers).has(Found::SPACE));
+        }
+        assert!(headers.get_all("x-a").iter().all(|value| value == "a b"));
+        headers.insert("x-b", " ".parse().unwrap());
+        trim(&mut headers);
+        assert_eq!(headers["x-b"], "");
     }
 
     #[test]

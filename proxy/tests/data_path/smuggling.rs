@@ -172,6 +172,10 @@ async fn white_space_around_a_value_is_no_part_of_it() {
             "{host:?}: {answer}"
         );
     }
+    // HTTP/2 has no white space there either (RFC 9113, section 8.2.1)
+    let asked = [crate::harness::request("http://a.local/", &[("x-a", " \t a "), ("x-b", " ")])];
+    let got = crate::harness::send_h2(proxy.address(), asked.into()).await;
+    assert_eq!((got[0].header("x-got-x-a"), got[0].header("x-got-x-b")), ("a", ""), "{got:?}");
     proxy.end().await;
 }
 
