@@ -143,7 +143,7 @@ fn is_two_slashes(path: &[u8]) -> bool {
 }
 
 /// Lines that ours has otherwise on purpose: what is compared of them, and why.
-const LINES: [(Settled, &str); 8] = [
+const LINES: [(Settled, &str); 9] = [
     (
         |_, request, line| {
             let unseen = request.http2 == Some(Named::Host) && request.header("x-forwarded-proto").is_some();
@@ -179,6 +179,13 @@ const LINES: [(Settled, &str); 8] = [
             (!tells || !address).then(|| line.to_owned())
         },
         "a client on the loopback interface is told by its address; Envoy tells one of the machine's own",
+    ),
+    (
+        |_, request, line| {
+            let sent = request.http2.is_some() && line.starts_with("application's header ");
+            Some(if sent { line.trim_end() } else { line }.to_owned())
+        },
+        "white space behind a value goes over HTTP/2 as over HTTP/1, so that policies see what servers see; Envoy sends it on",
     ),
     (
         |_, _, line| Some(with_upper_escapes(line)),
