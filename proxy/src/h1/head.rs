@@ -64,14 +64,18 @@ pub(super) fn place(bytes: &[u8], piece: &[u8]) -> Place {
     (piece.as_ptr() as usize - bytes.as_ptr() as usize, piece.len())
 }
 
-/// Looks the names up.
-pub(super) fn places(bytes: &[u8], lines: &[httparse::Header<'_>]) -> Result<Places, Malformed> {
-    let mut places = Places::with_capacity(lines.len());
+/// Looks the names up and notes where their values are. Places have a kilobyte, so they are filled where they are.
+pub(super) fn find(
+    bytes: &[u8],
+    lines: &[httparse::Header<'_>],
+    places: &mut Places,
+) -> Result<(), Malformed> {
+    places.reserve(lines.len());
     for line in lines {
         let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| Malformed::Value)?;
         places.push((name, place(bytes, line.value)));
     }
-    Ok(places)
+    Ok(())
 }
 
 /// A part of a head's bytes, which it shares.
@@ -80,9 +84,9 @@ pub(super) fn piece(head: &Bytes, (at, length): Place) -> Bytes {
 }
 
 /// The headers of a head, whose values are pieces of its very bytes.
-pub(super) fn headers(head: &Bytes, places: Places) -> Result<HeaderMap, Malformed> {
+pub(super) fn headers(head: &Bytes, places: &mut Places) -> Result<HeaderMap, Malformed> {
     let mut headers = HeaderMap::with_capacity(places.len());
-    for (name, place) in places {
+    for (name, place) in places.drain(..) {
         let value = HeaderValue::from_maybe_shared(piece(head, place)).map_err(|_| Malformed::Value)?;
         headers.append(name, value);
     }

@@ -10,7 +10,7 @@ use http::{Method, Uri, Version};
 
 use super::body::{Decoder, Framing};
 use super::head::{
-    self, Malformed, Place, Places, connection, decimal, length, lines_end_whole, place, places, write_line,
+    self, Malformed, Place, Places, connection, decimal, length, lines_end_whole, place, write_line,
 };
 
 /// The longest target that the types of what comes behind can hold.
@@ -117,12 +117,13 @@ pub fn read_request(bytes: &mut BytesMut, limits: Limits) -> Result<Option<Reque
     if bytes.is_empty() {
         return Ok(None);
     }
+    let mut places = Places::new();
     let parsed = if limits.headers <= USUAL_HEADERS {
         let mut lines = [const { MaybeUninit::uninit() }; USUAL_HEADERS];
-        parse(bytes, limits.bytes, lines.get_mut(..limits.headers).unwrap_or_default())
+        parse(bytes, limits.bytes, lines.get_mut(..limits.headers).unwrap_or_default(), &mut places)
     } else {
         let lines = limits.headers.min(bytes.len() / SHORTEST_LINE + 1);
-        parse(bytes, limits.bytes, &mut vec![MaybeUninit::uninit(); lines])
+        parse(bytes, limits.bytes, &mut vec![MaybeUninit::uninit(); lines], &mut places)
     };
     let Some(parsed) = parsed? else { return Ok(None) };
     let head = head::split(bytes, parsed.length);
@@ -131,7 +132,7 @@ pub fn read_request(bytes: &mut BytesMut, limits: Limits) -> Result<Option<Reque
         return Err(Malformed::TargetTooLong);
     }
     let uri = Uri::from_maybe_shared(target).map_err(|_| Malformed::Target)?;
-    let headers = head::headers(&head, parsed.places)?;
+    let headers = head::headers(&head, &mut places)?;
     let told = Told::of(&headers)?;
     let keep_alive = !told.closes && (parsed.version == Version::HTTP_11 || told.keeps);
     let (body, keep_alive) = match (told.codings, told.length) {
@@ -171,12 +172,11 @@ pub fn may_be_whole(bytes: &[u8], seen: usize) -> bool {
     new.iter().enumerate().any(|(at, byte)| *byte == b'\n' && ends(at))
 }
 
-/// A head's parts, and where they are in its bytes.
+/// A head's parts, but its headers.
 struct Parsed {
     method: Method,
     target: Place,
     version: Version,
-    places: Places,
     length: usize,
 }
 
@@ -184,6 +184,7 @@ fn parse<'b>(
     bytes: &'b [u8],
     longest: usize,
     lines: &mut [MaybeUninit<httparse::Header<'b>>],
+    places: &mut Places,
 ) -> Result<Option<Parsed>, Malformed> {
     let mut request = httparse::Request::new(&mut []);
     let found =
@@ -198,11 +199,11 @@ fn parse<'b>(
         httparse::Status::Partial => return Err(Malformed::TooLong(longest)),
     };
     let method = Method::from_bytes(request.method.unwrap_or_default().as_bytes());
+    head::find(bytes, request.headers, places)?;
     Ok(Some(Parsed {
         method: method.map_err(|_| Malformed::Value)?,
         target: place(bytes, request.path.unwrap_or_default().as_bytes()),
         version: if request.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 },
-        places: places(bytes, request.headers)?,
         length,
     }))
 }

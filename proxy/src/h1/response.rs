@@ -7,7 +7,7 @@ use http::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING};
 use http::{Method, StatusCode, Version};
 
 use super::body::{Decoder, Framing};
-use super::head::{self, Malformed, connection, decimal, one_length, places, write_line};
+use super::head::{self, Malformed, Places, connection, decimal, one_length, write_line};
 
 /// The most headers of a response.
 const MOST_HEADERS: usize = 100;
@@ -57,9 +57,10 @@ fn read_one(bytes: &mut BytesMut, method: &Method) -> Result<Option<Response>, M
     };
     let status = StatusCode::from_u16(parsed.code.unwrap_or_default()).map_err(|_| Malformed::Value)?;
     let version = if parsed.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
-    let places = places(bytes, parsed.headers)?;
+    let mut places = Places::new();
+    head::find(bytes, parsed.headers, &mut places)?;
     let head = head::split(bytes, length);
-    let headers = head::headers(&head, places)?;
+    let headers = head::headers(&head, &mut places)?;
     let (body, keep_alive) = body_of(status, version, &headers, method)?;
     Ok(Some(Response { status, version, headers, body, keep_alive }))
 }

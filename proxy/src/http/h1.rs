@@ -151,7 +151,7 @@ impl H1 {
     /// # Errors
     ///
     /// The connection broke, or a response did not come to its end.
-    pub async fn run<F: Future<Output = HttpResponse>>(
+    pub async fn run<F: Future<Output = HttpResponse> + Unpin>(
         self: &Rc<Self>,
         connection: &Connection,
         answer: impl Fn(Result<Request<Received>, Malformed>) -> F,
@@ -162,9 +162,8 @@ impl H1 {
                 Next::Over => return Ok(()),
                 Next::Late(response) => (Asked::NOTHING, response),
                 Next::Ask(asked, request) => {
-                    // boxed, so that a connection that waits has no room for a request
-                    let mut answering = Box::pin(answer(request));
-                    let answered = std::future::poll_fn(|cx| match answering.as_mut().poll(cx) {
+                    let mut answering = answer(request);
+                    let answered = std::future::poll_fn(|cx| match Pin::new(&mut answering).poll(cx) {
                         Poll::Ready(response) => Poll::Ready(Some(response)),
                         Poll::Pending => self.poll_end(cx).map(|()| None),
                     });

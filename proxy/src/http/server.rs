@@ -21,6 +21,7 @@ use super::h1::{H1, Settings};
 use super::reply::Local as Reply;
 use super::timing::Alarm;
 use super::{Http, HttpResponse, forward};
+use crate::h1::head::Malformed;
 use crate::h1::request as head;
 use crate::listener::connection::Connection;
 use crate::listener::detect::H2_PREFACE;
@@ -301,14 +302,19 @@ async fn serve_h1(http: Rc<Http>, mut ending: Ending, connection: Rc<Connection>
         },
     );
     let place = Rc::clone(&ending.place);
-    let answer = async |asked| match asked {
-        Ok(asked) => request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), asked).await,
-        Err(why) => {
-            let http = place.http(&connection).unwrap_or_else(|http| http);
-            let exchange =
-                Exchange::new(http, Rc::clone(&connection), Instant::now(), http::Version::HTTP_11);
-            refuse_unread(Box::new(exchange), why)
-        }
+    // boxed, so that a connection that waits has no room for a request; begun in there, because it would be moved
+    let answer = |asked: Result<Request<Received>, Malformed>| {
+        let (worker, place, connection) = (Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection));
+        Box::pin(async move {
+            match asked {
+                Ok(asked) => request(worker, place, connection, asked).await,
+                Err(why) => {
+                    let http = place.http(&connection).unwrap_or_else(|http| http);
+                    let exchange = Exchange::new(http, connection, Instant::now(), http::Version::HTTP_11);
+                    refuse_unread(Box::new(exchange), why)
+                }
+            }
+        })
     };
     let mut run = pin!(server.run(&connection, answer));
     let mut lingers: Option<Pin<Box<Sleep>>> = None;
@@ -393,11 +399,14 @@ async fn serve_h2(http: Rc<Http>, mut ending: Ending, connection: Rc<Connection>
     let service = {
         let (worker, connection) = (Rc::clone(&worker), Rc::clone(&connection));
         let place = Rc::clone(&ending.place);
-        // boxed, because the codec moves it several times on its way into a task
+        // boxed, because the codec moves it several times on its way into a task; begun in there, because it would be
+        // moved once more
         service_fn(move |asked: Request<Incoming>| {
-            let asked = asked.map(Received::H2);
-            let answered = request(Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection), asked);
-            Box::pin(async { Ok::<_, std::convert::Infallible>(answered.await) })
+            let (worker, place, connection) = (Rc::clone(&worker), Rc::clone(&place), Rc::clone(&connection));
+            Box::pin(async move {
+                let answered = request(worker, place, connection, asked.map(Received::H2)).await;
+                Ok::<_, std::convert::Infallible>(answered)
+            })
         })
     };
     let settings = &http.config.http2;
